@@ -1,0 +1,241 @@
+"""Everything that can be set for one unlearning run: its unit, its default and why.
+
+Plain frozen dataclasses, readable from TOML. An unknown key, a value of the wrong type or out of range is an error,
+because a silently ignored option is how other packages came to believe in a dropout they never had. The defaults are
+those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings are in `PAPER`.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from fade.errors import FadeError
+
+Saliency = Literal["denoising", "distillation", "contrast", "random"]
+Scaling = Literal["none", "module"]
+Granularity = Literal["element", "tile", "channel", "module", "none"]
+Parameters = Literal["factors", "values"]
+TimestepSampler = Literal["uniform", "band", "targeted"]
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the forget and the retain latents come from.
+
+    Without image folders they are sampled from the frozen model itself, from the prompts: no data set is needed.
+    """
+
+    forget_images: str | None = None
+    """Folder of images that show the concept; None samples them from the frozen model."""
+    retain_images: str | None = None
+    """Folder of images of everything else; None samples them from the frozen model."""
+    forget_samples: int = 64
+    """Forget latents to sample, or the most images to read from the folder."""
+    retain_samples: int = 128
+    """Retain latents to sample, or the most images to read from the folder."""
+    sampling_steps: int = 15
+    """Denoising steps a sampled latent takes; only its rough content matters, it is noised again in training."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of sampled latents."""
+    batch_size: int = 64
+    """Images sampled or encoded at once."""
+    resolution: int | None = None
+    """Side in pixels of images read or sampled; None takes the model's own."""
+
+
+@dataclass(frozen=True)
+class LocateConfig:
+    """Stage 1: which weights carry the concept (FADE, section 3; `fade.saliency` has the formulas)."""
+
+    saliency: Saliency = "distillation"
+    """Loss whose gradient magnitude is summed. `denoising` is the paper's; `random` is the control."""
+    scaling: Scaling = "module"
+    """`module` divides a layer's saliency by its mean, so that no layer wins by the size of its gradients alone."""
+    keep: float = 0.01
+    """Fraction of the target weights that may change, in (0, 1]."""
+    granularity: Granularity = "element"
+    """What is kept or dropped as a whole; `none` keeps everything, which is ordinary dense LoRA."""
+    tile: int = 32
+    """Side of a tile, for granularity `tile`."""
+    targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path."""
+    passes: int = 2
+    """Times the forget latents are gone through, with fresh noise and timesteps each time."""
+    batch_size: int = 16
+    """Latents per backward pass. The magnitude is taken per pass, so this is part of the definition."""
+    per_sample: bool = False
+    """Take the magnitude per sample instead of per pass; independent of the batch size."""
+
+
+@dataclass(frozen=True)
+class OverwriteConfig:
+    """Stage 2: self-distillation of the sparse adapter (FADE, section 3; `fade.distillation`)."""
+
+    parameters: Parameters = "factors"
+    """`factors` trains B and A of M⊙(BA), as the paper does; `values` trains the masked entries themselves."""
+    rank: int = 8
+    """Rank r of the factors."""
+    alpha: float = 16.0
+    """LoRA alpha; the adapter's scale is alpha / rank. Values are scaled by 1."""
+    steps: int = 200
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Forget latents per step."""
+    retain_batch_size: int = 16
+    """Retain latents per step."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before a step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up before the cosine decay to zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay on the adapter."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    forget_weight: float = 1.0
+    """Weight of the forget loss."""
+    retain_weight: float = 1.0
+    """Weight of the retain loss."""
+    timesteps: TimestepSampler = "uniform"
+    """`band` draws from `timestep_band`; `targeted` where forget and surrogate predictions differ most (ours)."""
+    timestep_band: tuple[float, float] = (0.0, 1.0)
+    """Bounds of the band as fractions of the training timesteps."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints, when there is an output folder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One unlearning run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    locate: LocateConfig = field(default_factory=LocateConfig)
+    overwrite: OverwriteConfig = field(default_factory=OverwriteConfig)
+    seed: int = 0
+    """Seeds sampling, noise, timesteps and the adapter's initial values."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with `changes`, whose keys are dotted with a double underscore: `locate__keep=0.1`, `seed=3`."""
+        nested: dict[str, Any] = {}
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            if name:
+                nested.setdefault(section, {})[name] = value
+            else:
+                nested[section] = value
+        return _merge(self, nested, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, as saved in adapter files."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`; missing keys take their defaults. Raises FadeError for unknown keys."""
+        return _merge(cls(), values, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        """Read a TOML file with tables [data], [locate], [overwrite] and `seed`. Raises FadeError."""
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FadeError(f"cannot read the config file {path}: {error.strerror or error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise FadeError(f"the config file {path} is not valid TOML: {error}") from error
+        return cls.from_dict(values)
+
+
+def _merge(instance: Any, values: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(type(instance))
+    known = {f.name for f in dataclasses.fields(instance)}
+    changes = {}
+    for key, value in values.items():
+        where = f"{path}{key}"
+        if key not in known:
+            raise FadeError(f"unknown setting '{where}'; known here: {', '.join(sorted(known))}")
+        current = getattr(instance, key)
+        if dataclasses.is_dataclass(current):
+            if dataclasses.is_dataclass(value) and isinstance(value, type(current)):
+                changes[key] = value
+                continue
+            if not isinstance(value, dict):
+                raise FadeError(f"setting '{where}' must be a table of settings, not {value!r}")
+            changes[key] = _merge(current, value, f"{where}.")
+        else:
+            changes[key] = _coerce(value, hints[key], where)
+    return dataclasses.replace(instance, **changes)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as type `hint`; only lossless conversions (int to float, list to tuple)."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise FadeError(f"setting '{where}' must be one of {', '.join(map(repr, args))}, not {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise FadeError(f"setting '{where}' must be a list, not {value!r}")
+        if args[-1] is Ellipsis:
+            return tuple(_coerce(v, args[0], where) for v in value)
+        if len(value) != len(args):
+            raise FadeError(f"setting '{where}' must have {len(args)} entries, not {len(value)}")
+        return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise FadeError(f"setting '{where}' must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def _check(config: Config) -> None:
+    data, locate, overwrite = config.data, config.locate, config.overwrite
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise FadeError(message)
+
+    require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
+    require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
+    require(len(locate.targets) > 0, "targets must name at least one layer pattern")
+    require(locate.tile >= 1, f"tile must be at least 1, not {locate.tile}")
+    require(0 <= config.seed < 2**63, f"seed must be in [0, 2^63), not {config.seed}")
+    for section, name in (
+        (data, "forget_samples"), (data, "retain_samples"), (data, "sampling_steps"), (data, "batch_size"),
+        (locate, "passes"), (locate, "batch_size"),
+        (overwrite, "steps"), (overwrite, "batch_size"), (overwrite, "retain_batch_size"),
+        (overwrite, "accumulation"), (overwrite, "checkpoint_every"),
+    ):  # fmt: skip
+        require(getattr(section, name) >= 1, f"{name} must be at least 1, not {getattr(section, name)}")
+    for name in ("learning_rate", "alpha", "max_grad_norm"):
+        require(getattr(overwrite, name) > 0, f"{name} must be positive, not {getattr(overwrite, name)}")
+    for name in ("forget_weight", "retain_weight", "weight_decay", "warmup_steps"):
+        require(getattr(overwrite, name) >= 0, f"{name} must not be negative: {getattr(overwrite, name)}")
+    low, high = overwrite.timestep_band
+    require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
+    require(data.resolution is None or data.resolution >= 8, f"resolution must be at least 8, not {data.resolution}")
+
+
+PAPER = Config(
+    locate=LocateConfig(saliency="denoising", scaling="none", keep=0.5, passes=1),
+    overwrite=OverwriteConfig(
+        rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2, forget_weight=0.3, retain_weight=1.0
+    ),
+)
+"""The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""
