@@ -1,12 +1,12 @@
 """Builds the compiled extension fade_kernels._C; everything else about the package is in pyproject.toml.
 
-The operators are written against LibTorch's stable ABI (target 2.10), so one binary serves every torch from 2.10 on; the
-Python module itself is pybind11. Environment: FADE_REQUIRE_EXT=1 makes a failed compile an error instead of a pure-Python
-installation, FADE_CUDA=0|1 forces the CUDA library off or on (default: on when torch has CUDA and a toolkit is found).
+The operators are written against LibTorch's stable ABI (target 2.10): one binary serves every torch from 2.10 on. The
+Python module itself is pybind11. Environment: FADE_REQUIRE_EXT=1 makes a failed compile an error instead of a
+pure-Python installation; FADE_CUDA=0|1 forces the CUDA library off or on (default: on where torch has CUDA and a
+toolkit is found).
 """
 
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -31,19 +31,19 @@ def sources(pattern: str) -> list[str]:
 
 
 def cuda_sources() -> list[str]:
-    """The .cu files to build: none without a CUDA torch and a toolkit; FADE_CUDA=0|1 forces the answer."""
-    forced = os.environ.get("FADE_CUDA")
-    if forced not in (None, "", "0", "1"):
+    """Sources of the CUDA library, built apart from _C: all there are where torch has CUDA and a toolkit is found."""
+    forced = os.environ.get("FADE_CUDA", "")
+    if forced not in ("", "0", "1"):
         sys.exit(f"fade-unlearning: FADE_CUDA must be 0 or 1, not {forced!r}")
     files = sources("csrc/cuda/*.cu")
     if forced == "1" and not files:
         sys.exit("fade-unlearning: FADE_CUDA=1, but there are no CUDA kernels in this version yet: unset FADE_CUDA")
-    possible = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    return files if forced == "1" or (forced != "0" and possible) else []
+    found = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    return files if forced == "1" or (forced == "" and found) else []
 
 
 def extensions() -> list[Extension]:
-    compile_args = ["-std=c++20", "-O3", "-Wall", "-fvisibility=hidden"] if os.name != "nt" else ["/std:c++20", "/O2"]
+    compile_args = ["/std:c++20", "/O2"] if os.name == "nt" else ["-std=c++20", "-O3", "-Wall", "-fvisibility=hidden"]
     torch_library = os.path.join(os.path.dirname(torch.__file__), "lib")
     cpu = Extension(
         "fade_kernels._C",
@@ -57,6 +57,8 @@ def extensions() -> list[Extension]:
         extra_compile_args=compile_args,
         language="c++",
     )
+    if cuda_sources():
+        sys.exit("fade-unlearning: csrc/cuda has sources, but this setup.py declares no _C_cuda library for them")
     return [cpu]
 
 
@@ -78,12 +80,5 @@ class BuildExtension(cpp_extension.BuildExtension):
                 file=sys.stderr,
             )
 
-
-cuda_files = cuda_sources()
-assert not cuda_files, "csrc/cuda exists but no CUDA library is declared in setup.py"
-# Python and NumPy headers differ by platform only in these two: nothing is compiled for the build machine's own CPU.
-os.environ.setdefault("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
-if platform.system() == "Darwin":
-    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", "11.0")
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

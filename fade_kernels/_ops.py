@@ -1,7 +1,7 @@
 """Every operator of `fade_kernels::` in one place: schema, checks, fake, default kernel (its definition) and autograd.
 
-Compiled libraries only register kernels for the operators defined here, so that an operator exists, with its definition,
-on every device and where nothing was compiled. Definitions: `reference.py`; public functions: the modules beside it.
+Compiled libraries only register kernels for the operators defined here, so that an operator exists, with its
+definition, on every device and where nothing was compiled. Definitions: `reference.py`; public functions: the modules beside it.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Each operator in plain PyTorch: the definition, the default kernel, and what tests compare the compiled kernels with.
 
-Written for reading, not for speed; works on every device and, where the arithmetic is floating point, in the dtype of its
-inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
+Written for reading, not for speed; works on every device and, where the arithmetic is floating point, in the dtype of
+its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
 """
 
 import torch
