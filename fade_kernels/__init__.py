@@ -6,12 +6,37 @@ The whole public surface, and nothing else. Usable without the `fade` package, d
 from fade_kernels import _ops  # noqa: F401  defines the operators, which the extension then registers kernels for
 from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_
+from fade_kernels.masked_lora import (
+    effective_weight,
+    masked_factor_values,
+    masked_lora_conv2d,
+    masked_lora_linear,
+    masked_values_conv2d,
+    masked_values_linear,
+)
+from fade_kernels.saliency import (
+    GradientMagnitude,
+    accumulate_gradient_magnitude_,
+    accumulate_linear_gradient_magnitude_,
+)
+from fade_kernels.selection import Selection, select_top_fraction
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BitMask",
+    "GradientMagnitude",
+    "Selection",
+    "accumulate_gradient_magnitude_",
+    "accumulate_linear_gradient_magnitude_",
     "build_info",
+    "effective_weight",
     "gather_masked",
+    "masked_factor_values",
+    "masked_lora_conv2d",
+    "masked_lora_linear",
+    "masked_values_conv2d",
+    "masked_values_linear",
     "scatter_masked_",
+    "select_top_fraction",
 ]

@@ -1,10 +1,12 @@
 """Every operator of `fade_kernels::` in one place: schema, checks, fake, default kernel (its definition) and autograd.
 
 Compiled libraries only register kernels for the operators defined here, so that an operator exists, with its
-definition, on every device and where nothing was compiled. Definitions: `reference.py`; public functions: the modules beside it.
+definition, on every device and where nothing was compiled. Definitions: `reference.py`; public functions: the modules
+beside it.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +57,11 @@ def _define(
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"Checks its arguments and calls torch.ops.{qualified.replace('::', '.')}: `{schema}`."
     return call
+
+
+def implement(name: str, kernel: Callable[..., Any], device: str) -> None:
+    """Registers a kernel written in Python for one device type, where a composition of operators is the kernel."""
+    _LIBRARY.impl(name, kernel, device)
 
 
 def _no_output(*_: Any) -> None:
@@ -187,4 +194,807 @@ scatter_masked_ = _define(
     check=_check_scatter_masked_,
     fake=_no_output,
     default=reference.scatter_masked_,
+)
+
+
+# --- accumulate_gradient_magnitude_, accumulate_linear_gradient_magnitude_ -------------------------------------------
+
+MODES = ("abs", "signed", "square")
+GRADIENT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError unless `mode` names what a gradient adds to its accumulator."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+
+
+def _check_accumulator(saliency: Tensor, name: str) -> None:
+    if saliency.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, not {saliency.dtype}: 16-bit sums lose small gradients")
+
+
+def _check_gradient_dtype(gradient: Tensor, name: str) -> None:
+    if gradient.dtype not in GRADIENT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, not {gradient.dtype}")
+
+
+def _check_accumulate(saliency: list[Tensor], gradient: list[Tensor], magnitude: str) -> None:
+    check_mode(magnitude)
+    if len(saliency) != len(gradient):
+        raise ValueError(f"one gradient per accumulator is needed, got {len(saliency)} and {len(gradient)}")
+    if len({id(tensor) for tensor in saliency}) < len(saliency):
+        raise ValueError("an accumulator may appear only once in a call")
+    for i, (s, g) in enumerate(zip(saliency, gradient, strict=True)):
+        _check_accumulator(s, f"saliency[{i}]")
+        _check_gradient_dtype(g, f"gradient[{i}]")
+        if s.shape != g.shape:
+            raise ValueError(f"gradient[{i}] is {_shape(g)}, but saliency[{i}] is {_shape(s)}")
+        check_same_device(**{f"saliency[{i}]": s, f"gradient[{i}]": g})
+
+
+def _check_accumulate_linear(
+    saliency: Tensor, grad_output: Tensor, input: Tensor, magnitude: str, per_sample: bool
+) -> None:
+    check_mode(magnitude)
+    _check_accumulator(saliency, "saliency")
+    _check_gradient_dtype(grad_output, "grad_output")
+    _check_gradient_dtype(input, "input")
+    check_same_device(saliency=saliency, grad_output=grad_output, input=input)
+    shapes = f"saliency {_shape(saliency)}, grad_output {_shape(grad_output)}, input {_shape(input)}"
+    if saliency.dim() != 2:
+        raise ValueError(f"the accumulator of a linear layer must be [N, K], got {shapes}")
+    fits = input.dim() >= 1 and input.shape[:-1] == grad_output.shape[:-1]
+    if not fits or (*grad_output.shape[-1:], *input.shape[-1:]) != tuple(saliency.shape):
+        raise ValueError(f"grad_output [..., N] and input [..., K] must fit an accumulator [N, K], got {shapes}")
+    if per_sample and input.dim() < 2:
+        raise ValueError(f"per_sample needs a leading sample dimension, got {shapes}")
+
+
+# The schemas say `magnitude` because torch's functionalization reserves the argument name `mode` for itself.
+accumulate_gradient_magnitude_ = _define(
+    "accumulate_gradient_magnitude_(Tensor(a!)[] saliency, Tensor[] gradient, str magnitude) -> ()",
+    check=_check_accumulate,
+    fake=_no_output,
+    default=reference.accumulate_gradient_magnitude_,
+)
+
+accumulate_linear_gradient_magnitude_ = _define(
+    "accumulate_linear_gradient_magnitude_("
+    "Tensor(a!) saliency, Tensor grad_output, Tensor input, str magnitude, bool per_sample) -> ()",
+    check=_check_accumulate_linear,
+    fake=_no_output,
+    default=reference.accumulate_linear_gradient_magnitude_,
+)
+
+
+# --- select_top_k ----------------------------------------------------------------------------------------------------
+
+
+def _check_select_top_k(scores: list[Tensor], k: int) -> None:
+    if not scores:
+        raise ValueError("there are no saliency tensors to select from")
+    for i, s in enumerate(scores):
+        if s.dtype != torch.float32:
+            raise TypeError(f"saliency[{i}] must be float32, not {s.dtype}: convert it with .float()")
+        if s.dim() < 2:
+            raise ValueError(f"saliency[{i}] must have at least two dimensions [N, ...], not {_shape(s)}")
+        if s.device != scores[0].device:
+            raise ValueError(f"saliency[{i}] is on {s.device}, saliency[0] on {scores[0].device}: move them together")
+    total = sum(s.numel() for s in scores)
+    if not 1 <= k <= total:
+        raise ValueError(f"k must be between 1 and the number of values {total}, not {k}")
+
+
+def _fake_select_top_k(scores: list[Tensor], k: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    words = []
+    for s in scores:
+        columns = 1
+        for size in s.shape[1:]:
+            columns *= size
+        words.append(s.new_empty((s.shape[0], words_per_row(columns)), dtype=torch.int32))
+    return words, scores[0].new_empty(()), scores[0].new_empty((), dtype=torch.int64)
+
+
+# Third output: index of the first tensor with NaN or a negative value, -1 if there is none; the masks are then empty.
+select_top_k = _define(
+    "select_top_k(Tensor[] scores, int k) -> (Tensor[] mask_words, Tensor threshold, Tensor invalid)",
+    check=_check_select_top_k,
+    fake=_fake_select_top_k,
+    default=reference.select_top_k,
+)
+
+
+# --- masked LoRA: checks ---------------------------------------------------------------------------------------------
+
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check_floats(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, not {tensor.dtype}")
+
+
+def _check_same_dtype(**tensors: Tensor | None) -> None:
+    present = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(present.values())) > 1:
+        raise TypeError(f"dtypes must agree, got {', '.join(f'{name} {dtype}' for name, dtype in present.items())}")
+
+
+def _check_scale(scale: Tensor) -> None:
+    if scale.dim() != 0 or not scale.is_floating_point():
+        raise ValueError(f"scale must be a number or a 0-d floating-point tensor, not {scale.dtype} {_shape(scale)}")
+    if scale.requires_grad:
+        raise ValueError("scale must not require a gradient: masked LoRA is not differentiable in it")
+
+
+def _check_factors(lora_a: Tensor, lora_b: Tensor, dims: int) -> None:
+    for name, factor, layout in (
+        ("lora_a", lora_a, "[r, K]" if dims == 2 else "[r, C_in, kh, kw]"),
+        ("lora_b", lora_b, "[N, r]" if dims == 2 else "[C_out, r, 1, 1]"),
+    ):
+        if factor.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions {layout}, not {_shape(factor)}")
+    if lora_a.shape[0] < 1:
+        raise ValueError("lora_a has rank 0: the rank must be at least 1")
+    if lora_b.shape[1] != lora_a.shape[0] or (dims == 4 and tuple(lora_b.shape[2:]) != (1, 1)):
+        raise ValueError(f"lora_b {_shape(lora_b)} does not fit lora_a {_shape(lora_a)}: the ranks must agree")
+    _check_floats(lora_a=lora_a, lora_b=lora_b)
+
+
+def _check_values(values: Tensor) -> None:
+    if values.dim() != 1:
+        raise ValueError(f"values must be one-dimensional [nnz], not {_shape(values)}")
+    _check_floats(values=values)
+
+
+def _check_rows(name: str, rows: Tensor, columns: int) -> None:
+    if rows.dim() < 1 or rows.shape[-1] != columns:
+        raise ValueError(f"{name} {_shape(rows)} must end in {columns} features")
+    _check_floats(**{name: rows})
+
+
+def _check_weight(weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> None:
+    if weight is not None and tuple(weight.shape) != shape:
+        raise ValueError(f"weight {_shape(weight)} does not fit the adapter, which is for {list(shape)}")
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise ValueError(f"bias {_shape(bias)} must be [{shape[0]}]")
+
+
+def _check_images(name: str, images: Tensor, channels: int) -> None:
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(f"{name} {_shape(images)} must be [n, {channels}, height, width]")
+    _check_floats(**{name: images})
+
+
+def _flat_columns(shape: tuple[int, ...] | torch.Size) -> int:
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return columns
+
+
+# --- masked LoRA, linear: forward, input gradient, factor gradients --------------------------------------------------
+
+
+def _check_masked_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    rows, columns = lora_b.shape[0], lora_a.shape[1]
+    _check_rows("x", x, columns)
+    _check_weight(weight, bias, (rows, columns))
+    _check_same_dtype(x=x, weight=weight, bias=bias)
+    check_mask_words(mask_words, rows, columns)
+    _check_scale(scale)
+    check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
+
+
+def _check_masked_lora_linear_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    rows, columns = lora_b.shape[0], lora_a.shape[1]
+    _check_rows("grad_output", grad_output, rows)
+    _check_weight(weight, None, (rows, columns))
+    _check_same_dtype(grad_output=grad_output, weight=weight)
+    check_mask_words(mask_words, rows, columns)
+    _check_scale(scale)
+
+
+def _check_masked_lora_linear_factor_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    _check_rows("grad_output", grad_output, lora_b.shape[0])
+    _check_rows("x", x, lora_a.shape[1])
+    if grad_output.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"grad_output {_shape(grad_output)} and x {_shape(x)} must have the same leading dimensions")
+    _check_same_dtype(grad_output=grad_output, x=x)
+    check_mask_words(mask_words, lora_b.shape[0], lora_a.shape[1])
+    _check_scale(scale)
+
+
+def _without_autocast(tensor: Tensor) -> Any:
+    """Backward may run under autocast, which must not cast what the operators do inside."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _setup_masked_lora_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lora_a, lora_b, mask_words, scale, regime = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale)
+    ctx.regime = regime
+
+
+def _backward_frozen_linear(ctx: Any, grad_output: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias (arguments 1 and 2), for callers that did not freeze them."""
+    flat = grad_output.reshape(-1, grad_output.shape[-1])
+    grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    grad_bias = flat.sum(dim=0) if ctx.needs_input_grad[2] else None
+    return grad_weight, grad_bias
+
+
+def _backward_masked_lora_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
+    delta = (lora_a, lora_b, mask_words, scale, ctx.regime)
+    grad_x = grad_a = grad_b = None
+    with _without_autocast(grad_output):
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.fade_kernels.masked_lora_linear_input_gradient(grad_output, weight, *delta)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grad_a, grad_b = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(grad_output, x, *delta)
+        grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+
+
+_define(
+    "masked_lora_linear_input_gradient(Tensor grad_output, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor mask_words, Tensor scale, int regime) -> Tensor",
+    check=_check_masked_lora_linear_input_gradient,
+    fake=lambda grad_output, weight, lora_a, *_: grad_output.new_empty((*grad_output.shape[:-1], lora_a.shape[1])),
+    default=reference.masked_lora_linear_input_gradient,
+)
+
+_define(
+    "masked_lora_linear_factor_gradients(Tensor grad_output, Tensor x, Tensor lora_a, Tensor lora_b, "
+    "Tensor mask_words, Tensor scale, int regime) -> (Tensor, Tensor)",
+    check=_check_masked_lora_linear_factor_gradients,
+    fake=lambda grad_output, x, lora_a, lora_b, *_: (
+        lora_a.new_empty(lora_a.shape),
+        lora_b.new_empty(lora_b.shape),
+    ),
+    default=reference.masked_lora_linear_factor_gradients,
+)
+
+masked_lora_linear = _define(
+    "masked_lora_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
+    "Tensor scale, int regime) -> Tensor",
+    check=_check_masked_lora_linear,
+    fake=lambda x, weight, bias, lora_a, lora_b, *_: x.new_empty((*x.shape[:-1], lora_b.shape[0])),
+    default=reference.masked_lora_linear,
+    setup_context=_setup_masked_lora_linear,
+    backward=_backward_masked_lora_linear,
+)
+
+
+# --- masked values, linear: forward, input gradient, values' gradient ------------------------------------------------
+
+
+def _check_masked_values_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+) -> None:
+    _check_values(values)
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension [..., K]")
+    shape = (mask_words.shape[0], x.shape[-1])
+    _check_rows("x", x, shape[1])
+    _check_weight(weight, bias, shape)
+    _check_same_dtype(x=x, weight=weight, bias=bias)
+    check_mask_words(mask_words, *shape)
+    _check_scale(scale)
+    check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
+
+
+def _check_masked_values_linear_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    in_features: int,
+    regime: int,
+) -> None:
+    _check_values(values)
+    _check_rows("grad_output", grad_output, mask_words.shape[0])
+    _check_weight(weight, None, (mask_words.shape[0], in_features))
+    _check_same_dtype(grad_output=grad_output, weight=weight)
+    check_mask_words(mask_words, columns=in_features)
+    _check_scale(scale)
+
+
+def _check_masked_values_linear_gradient(
+    grad_output: Tensor, x: Tensor, values: Tensor, mask_words: Tensor, scale: Tensor, regime: int
+) -> None:
+    _check_values(values)
+    _check_rows("grad_output", grad_output, mask_words.shape[0])
+    if grad_output.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"grad_output {_shape(grad_output)} and x {_shape(x)} must have the same leading dimensions")
+    _check_same_dtype(grad_output=grad_output, x=x)
+    check_mask_words(mask_words, columns=x.shape[-1])
+    _check_scale(scale)
+
+
+def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, values, mask_words, scale, regime = inputs
+    ctx.save_for_backward(x, weight, values, mask_words, scale)
+    ctx.regime = regime
+
+
+def _backward_masked_values_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, values, mask_words, scale = ctx.saved_tensors
+    grad_x = grad_values = None
+    with _without_autocast(grad_output):
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.fade_kernels.masked_values_linear_input_gradient(
+                grad_output, weight, values, mask_words, scale, x.shape[-1], ctx.regime
+            )
+        if ctx.needs_input_grad[3]:
+            grad_values = torch.ops.fade_kernels.masked_values_linear_gradient(
+                grad_output, x, values, mask_words, scale, ctx.regime
+            )
+        grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
+    return grad_x, grad_weight, grad_bias, grad_values, None, None, None
+
+
+_define(
+    "masked_values_linear_input_gradient(Tensor grad_output, Tensor? weight, Tensor values, Tensor mask_words, "
+    "Tensor scale, int in_features, int regime) -> Tensor",
+    check=_check_masked_values_linear_input_gradient,
+    fake=lambda grad_output, weight, values, mask_words, scale, in_features, regime: grad_output.new_empty(
+        (*grad_output.shape[:-1], in_features)
+    ),
+    default=reference.masked_values_linear_input_gradient,
+)
+
+_define(
+    "masked_values_linear_gradient(Tensor grad_output, Tensor x, Tensor values, Tensor mask_words, Tensor scale, "
+    "int regime) -> Tensor",
+    check=_check_masked_values_linear_gradient,
+    fake=lambda grad_output, x, values, *_: values.new_empty(values.shape),
+    default=reference.masked_values_linear_gradient,
+)
+
+masked_values_linear = _define(
+    "masked_values_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor values, Tensor mask_words, Tensor scale, "
+    "int regime) -> Tensor",
+    check=_check_masked_values_linear,
+    fake=lambda x, weight, bias, values, mask_words, *_: x.new_empty((*x.shape[:-1], mask_words.shape[0])),
+    default=reference.masked_values_linear,
+    setup_context=_setup_masked_values_linear,
+    backward=_backward_masked_values_linear,
+)
+
+
+# --- effective_weight, masked_factor_values, masked_factor_gradients -------------------------------------------------
+
+
+def _check_effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    shape = (lora_b.shape[0], lora_a.shape[1])
+    _check_weight(weight, None, shape)
+    _check_floats(weight=weight)
+    check_mask_words(mask_words, *shape)
+    _check_scale(scale)
+    check_same_device(weight=weight, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
+
+
+def _check_effective_weight_out(
+    out: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
+) -> None:
+    _check_effective_weight(out if weight is None else weight, lora_a, lora_b, mask_words, scale)
+    if tuple(out.shape) != (lora_b.shape[0], lora_a.shape[1]):
+        raise ValueError(f"out {_shape(out)} must have the weight's shape [{lora_b.shape[0]}, {lora_a.shape[1]}]")
+    _check_same_dtype(out=out, weight=weight)
+
+
+def _check_effective_weight_from_values_out(
+    out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
+) -> None:
+    _check_values(values)
+    if out.dim() != 2:
+        raise ValueError(f"out must have two dimensions [N, K], not {_shape(out)}")
+    _check_weight(weight, None, tuple(out.shape))
+    _check_floats(out=out)
+    _check_same_dtype(out=out, weight=weight)
+    check_mask_words(mask_words, *out.shape)
+    _check_scale(scale)
+    check_same_device(out=out, weight=weight, values=values, mask=mask_words)
+
+
+def _check_masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    check_mask_words(mask_words, lora_b.shape[0], lora_a.shape[1])
+    check_same_device(lora_a=lora_a, lora_b=lora_b, mask=mask_words)
+    if count < 0:
+        raise ValueError(f"count must be the number of set bits, got {count}")
+
+
+def _check_masked_factor_gradients(
+    weight_gradient: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
+) -> None:
+    _check_factors(lora_a, lora_b, 2)
+    if tuple(weight_gradient.shape) != (lora_b.shape[0], lora_a.shape[1]):
+        raise ValueError(
+            f"weight_gradient {_shape(weight_gradient)} must be [{lora_b.shape[0]}, {lora_a.shape[1]}], like B A"
+        )
+    _check_floats(weight_gradient=weight_gradient)
+    check_mask_words(mask_words, *weight_gradient.shape)
+    _check_scale(scale)
+
+
+def _setup_effective_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, lora_a, lora_b, mask_words, scale = inputs
+    ctx.save_for_backward(lora_a, lora_b, mask_words, scale)
+
+
+def _backward_effective_weight(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        with _without_autocast(grad_output):
+            grad_a, grad_b = torch.ops.fade_kernels.masked_factor_gradients(grad_output, *ctx.saved_tensors)
+    return grad_output if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None
+
+
+def _setup_masked_factor_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    lora_a, lora_b, mask_words, _ = inputs
+    ctx.save_for_backward(lora_a, lora_b, mask_words)
+
+
+def _backward_masked_factor_values(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    lora_a, lora_b, mask_words = ctx.saved_tensors
+    with _without_autocast(grad_output):
+        dense = grad_output.new_zeros((lora_b.shape[0], lora_a.shape[1]))
+        one = torch.ones((), dtype=grad_output.dtype)
+        torch.ops.fade_kernels.scatter_masked_(dense, grad_output, mask_words)
+        grads = torch.ops.fade_kernels.masked_factor_gradients(dense, lora_a, lora_b, mask_words, one)
+    return *grads, None, None
+
+
+masked_factor_gradients = _define(
+    "masked_factor_gradients(Tensor weight_gradient, Tensor lora_a, Tensor lora_b, Tensor mask_words, Tensor scale) "
+    "-> (Tensor, Tensor)",
+    check=_check_masked_factor_gradients,
+    fake=lambda weight_gradient, lora_a, lora_b, mask_words, scale: (
+        lora_a.new_empty(lora_a.shape),
+        lora_b.new_empty(lora_b.shape),
+    ),
+    default=reference.masked_factor_gradients,
+)
+
+effective_weight = _define(
+    "effective_weight(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor mask_words, Tensor scale) -> Tensor",
+    check=_check_effective_weight,
+    fake=lambda weight, *_: weight.new_empty(weight.shape),
+    default=reference.effective_weight,
+    setup_context=_setup_effective_weight,
+    backward=_backward_effective_weight,
+)
+
+effective_weight_out = _define(
+    "effective_weight_out(Tensor(a!) out, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
+    "Tensor scale) -> ()",
+    check=_check_effective_weight_out,
+    fake=_no_output,
+    default=reference.effective_weight_out,
+)
+
+effective_weight_from_values_out = _define(
+    "effective_weight_from_values_out(Tensor(a!) out, Tensor? weight, Tensor values, Tensor mask_words, "
+    "Tensor scale) -> ()",
+    check=_check_effective_weight_from_values_out,
+    fake=_no_output,
+    default=reference.effective_weight_from_values_out,
+)
+
+masked_factor_values = _define(
+    "masked_factor_values(Tensor lora_a, Tensor lora_b, Tensor mask_words, int count) -> Tensor",
+    check=_check_masked_factor_values,
+    fake=lambda lora_a, lora_b, mask_words, count: lora_a.new_empty(
+        (count,), dtype=torch.float64 if lora_a.dtype == torch.float64 else torch.float32
+    ),
+    default=reference.masked_factor_values,
+    setup_context=_setup_masked_factor_values,
+    backward=_backward_masked_factor_values,
+)
+
+
+# --- masked LoRA and masked values, convolution: forward, input gradient, adapter gradients --------------------------
+
+
+def _conv2d_size(
+    x_size: tuple[int, ...], kernel_size: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    """Height and width of a convolution's output."""
+    return [
+        (x_size[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+
+
+def _check_window(
+    x_size: tuple[int, ...], kernel_size: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int]
+) -> None:
+    for name, pair in (("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation)):
+        if len(pair) != 2 or min(pair) < (0 if name == "padding" else 1):
+            raise ValueError(f"{name} must be two positive integers (height, width), not {list(pair)}")
+    if min(_conv2d_size(x_size, kernel_size, stride, padding, dilation)) < 1:
+        raise ValueError(f"an image of {x_size[2]} x {x_size[3]} is smaller than the kernel {list(kernel_size)}")
+
+
+def _check_masked_lora_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_factors(lora_a, lora_b, 4)
+    _check_images("x", x, lora_a.shape[1])
+    _check_weight(weight, bias, (lora_b.shape[0], *lora_a.shape[1:]))
+    _check_same_dtype(x=x, weight=weight, bias=bias)
+    check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
+    _check_scale(scale)
+    _check_window(x.shape, lora_a.shape[2:], stride, padding, dilation)
+    check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
+
+
+def _check_masked_lora_conv2d_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_factors(lora_a, lora_b, 4)
+    _check_images("grad_output", grad_output, lora_b.shape[0])
+    _check_weight(weight, None, (lora_b.shape[0], *lora_a.shape[1:]))
+    _check_same_dtype(grad_output=grad_output, weight=weight)
+    check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
+    _check_scale(scale)
+    _check_window(tuple(input_size), lora_a.shape[2:], stride, padding, dilation)
+
+
+def _check_masked_lora_conv2d_factor_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_factors(lora_a, lora_b, 4)
+    _check_images("x", x, lora_a.shape[1])
+    _check_images("grad_output", grad_output, lora_b.shape[0])
+    _check_same_dtype(grad_output=grad_output, x=x)
+    check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
+    _check_scale(scale)
+    _check_window(x.shape, lora_a.shape[2:], stride, padding, dilation)
+
+
+def _check_masked_values_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_values(values)
+    if x.dim() != 4:
+        raise ValueError(f"x {_shape(x)} must be [n, C_in, height, width]")
+    _check_floats(x=x)
+    _check_window(x.shape, tuple(kernel_size), stride, padding, dilation)
+    shape = (mask_words.shape[0], x.shape[1], *kernel_size)
+    _check_weight(weight, bias, shape)
+    _check_same_dtype(x=x, weight=weight, bias=bias)
+    check_mask_words(mask_words, shape[0], _flat_columns(shape))
+    _check_scale(scale)
+    check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
+
+
+def _check_masked_values_conv2d_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_values(values)
+    _check_images("grad_output", grad_output, mask_words.shape[0])
+    _check_window(tuple(input_size), tuple(kernel_size), stride, padding, dilation)
+    shape = (mask_words.shape[0], input_size[1], *kernel_size)
+    _check_weight(weight, None, shape)
+    _check_same_dtype(grad_output=grad_output, weight=weight)
+    check_mask_words(mask_words, shape[0], _flat_columns(shape))
+    _check_scale(scale)
+
+
+def _check_masked_values_conv2d_gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    _check_masked_values_conv2d(x, None, None, values, mask_words, scale, kernel_size, stride, padding, dilation)
+    _check_images("grad_output", grad_output, mask_words.shape[0])
+    _check_same_dtype(grad_output=grad_output, x=x)
+
+
+def _setup_masked_lora_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lora_a, lora_b, mask_words, scale, stride, padding, dilation = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale)
+    ctx.window = (stride, padding, dilation)
+
+
+def _setup_masked_values_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, values, mask_words, scale, kernel_size, stride, padding, dilation = inputs
+    ctx.save_for_backward(x, weight, values, mask_words, scale)
+    ctx.window = (kernel_size, stride, padding, dilation)
+
+
+def _backward_frozen_conv2d(
+    ctx: Any, grad_output: Tensor, x: Tensor, weight: Tensor | None, window: tuple[list[int], ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias (arguments 1 and 2), for callers that did not freeze them."""
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, grad_output, *window)
+    return grad_weight, grad_output.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+
+
+def _backward_masked_lora_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
+    delta = (lora_a, lora_b, mask_words, scale)
+    grad_x = grad_a = grad_b = None
+    with _without_autocast(grad_output):
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.fade_kernels.masked_lora_conv2d_input_gradient(
+                grad_output, weight, *delta, x.shape, *ctx.window
+            )
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grad_a, grad_b = torch.ops.fade_kernels.masked_lora_conv2d_factor_gradients(
+                grad_output, x, *delta, *ctx.window
+            )
+        grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight, ctx.window)
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None
+
+
+def _backward_masked_values_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, values, mask_words, scale = ctx.saved_tensors
+    delta = (values, mask_words, scale)
+    grad_x = grad_values = None
+    with _without_autocast(grad_output):
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.fade_kernels.masked_values_conv2d_input_gradient(
+                grad_output, weight, *delta, x.shape, *ctx.window
+            )
+        if ctx.needs_input_grad[3]:
+            grad_values = torch.ops.fade_kernels.masked_values_conv2d_gradient(grad_output, x, *delta, *ctx.window)
+        grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight, ctx.window[1:])
+    return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None, None
+
+
+_define(
+    "masked_lora_conv2d_input_gradient(Tensor grad_output, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor mask_words, Tensor scale, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
+    "-> Tensor",
+    check=_check_masked_lora_conv2d_input_gradient,
+    fake=lambda grad_output, weight, lora_a, lora_b, words, scale, input_size, *_: grad_output.new_empty(input_size),
+    default=reference.masked_lora_conv2d_input_gradient,
+)
+
+_define(
+    "masked_lora_conv2d_factor_gradients(Tensor grad_output, Tensor x, Tensor lora_a, Tensor lora_b, "
+    "Tensor mask_words, Tensor scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> (Tensor, Tensor)",
+    check=_check_masked_lora_conv2d_factor_gradients,
+    fake=lambda grad_output, x, lora_a, lora_b, *_: (
+        lora_a.new_empty(lora_a.shape),
+        lora_b.new_empty(lora_b.shape),
+    ),
+    default=reference.masked_lora_conv2d_factor_gradients,
+)
+
+masked_lora_conv2d = _define(
+    "masked_lora_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
+    "Tensor scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    check=_check_masked_lora_conv2d,
+    fake=lambda x, weight, bias, lora_a, lora_b, mask_words, scale, *window: x.new_empty(
+        (x.shape[0], lora_b.shape[0], *_conv2d_size(x.shape, lora_a.shape[2:], *window))
+    ),
+    default=reference.masked_lora_conv2d,
+    setup_context=_setup_masked_lora_conv2d,
+    backward=_backward_masked_lora_conv2d,
+)
+
+_define(
+    "masked_values_conv2d_input_gradient(Tensor grad_output, Tensor? weight, Tensor values, Tensor mask_words, "
+    "Tensor scale, SymInt[] input_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
+    "-> Tensor",
+    check=_check_masked_values_conv2d_input_gradient,
+    fake=lambda grad_output, weight, values, words, scale, input_size, *_: grad_output.new_empty(input_size),
+    default=reference.masked_values_conv2d_input_gradient,
+)
+
+_define(
+    "masked_values_conv2d_gradient(Tensor grad_output, Tensor x, Tensor values, Tensor mask_words, Tensor scale, "
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    check=_check_masked_values_conv2d_gradient,
+    fake=lambda grad_output, x, values, *_: values.new_empty(values.shape),
+    default=reference.masked_values_conv2d_gradient,
+)
+
+masked_values_conv2d = _define(
+    "masked_values_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor values, Tensor mask_words, Tensor scale, "
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    check=_check_masked_values_conv2d,
+    fake=lambda x, weight, bias, values, mask_words, scale, kernel_size, *window: x.new_empty(
+        (x.shape[0], mask_words.shape[0], *_conv2d_size(x.shape, kernel_size, *window))
+    ),
+    default=reference.masked_values_conv2d,
+    setup_context=_setup_masked_values_conv2d,
+    backward=_backward_masked_values_conv2d,
 )

@@ -4,6 +4,8 @@ Written for reading, not for speed; works on every device and, where the arithme
 its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,387 @@ def scatter_masked_(weight: Tensor, values: Tensor, mask_words: Tensor) -> None:
     if values.numel() != count:
         raise ValueError(f"the mask has {count} set bits, but there are {values.numel()} values")
     weight[mask] = values
+
+
+# --- saliency --------------------------------------------------------------------------------------------------------
+
+
+def _contribution(gradient: Tensor, magnitude: str) -> Tensor:
+    """What a gradient adds to its accumulator: |g| (FADE), g (SalUn, magnitude taken at the end), g^2 (Fisher)."""
+    return {"abs": torch.abs, "signed": lambda g: g, "square": torch.square}[magnitude](gradient)
+
+
+def accumulate_gradient_magnitude_(saliency: list[Tensor], gradient: list[Tensor], magnitude: str) -> None:
+    """S += |g|, g or g^2 for each pair, in the accumulator's dtype."""
+    for s, g in zip(saliency, gradient, strict=True):
+        s.add_(_contribution(g.to(s.dtype), magnitude))
+
+
+def accumulate_linear_gradient_magnitude_(
+    saliency: Tensor, grad_output: Tensor, input: Tensor, magnitude: str, per_sample: bool
+) -> None:
+    """S [N, K] += |dY^T X| over all leading dimensions, or with `per_sample` the sum over dim 0 of |dY_i^T X_i|."""
+    rows, columns = saliency.shape
+    samples = input.shape[0] if per_sample else 1
+    if input.numel() == 0 or grad_output.numel() == 0:
+        return
+    dy = grad_output.to(saliency.dtype).reshape(samples, -1, rows)
+    x = input.to(saliency.dtype).reshape(samples, -1, columns)
+    for i in range(samples):
+        saliency.add_(_contribution(dy[i].T @ x[i], magnitude))
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+def select_top_k(scores: list[Tensor], k: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The k largest of all scores together, as packed masks; ties go to the first in (tensor, flat index) order.
+
+    The threshold is the largest t for which at least k scores are >= t. Non-negative floats order like their bit
+    patterns, so it is found by bisection over those, with no copy of more than one tensor.
+
+    Returns:
+        Mask words of each tensor seen as [N, K]; the k-th largest score, 0-d; index of the first tensor that holds NaN
+        or a negative value, int64 0-d, or -1. Where it is not -1 the masks are empty and the threshold is 0.
+    """
+    shapes = [(s.shape[0], s.numel() // s.shape[0] if s.shape[0] else math.prod(s.shape[1:])) for s in scores]
+    for i, s in enumerate(scores):
+        if not bool((s >= 0).all()):
+            words = [pack_mask(s.new_zeros(shape, dtype=torch.bool)) for s, shape in zip(scores, shapes, strict=True)]
+            return words, s.new_zeros(()), torch.tensor(i, device=s.device)
+
+    def keys(s: Tensor) -> Tensor:
+        return s.abs().contiguous().view(torch.int32)  # abs: -0 counts as 0
+
+    low, high = 0, 0x7F800000  # bit patterns of 0 and infinity
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(sum((keys(s) >= middle).sum() for s in scores)) >= k:
+            low = middle
+        else:
+            high = middle - 1
+    ties_left = k - int(sum((keys(s) > low).sum() for s in scores))
+    words = []
+    for s, shape in zip(scores, shapes, strict=True):
+        key = keys(s).reshape(shape)
+        tie = key == low
+        rank = tie.flatten().cumsum(0).reshape(shape)
+        words.append(pack_mask((key > low) | (tie & (rank <= ties_left))))
+        ties_left -= min(ties_left, int(tie.sum()))
+    threshold = torch.tensor(low, dtype=torch.int32, device=scores[0].device).view(torch.float32)
+    return words, threshold, torch.tensor(-1, device=scores[0].device)
+
+
+# --- masked LoRA -----------------------------------------------------------------------------------------------------
+#
+# Delta = s M o (B A), or s times values scattered to the mask's positions. Two terms, x W^T + x Delta^T, each in
+# at least fp32 and rounded once: in 16 bits W + Delta would lose a Delta below half an ulp of W.
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _factor_delta(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    product = lora_b.to(dtype).flatten(1) @ lora_a.to(dtype).flatten(1)  # [N, r] @ [r, K] -> [N, K]
+    return torch.where(unpack_mask(mask_words, product.shape[1]), scale.to(dtype) * product, 0.0)
+
+
+def _values_delta(values: Tensor, mask_words: Tensor, columns: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    delta = torch.zeros(mask_words.shape[0], columns, dtype=dtype, device=mask_words.device)
+    scatter_masked_(delta, scale.to(dtype) * values.to(dtype), mask_words)
+    return delta
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor) -> Tensor:
+    wide = x.to(delta.dtype)
+    y = torch.nn.functional.linear(wide, delta)
+    if weight is not None:
+        y = torch.nn.functional.linear(wide, weight.to(delta.dtype)) + y
+    if bias is not None:
+        y = y + bias.to(delta.dtype)
+    return y.to(x.dtype)
+
+
+def _linear_input_gradient(grad_output: Tensor, weight: Tensor | None, delta: Tensor) -> Tensor:
+    wide = grad_output.to(delta.dtype)
+    grad = wide @ delta
+    if weight is not None:
+        grad = wide @ weight.to(delta.dtype) + grad
+    return grad.to(grad_output.dtype)
+
+
+def _linear_weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
+    dtype = _compute_dtype(x)
+    dy, rows = (tensor.to(dtype).reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x))
+    return dy.t() @ rows  # [N, T] @ [T, K] -> [N, K]
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+) -> Tensor:
+    """y = x W^T + x (s M o (B A))^T + bias for x [..., K], W [N, K] (or None), A [r, K], B [N, r]."""
+    return _linear(x, weight, bias, _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x)))
+
+
+def masked_lora_linear_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+) -> Tensor:
+    """dX = dY W + dY (s M o (B A)) for dY [..., N]."""
+    delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(grad_output))
+    return _linear_input_gradient(grad_output, weight, delta)
+
+
+def masked_lora_linear_factor_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """dA, dB of `masked_lora_linear`: the contraction of G = dY^T X (`masked_factor_gradients`)."""
+    return masked_factor_gradients(_linear_weight_gradient(grad_output, x), lora_a, lora_b, mask_words, scale)
+
+
+def masked_factor_gradients(
+    weight_gradient: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dA = s B^T (M o G), dB = s (M o G) A^T for a weight gradient G [N, K], in the factors' dtypes."""
+    dtype = _compute_dtype(weight_gradient)
+    mask = unpack_mask(mask_words, weight_gradient.shape[1])
+    masked = torch.where(mask, scale.to(dtype) * weight_gradient.to(dtype), 0.0)
+    grad_a = lora_b.to(dtype).t() @ masked  # [r, N] @ [N, K] -> [r, K]
+    grad_b = masked @ lora_a.to(dtype).t()  # [N, K] @ [K, r] -> [N, r]
+    return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+
+
+def masked_values_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+) -> Tensor:
+    """y = x W^T + x Delta^T + bias with Delta = s times values [nnz] at the mask's positions, row-major."""
+    return _linear(x, weight, bias, _values_delta(values, mask_words, x.shape[-1], scale, _compute_dtype(x)))
+
+
+def masked_values_linear_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    in_features: int,
+    regime: int = 0,
+) -> Tensor:
+    """dX = dY W + dY Delta for dY [..., N]."""
+    delta = _values_delta(values, mask_words, in_features, scale, _compute_dtype(grad_output))
+    return _linear_input_gradient(grad_output, weight, delta)
+
+
+def masked_values_linear_gradient(
+    grad_output: Tensor, x: Tensor, values: Tensor, mask_words: Tensor, scale: Tensor, regime: int = 0
+) -> Tensor:
+    """dV = s (dY^T X) at the mask's positions: [nnz] in the values' dtype; of `values`, only size and dtype matter."""
+    gradient = _linear_weight_gradient(grad_output, x)
+    return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)
+
+
+def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
+    """(B A) at the mask's positions, row-major: [count], fp32 (fp64 for fp64 factors)."""
+    dtype = _compute_dtype(lora_a)
+    return gather_masked(lora_b.to(dtype) @ lora_a.to(dtype), mask_words, count)
+
+
+def effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor) -> Tensor:
+    """W + s M o (B A) for W [N, K], added in fp32 (fp64 for fp64) and rounded once to W's dtype."""
+    delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(weight))
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+def effective_weight_out(
+    out: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
+) -> None:
+    """`effective_weight` into existing memory, which may be the weight itself; without a weight, the delta alone."""
+    base = torch.zeros_like(out) if weight is None else weight
+    out.copy_(effective_weight(base, lora_a, lora_b, mask_words, scale))
+
+
+def effective_weight_from_values_out(
+    out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
+) -> None:
+    """The same with the delta given by its values [nnz] at the mask's positions, row-major."""
+    delta = _values_delta(values, mask_words, out.shape[1], scale, _compute_dtype(out))
+    out.copy_(delta if weight is None else weight.to(delta.dtype) + delta)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    delta: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = x.to(delta.dtype)
+    y = torch.nn.functional.conv2d(wide, delta, None, stride, padding, dilation)
+    if weight is not None:
+        y = torch.nn.functional.conv2d(wide, weight.to(delta.dtype), None, stride, padding, dilation) + y
+    if bias is not None:
+        y = y + bias.to(delta.dtype).reshape(-1, 1, 1)
+    return y.to(x.dtype)
+
+
+def _conv2d_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    delta: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = grad_output.to(delta.dtype)
+    gradient = torch.nn.grad.conv2d_input(input_size, delta, wide, stride, padding, dilation)
+    if weight is not None:
+        frozen = weight.to(delta.dtype)
+        gradient = torch.nn.grad.conv2d_input(input_size, frozen, wide, stride, padding, dilation) + gradient
+    return gradient.to(grad_output.dtype)
+
+
+def _conv2d_weight_gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    dtype = _compute_dtype(x)
+    size = (grad_output.shape[1], x.shape[1], *kernel_size)
+    return torch.nn.grad.conv2d_weight(x.to(dtype), size, grad_output.to(dtype), stride, padding, dilation)
+
+
+def masked_lora_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """The linear's definition for W [C_out, C_in, kh, kw], A [r, C_in, kh, kw], B [C_out, r, 1, 1]."""
+    delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x))
+    delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
+    return _conv2d(x, weight, bias, delta, stride, padding, dilation)
+
+
+def masked_lora_conv2d_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """dX of `masked_lora_conv2d`."""
+    delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(grad_output))
+    delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
+    return _conv2d_input_gradient(grad_output, weight, delta, input_size, stride, padding, dilation)
+
+
+def masked_lora_conv2d_factor_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    """dA, dB of `masked_lora_conv2d`, in the factors' four-dimensional shapes."""
+    gradient = _conv2d_weight_gradient(grad_output, x, list(lora_a.shape[2:]), stride, padding, dilation)
+    flat_a, flat_b = lora_a.flatten(1), lora_b.flatten(1)
+    grad_a, grad_b = masked_factor_gradients(gradient.flatten(1), flat_a, flat_b, mask_words, scale)
+    return grad_a.reshape(lora_a.shape), grad_b.reshape(lora_b.shape)
+
+
+def masked_values_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """`masked_values_linear` for convolutions: Delta [C_out, C_in kh kw] seen as [C_out, C_in, kh, kw]."""
+    shape = (mask_words.shape[0], x.shape[1], *kernel_size)
+    delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(x))
+    return _conv2d(x, weight, bias, delta.reshape(shape), stride, padding, dilation)
+
+
+def masked_values_conv2d_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """dX of `masked_values_conv2d`."""
+    shape = (mask_words.shape[0], input_size[1], *kernel_size)
+    delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(grad_output))
+    return _conv2d_input_gradient(grad_output, weight, delta.reshape(shape), input_size, stride, padding, dilation)
+
+
+def masked_values_conv2d_gradient(
+    grad_output: Tensor,
+    x: Tensor,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """dV of `masked_values_conv2d`: [nnz] in the values' dtype."""
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation).flatten(1)
+    return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)

@@ -16,6 +16,8 @@ struct BFloat16 {
 
 FADE_HOST_DEVICE float to_float(float value) { return value; }
 
+FADE_HOST_DEVICE float to_float(double value) { return static_cast<float>(value); }
+
 FADE_HOST_DEVICE float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 FADE_HOST_DEVICE float to_float(Half value) {
