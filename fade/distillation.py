@@ -1,0 +1,182 @@
+"""Stage 2, overwrite: self-distillation of the sparse adapter (FADE, arXiv 2602.07058, section 3).
+
+With ε_θ the frozen model and ε_{θ+Δ} the adapted one, on noised latents z_t,
+
+    L_f = ‖ε_{θ+Δ}(z_t^f, c_forget) − ε_θ(z_t^f, c_surrogate)‖²
+    L_r = ‖ε_{θ+Δ}(z_t^r, c_retain) − ε_θ(z_t^r, c_retain)‖²
+    L   = w_f L_f + w_r L_r,   averaged over elements,
+
+and only the adapter is trained. Teacher and student are one network, with the adapter off and on; each runs once per
+step on the forget and the retain half together.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fade.adapter import Adapter
+from fade.backbones import Backbone
+from fade.config import OverwriteConfig
+from fade.errors import DivergedError, FadeError
+from fade.files import atomic_write
+from fade.latents import Latents
+from fade.noise import epoch_order, forget_timesteps, step_generator, uniform_timesteps
+from fade.progress import progress_bar
+
+
+@dataclass
+class Losses:
+    """Mean losses of each optimiser step, unweighted."""
+
+    forget: list[float] = field(default_factory=list)
+    retain: list[float] = field(default_factory=list)
+
+
+def overwrite(
+    backbone: Backbone,
+    adapter: Adapter,
+    latents: Latents,
+    embeddings: Mapping[str, Tensor],
+    config: OverwriteConfig,
+    seed: int,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Losses:
+    """Trains the adapter in place and returns the losses.
+
+    `embeddings` maps every prompt of `latents` to [tokens, width]. With `checkpoint` the state is written there every
+    `config.checkpoint_every` steps; with `resume` as well, training goes on from it and ends as it would have without
+    the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint.
+    """
+    forget = torch.stack([embeddings[p] for p in latents.forget_prompts])
+    surrogate = torch.stack([embeddings[p] for p in latents.surrogate_prompts])
+    retain = torch.stack([embeddings[p] for p in latents.retain_prompts])
+    sample_forget = forget_timesteps(config, backbone, latents.forget[:16], forget[:16], surrogate[:16], seed)
+    sample_retain = uniform_timesteps(backbone.num_timesteps)
+    device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
+
+    def batch_losses(batch: int) -> tuple[Tensor, Tensor]:
+        i_f = epoch_order(seed, "overwrite forget", len(latents.forget), batch, halves[0])
+        i_r = epoch_order(seed, "overwrite retain", len(latents.retain), batch, halves[1])
+        generator = step_generator(seed, "overwrite", batch)
+        clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        timesteps = torch.cat([sample_forget(halves[0], generator), sample_retain(halves[1], generator)]).to(device)
+        noised = backbone.add_noise(clean, noise, timesteps)
+        with torch.inference_mode(), _adapters_off(adapter):
+            taught = backbone.predict(noised, timesteps, torch.cat([surrogate[i_f], retain[i_r]]))
+        # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
+        target_forget, target_retain = taught.float().clone().split(halves)
+        student = backbone.predict(noised, timesteps, torch.cat([forget[i_f], retain[i_r]])).float()
+        student_forget, student_retain = student.split(halves)
+        return F.mse_loss(student_forget, target_forget), F.mse_loss(student_retain, target_retain)
+
+    parameters = adapter.parameters()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, foreach=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine_with_warmup(step, config))
+    losses, first = Losses(), 0
+    if resume and checkpoint is not None and checkpoint.is_file():
+        first = _load_checkpoint(checkpoint, parameters, optimizer, schedule, losses)
+
+    with progress_bar("overwriting", config.steps, progress) as advance:
+        for _ in range(first):
+            advance()
+        for step in range(first, config.steps):
+            sums = torch.zeros(2)
+            for micro in range(config.accumulation):
+                loss_forget, loss_retain = batch_losses(step * config.accumulation + micro)
+                loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
+                (loss / config.accumulation).backward()
+                sums += torch.stack([loss_forget, loss_retain]).detach().cpu() / config.accumulation
+            if not torch.isfinite(sums).all():
+                kept = f"; the last checkpoint is in {checkpoint}" if checkpoint and checkpoint.is_file() else ""
+                raise DivergedError(
+                    f"the loss became {sums.sum().item()} at step {step + 1}{kept}. Lower the learning rate "
+                    f"(now {config.learning_rate})"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.forget.append(float(f"{sums[0].item():.5g}"))
+            losses.retain.append(float(f"{sums[1].item():.5g}"))
+            advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
+            if checkpoint is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+                _save_checkpoint(checkpoint, parameters, optimizer, losses)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return losses
+
+
+def _cosine_with_warmup(step: int, config: OverwriteConfig) -> float:
+    """Factor of the learning rate: linear up to 1 over the warm-up, then half a cosine down to 0."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+
+
+@contextlib.contextmanager
+def _adapters_off(adapter: Adapter) -> Iterator[None]:
+    """The frozen model: the flag that `disable_adapters` sets, without its walk over the whole model."""
+    layers = list(adapter.layers.values())
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _save_checkpoint(path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, losses: Losses) -> None:
+    tensors = {}
+    for index, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        tensors |= {f"{index}.{key}": value.detach().cpu() for key, value in state.items()}
+        tensors[f"{index}.parameter"] = parameter.detach().cpu()
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"losses": json.dumps(vars(losses))})
+
+
+def _load_checkpoint(
+    path: Path,
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    losses: Losses,
+) -> int:
+    """Restores the state and returns the number of steps done. Raises FadeError for a file that does not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {})["losses"])
+            keys = list(file.keys())
+            for index, parameter in enumerate(parameters):
+                state = {}
+                for key in keys:
+                    owner, _, name = key.partition(".")
+                    if owner == str(index) and name != "parameter":
+                        tensor = file.get_tensor(key)
+                        state[name] = tensor if name == "step" else tensor.to(parameter.device)
+                optimizer.state[parameter] = state
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(f"{index}.parameter"))
+    except (SafetensorError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        raise FadeError(f"the checkpoint {path} does not fit this run ({error}); use --overwrite") from error
+    losses.forget, losses.retain = saved["forget"], saved["retain"]
+    done = len(losses.forget)
+    schedule.last_epoch = done - 1
+    schedule.step()
+    return done

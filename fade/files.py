@@ -1,0 +1,33 @@
+"""Writing files so that a full disk, Ctrl-C or a crash never costs the old file: write beside it, flush, rename."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from fade.errors import FadeError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path in `path`'s folder; on success it is flushed to disk and renamed to `path`.
+
+    On any exception, KeyboardInterrupt included, the temporary file is removed and an existing `path` stays as it was.
+    Raises FadeError when the folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FadeError(f"cannot create the folder {path.parent}: {error.strerror or error}") from error
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FadeError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""Progress bars: one look for every long loop, drawn only where somebody watches."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int, enabled: bool) -> Iterator[Callable[..., None]]:
+    """Yields `advance(note="")`, to be called once a step; the note (such as losses) is shown behind the bar."""
+    bar = Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+    with bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda note="": bar.update(task, advance=1, note=note)
+
+
+def track(items: Sequence[T], description: str, enabled: bool) -> Iterator[T]:
+    """The items, one tick each."""
+    with progress_bar(description, len(items), enabled) as advance:
+        for item in items:
+            yield item
+            advance()

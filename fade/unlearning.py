@@ -1,0 +1,221 @@
+"""The walk of one unlearning run: prompts, latents, locate, attach, overwrite, save. Each part lives in its own file;
+here they only follow one another, and a later part never reaches into an earlier one."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fade.adapter import Adapter, active_adapters, attach, new_metadata, set_active_adapters
+from fade.backbones import Backbone, backbone_for
+from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, target_layers
+from fade.concept import Concept, concept_from_words, digitcanvas_concept
+from fade.config import Config
+from fade.distillation import overwrite as run_overwrite
+from fade.errors import FadeError
+from fade.files import atomic_write
+from fade.latents import Latents, prepare_latents
+from fade.measure import Measurement, measured
+from fade.saliency import Located, locate
+from fade_kernels import BitMask
+
+ADAPTER_FILE, RUN_FILE, LATENTS_FILE = "adapter.safetensors", "run.json", "latents.safetensors"
+# These three exist only while a run is unfinished.
+REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE = "request.json", "masks.safetensors", "checkpoint.safetensors"
+
+
+def unlearn(
+    pipeline: Any,
+    forget: str | None = None,
+    surrogate: str | None = None,
+    *,
+    concept: Concept | None = None,
+    templates: Sequence[str] | None = None,
+    retain: Sequence[str] | None = None,
+    config: Config | None = None,
+    output: str | Path | None = None,
+    name: str = "fade",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+) -> Adapter:
+    """Makes a pipeline answer `forget` as it answers `surrogate`, and everything else as before.
+
+    Args:
+        pipeline: a diffusers StableDiffusionPipeline (1.x or 2.x). Its own weights are never changed.
+        forget, surrogate: the concept and what takes its place, put into `templates` (one `{}` each). On the bundled
+            DigitCanvas, two digits or two styles.
+        concept: the prompts themselves, instead of words and templates.
+        retain: prompts of what must stay; neutral ones by default.
+        config: every other setting (`fade.Config`).
+        output: folder for `adapter.safetensors`, `run.json`, cached latents and checkpoints; None keeps nothing.
+        name: the adapter's name on the pipeline.
+        overwrite: use `output` though it is in use; resume: go on with an interrupted run in it.
+        progress: show progress bars.
+
+    Returns the adapter, attached and enabled. Adapters that were on before stay on; the new one is trained without
+    them, against the base weights. Raises FadeError for bad input, DivergedError where the loss is not finite.
+    """
+    config = config or Config()
+    backbone = backbone_for(pipeline)
+    if concept is None:
+        concept = _concept(pipeline, forget, surrogate, templates, retain)
+    layers = target_layers(backbone.denoiser, config.locate.targets)
+    if name in getattr(backbone.denoiser, "peft_config", {}):
+        raise FadeError(f"the pipeline already has an adapter called {name!r}; choose another name or remove it")
+    refuse_merged(backbone.denoiser)
+    digests = fingerprint(backbone.denoiser)
+    folder = None if output is None else _open_folder(Path(output), concept, config, digests, overwrite, resume)
+
+    data, located_in, overwritten = Measurement(), Measurement(), Measurement()
+    with _frozen(backbone.denoiser) as active:
+        with measured(backbone.device) as data:
+            latents = prepare_latents(
+                backbone, concept, config.data, config.seed, next(iter(digests.values())),
+                folder and folder / LATENTS_FILE, progress,
+            )  # fmt: skip
+            embeddings = _encode(backbone, latents)
+        with backbone.only_denoiser_on_device():
+            with measured(backbone.device) as located_in:
+                located = _located_before(folder) if resume else None
+                if located is None:
+                    located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
+                    if folder is not None:
+                        _keep_located(folder, located)
+            values = config.overwrite.parameters == "values"
+            scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
+            torch.manual_seed(config.seed)
+            adapter = attach(
+                pipeline, name, located.masks, rank=config.overwrite.rank,
+                alpha=scale if values else config.overwrite.alpha, values=values,
+                metadata=new_metadata(concept, config, base_name(pipeline), digests, scale),
+            )  # fmt: skip
+            set_active_adapters(backbone.denoiser, [name])
+            try:
+                with measured(backbone.device) as overwritten:
+                    losses = run_overwrite(
+                        backbone, adapter, latents, embeddings, config.overwrite, config.seed,
+                        folder and folder / CHECKPOINT_FILE, resume, progress,
+                    )  # fmt: skip
+            except BaseException:
+                adapter.remove()
+                raise
+        active.append(name)
+
+    adapter.metadata["run"] = {
+        "seconds": {"data": data.seconds, "locate": located_in.seconds, "overwrite": overwritten.seconds},
+        "peak_memory_bytes": {
+            "locate": located_in.peak_memory_bytes, "overwrite": overwritten.peak_memory_bytes,
+        },
+        "losses": vars(losses),
+        "threshold": located.threshold,
+        "selected": located.selected,
+        "total": located.total,
+        "layers": located.layers,
+    }  # fmt: skip
+    if folder is not None:
+        adapter.save(folder / ADAPTER_FILE)
+        _write_json(folder / RUN_FILE, adapter.metadata)
+        for leftover in (REQUEST_FILE, CHECKPOINT_FILE, MASKS_FILE):
+            (folder / leftover).unlink(missing_ok=True)
+    return adapter
+
+
+def _concept(
+    pipeline: Any,
+    forget: str | None,
+    surrogate: str | None,
+    templates: Sequence[str] | None,
+    retain: Sequence[str] | None,
+) -> Concept:
+    if forget is None or surrogate is None:
+        raise FadeError("name the concept to forget and its surrogate, e.g. forget='three', surrogate='eight'")
+    if templates is None and is_digitcanvas(pipeline):
+        return digitcanvas_concept(forget, surrogate, retain)
+    return concept_from_words(forget, surrogate, templates, retain)
+
+
+def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
+    """Every prompt of the run, encoded once."""
+    prompts = sorted({*latents.forget_prompts, *latents.surrogate_prompts, *latents.retain_prompts})
+    return dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+
+
+@contextlib.contextmanager
+def _frozen(denoiser: nn.Module) -> Iterator[list[str]]:
+    """The denoiser in evaluation mode, its weights needing no gradient, its adapters off; all as it was afterwards.
+
+    Yields the names of the adapters to switch on at the end, to which a new one may be added.
+    """
+    training = denoiser.training
+    needed = [p for p in denoiser.parameters() if p.requires_grad]
+    active = active_adapters(denoiser)
+    denoiser.eval().requires_grad_(False)
+    set_active_adapters(denoiser, [])
+    try:
+        yield active
+    finally:
+        set_active_adapters(denoiser, active)
+        for parameter in needed:
+            parameter.requires_grad_(True)
+        denoiser.train(training)
+
+
+def _open_folder(
+    folder: Path, concept: Concept, config: Config, digests: dict[str, str], overwrite: bool, resume: bool
+) -> Path:
+    """The output folder, ready for a new run or for going on with an interrupted one. Raises FadeError."""
+    request = {"concept": vars(concept), "config": config.to_dict(), "fingerprint": digests}
+    request = json.loads(json.dumps(request))
+    if folder.exists() and not folder.is_dir():
+        raise FadeError(f"the output {folder} is a file; name a folder")
+    if resume:
+        try:
+            before = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            state = "is complete" if (folder / ADAPTER_FILE).exists() else "was never started"
+            raise FadeError(f"there is nothing to resume in {folder}: the run {state}; leave out --resume") from error
+        changed = [key for key in request if before.get(key) != request[key]]
+        if changed:
+            raise FadeError(f"the run in {folder} has another {' and '.join(changed)}; resume with the same settings")
+        return folder
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it or --resume to go on")
+    for leftover in (CHECKPOINT_FILE, MASKS_FILE):
+        (folder / leftover).unlink(missing_ok=True)
+    _write_json(folder / REQUEST_FILE, request)
+    return folder
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _keep_located(folder: Path, located: Located) -> None:
+    record = {
+        "layers": located.layers, "threshold": located.threshold,
+        "selected": located.selected, "total": located.total,
+        "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
+    }  # fmt: skip
+    with atomic_write(folder / MASKS_FILE) as temporary:
+        words = {name: mask.words.cpu().contiguous() for name, mask in located.masks.items()}
+        save_file(words, temporary, metadata={"located": json.dumps(record)})
+
+
+def _located_before(folder: Path) -> Located | None:
+    """The masks of an interrupted run, None where it had not come that far."""
+    path = folder / MASKS_FILE
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["located"])
+    words = load_file(path)
+    masks = {name: BitMask.from_words(words[name], tuple(shape)) for name, shape in record.pop("shapes").items()}
+    return Located(masks=masks, **record)

@@ -1,0 +1,172 @@
+"""The adapter file: the smaller form is chosen, everything in it is checked, loaders that know no masks refuse it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fade
+from fade.adapter_file import FORMAT, LayerTensors, read_adapter_file, write_adapter_file
+from fade.errors import AdapterFileError, FadeError
+from fade_kernels import BitMask, masked_factor_values
+
+from .adapters import random_adapter
+
+METADATA = {"concept": {"forget": "cat", "surrogate": "dog"}, "fingerprint": {"float32": "0"}, "scale": 2.0}
+
+
+def layer(density: float, rank: int | None, shape: tuple[int, int] = (40, 70), seed: int = 0) -> LayerTensors:
+    generator = torch.Generator().manual_seed(seed)
+    mask = BitMask.pack(torch.rand(shape, generator=generator) < density)
+    if rank is None:
+        return LayerTensors(mask, values=torch.randn(mask.count, generator=generator))
+    factors = (torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator))
+    return LayerTensors(mask, factors=factors)
+
+
+@pytest.mark.parametrize(("density", "form"), [(0.01, "values"), (0.9, "factors")])
+def test_the_smaller_form_is_written(tmp_path: Path, density: float, form: str) -> None:
+    layers = {"a": layer(density, 4), "b.c": layer(density, 4, (33, 32), seed=1)}
+    size = write_adapter_file(tmp_path / "f", METADATA, layers)
+    file = read_adapter_file(tmp_path / "f")
+    assert (file.metadata["form"], file.bytes) == (form, size)
+    assert file.selected == sum(tensors.mask.count for tensors in layers.values())
+    assert file.total == 40 * 70 + 33 * 32
+    for name, tensors in layers.items():
+        assert file.layers[name].mask == tensors.mask
+        if form == "factors":
+            assert all(torch.equal(a, b) for a, b in zip(file.layers[name].factors, tensors.factors, strict=True))
+        else:
+            wanted = masked_factor_values(*tensors.factors, tensors.mask)
+            assert torch.equal(file.layers[name].values, wanted)
+    alternative = 4 * (40 + 70 + 33 + 32) * 4 if form == "values" else 4 * file.selected
+    held = sum(t.nbytes for k, t in load_file(tmp_path / "f").items() if k.rpartition(".")[2] in ("values", "a", "b"))
+    assert held < alternative
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.5, 1.0])
+def test_masks_are_stored_as_words_or_columns_whichever_is_smaller(tmp_path: Path, density: float) -> None:
+    tensors = layer(density, None, (64, 640))
+    write_adapter_file(tmp_path / "f", METADATA, {"a": tensors})
+    stored = load_file(tmp_path / "f")
+    del stored["fade.unet.a.values"]
+    assert sum(t.nbytes for t in stored.values()) == min(64 * 20 * 4, 64 * 4 + 2 * tensors.mask.count)
+    back = read_adapter_file(tmp_path / "f").layers["a"]
+    assert back.mask == tensors.mask
+    assert torch.equal(back.values, tensors.values)
+
+
+def test_loaders_that_know_no_masks_refuse_it(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    adapter = random_adapter(pipeline)
+    adapter.save(tmp_path / "adapter.safetensors")
+    adapter.remove()
+    with pytest.raises(ValueError, match="Invalid LoRA"):
+        pipeline.load_lora_weights(tmp_path, weight_name="adapter.safetensors")
+    assert not getattr(pipeline.unet, "peft_config", {})
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        PeftModel.from_pretrained(pipeline.unet, str(tmp_path))
+
+
+def damaged(path: Path, **changes: object) -> Path:
+    """The file again with tensors (by key) replaced, dropped (None) or added, or the header's entries replaced."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    header = json.loads(metadata["fade"])
+    for key, value in changes.items():
+        if key.startswith("header_"):
+            header[key.removeprefix("header_")] = value
+        elif value is None:
+            tensors.pop("fade.unet.a." + key)
+        else:
+            tensors["fade.unet.a." + key] = value
+    target = path.with_name("damaged")
+    save_file(tensors, target, metadata={"format": metadata["format"], "fade": json.dumps(header)})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": None}, "values is missing"),
+        ({"values": torch.zeros(3)}, "values has dtype torch.float32 and shape"),
+        ({"values": torch.full((28,), float("nan"))}, "NaN"),
+        ({"columns": torch.zeros(28, dtype=torch.uint16)}, "out of range or out of order"),
+        ({"columns": torch.full((28,), 70).to(torch.uint16)}, "out of range or out of order"),
+        ({"row_counts": torch.full((40,), -1, dtype=torch.int32)}, "row_counts is out of range"),
+        ({"row_counts": torch.full((40,), 2**30, dtype=torch.int32)}, "row_counts is out of range"),
+        ({"row_counts": torch.zeros(40)}, "row_counts has dtype"),
+        ({"extra": torch.zeros(1)}, "belong to no layer"),
+        ({"header_form": "dense"}, "unknown form"),
+        ({"header_version": 99}, "format version 99"),
+        ({"header_shapes": {"a": [41, 70]}}, "has dtype torch.int32 and shape"),
+        ({"header_shapes": {"a": "wide"}}, "damaged"),
+        ({"header_shapes": {"a": [2**40, 2**40]}}, "has dtype torch.int32 and shape"),
+        ({"header_fingerprint": None}, "damaged"),
+        ({"header_concept": None}, "damaged"),
+        ({"header_scale": "much"}, "damaged"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    chosen = torch.zeros(40 * 70, dtype=torch.bool)
+    chosen[torch.randperm(40 * 70)[:28]] = True
+    tensors = LayerTensors(BitMask.pack(chosen.view(40, 70)), values=torch.randn(28))
+    write_adapter_file(tmp_path / "f", METADATA, {"a": tensors})
+    with pytest.raises(AdapterFileError, match=message):
+        read_adapter_file(damaged(tmp_path / "f", **changes))
+
+
+def test_factors_and_masks_are_checked(tmp_path: Path) -> None:
+    write_adapter_file(tmp_path / "f", METADATA, {"a": layer(0.9, 4)})
+    for changes, message in [
+        ({"a": torch.zeros(4, 69)}, "the factors of"),
+        ({"b": torch.zeros(40, 3)}, "the factors of"),
+        ({"b": torch.zeros(40, 4, dtype=torch.int32)}, "no floating-point"),
+        ({"mask": torch.full((40, 3), -1, dtype=torch.int32)}, "damaged"),  # bits set beyond the last column
+        ({"mask": torch.zeros(40, 2, dtype=torch.int32)}, "mask has dtype"),
+    ]:
+        with pytest.raises(AdapterFileError, match=message):
+            read_adapter_file(damaged(tmp_path / "f", **changes))
+
+
+def test_truncated_and_foreign_files(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    with pytest.raises(AdapterFileError, match="there is no adapter file"):
+        read_adapter_file(path)
+    write_adapter_file(path, METADATA, {"a": layer(0.1, 4)})
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(AdapterFileError, match="not a readable safetensors file"):
+            read_adapter_file(path)
+    path.write_bytes(b"\x80\x04\x95 a pickle, say" * 40)
+    with pytest.raises(AdapterFileError, match="not a readable safetensors file"):
+        read_adapter_file(path)
+    save_file({"lora_A": torch.zeros(2, 2)}, path)
+    with pytest.raises(AdapterFileError, match=f"does not say format={FORMAT}"):
+        read_adapter_file(path)
+    save_file({"x": torch.zeros(2, 2)}, path, metadata={"format": FORMAT, "fade": "{"})
+    with pytest.raises(AdapterFileError, match="damaged"):
+        read_adapter_file(path)
+
+
+def test_the_old_file_survives_a_full_disk(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, path = random_adapter(pipeline), tmp_path / "adapter.safetensors"
+    adapter.save(path)
+    old = path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fade.adapter_file.save_file", full)
+    with pytest.raises(FadeError, match="cannot write .*No space left on device; nothing was changed"):
+        adapter.save(path)
+    assert path.read_bytes() == old
+    assert fade.adapter_file.read_adapter_file(path).selected > 0

@@ -1,0 +1,66 @@
+"""Settings: every value is checked, and nothing unknown is ignored."""
+
+from pathlib import Path
+
+import pytest
+
+from fade.config import PAPER, Config
+from fade.errors import FadeError
+
+
+def test_round_trip_through_a_dictionary() -> None:
+    config = PAPER.replace(locate__targets=["to_k", "*.conv1"], overwrite__timestep_band=[0, 0.5], seed=7)
+    assert Config.from_dict(config.to_dict()) == config
+    assert config.locate.targets == ("to_k", "*.conv1")
+
+
+def test_replace_changes_only_what_it_names() -> None:
+    config = Config().replace(locate__keep=0.2, overwrite__rank=2)
+    assert (config.locate.keep, config.overwrite.rank) == (0.2, 2)
+    assert config.data == Config().data
+    assert config.overwrite.alpha == Config().overwrite.alpha
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('seed = 3\n[locate]\nkeep = 1\ntargets = ["to_v"]\n[overwrite]\nsteps = 5\n')
+    config = Config.load(path)
+    assert (config.seed, config.locate.keep, config.locate.targets, config.overwrite.steps) == (3, 1.0, ("to_v",), 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lokate": {}}, "unknown setting 'lokate'"),
+        ({"locate": {"kep": 0.1}}, "unknown setting 'locate.kep'"),
+        ({"overwrite": {"lora_dropout": 0.2}}, "unknown setting 'overwrite.lora_dropout'"),
+        ({"locate": {"keep": 0}}, r"keep must be in \(0, 1\]"),
+        ({"locate": {"keep": 1.01}}, r"keep must be in \(0, 1\]"),
+        ({"locate": {"keep": float("nan")}}, r"keep must be in \(0, 1\]"),
+        ({"locate": {"saliency": "gradient"}}, "'locate.saliency' must be one of 'denoising'"),
+        ({"locate": {"targets": "to_q"}}, "'locate.targets' must be a list"),
+        ({"locate": {"targets": []}}, "targets must name at least one"),
+        ({"locate": 3}, "'locate' must be a table"),
+        ({"overwrite": {"rank": 0}}, "rank must be at least 1"),
+        ({"overwrite": {"rank": 2.5}}, "'overwrite.rank' must be of type int"),
+        ({"overwrite": {"rank": True}}, "'overwrite.rank' must be of type int"),
+        ({"overwrite": {"learning_rate": "fast"}}, "'overwrite.learning_rate' must be of type float"),
+        ({"overwrite": {"learning_rate": 0}}, "learning_rate must be positive"),
+        ({"overwrite": {"forget_weight": -1}}, "forget_weight must not be negative"),
+        ({"overwrite": {"timestep_band": [0.5, 0.5]}}, "timestep_band must satisfy"),
+        ({"overwrite": {"timestep_band": [0.1, 0.2, 0.3]}}, "must have 2 entries"),
+        ({"data": {"resolution": 4}}, "resolution must be at least 8"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_bad_settings_are_named(values: dict, message: str) -> None:
+    with pytest.raises(FadeError, match=message):
+        Config.from_dict(values)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FadeError, match="cannot read the config file"):
+        Config.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("keep == 3")
+    with pytest.raises(FadeError, match="not valid TOML"):
+        Config.load(tmp_path / "bad.toml")
