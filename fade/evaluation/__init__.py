@@ -1,0 +1,10 @@
+"""What unlearning did: how much of the concept is gone, and what it cost the rest. One file per family of metrics.
+
+`unlearncanvas` has the accuracies UA, IRA and CRA, `drift` the pixel distance to the base model, `clip_judge` a judge
+for models without one of their own; `run` draws the images, has them judged and gathers the numbers.
+"""
+
+from fade.evaluation.drift import rms_difference
+from fade.evaluation.run import SEEDS, AnswerSet, Evaluation, evaluate
+
+__all__ = ["SEEDS", "AnswerSet", "Evaluation", "evaluate", "rms_difference"]

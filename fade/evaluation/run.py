@@ -1,0 +1,326 @@
+"""Draws the answer set with the adapter off and on, has it judged, and gathers every number of one evaluation.
+
+It is the only part of the evaluation that runs a model; metric files see labels and pixels alone. The bundled
+DigitCanvas has its own judges and two crossed domains; any other pipeline is judged by CLIP on words of the user's
+choice.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fade.backbones import backbone_for
+from fade.base_model import is_digitcanvas
+from fade.errors import FadeError
+from fade.evaluation.drift import rms_difference
+from fade.evaluation.unlearncanvas import (
+    cell_accuracy,
+    receiver_accuracy,
+    unlearncanvas_intervals,
+    unlearncanvas_metrics,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SEEDS = (188, 288, 588)
+"""The first three of UnlearnCanvas's five seeds."""
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """The prompts that are drawn, one image per prompt and seed, and the classes they ask for.
+
+    `classes[d]` are the words of domain d, `prompted[d]` (int64 [n]) the class that image i's prompt names; `rows` and
+    `columns` name the two crossed domains, or are None where there is one domain only.
+    """
+
+    domain: str
+    forget: int
+    surrogate: int | None
+    classes: dict[str, tuple[str, ...]]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    prompted: dict[str, Tensor]
+
+    @property
+    def forgotten(self) -> Tensor:
+        """bool [n]: the prompt names the concept to forget."""
+        return self.prompted[self.domain] == self.forget
+
+
+@dataclass
+class Evaluation:
+    """Numbers and images of one evaluation.
+
+    `metrics` and `base` map UA, IRA, CRA, CRA_retained and redirected to percent (None where undefined), for the model
+    with the adapter on and off; `metrics` also has drift and drift_forget (RMS pixel difference in [0, 1] to the base
+    model at equal seeds, over retained and over forgotten prompts). `images` and `baseline` are float32 [n, 3, H, W].
+    """
+
+    answers: AnswerSet
+    metrics: dict[str, float | None]
+    base: dict[str, float | None]
+    intervals: dict[str, dict[str, float | int]]
+    receivers: dict[str, dict[str, dict[str, float]]]
+    """acc(e→x) in percent: domain -> class -> {"before", "after"}."""
+    matrix: dict[str, dict[str, list[list[float]]]]
+    """Accuracy in percent per digit (row) and style (column): judged domain -> {"before", "after"}. Empty for CLIP."""
+    forgotten_as: dict[str, float]
+    """What the judge calls the forgotten concept's images now: class -> percent."""
+    settings: dict[str, Any]
+    images: Tensor = field(repr=False)
+    baseline: Tensor = field(repr=False)
+
+    @property
+    def forget(self) -> str:
+        return self.answers.classes[self.answers.domain][self.answers.forget]
+
+    @property
+    def surrogate(self) -> str | None:
+        index = self.answers.surrogate
+        return None if index is None else self.answers.classes[self.answers.domain][index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, ready for JSON; the metrics are at the top level."""
+        return {
+            **self.metrics,
+            "forget": self.forget,
+            "surrogate": self.surrogate,
+            "domain": self.answers.domain,
+            "base": self.base,
+            "interval_95": self.intervals,
+            "forgotten_as": self.forgotten_as,
+            "receivers": self.receivers,
+            "matrix": self.matrix,
+            "settings": self.settings,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def table(self) -> "Table":
+        """The metrics as a rich table: with the adapter off and on, and the 95 % interval."""
+        from rich.table import Table
+
+        table = Table(title=f"forgetting {self.forget!r}", title_justify="left")
+        for name, justify in (("metric", "left"), ("base model", "right"), ("adapted", "right"), ("95 %", "right")):
+            table.add_column(name, justify=justify)
+        for name, meaning in METRICS.items():
+            after = self.metrics[name]
+            if after is None:
+                continue
+            span = self.intervals.get(name)
+            digits = 4 if name.startswith("drift") else 1
+            before = self.base.get(name)
+            table.add_row(
+                f"{name}  [dim]{meaning}[/dim]",
+                "" if before is None else f"{before:.{digits}f}",
+                f"{after:.{digits}f}",
+                f"{span['low']:.1f}–{span['high']:.1f} (n={span['images']})" if span else "",
+            )
+        return table
+
+
+METRICS = {
+    "UA": "% forgotten prompts no longer recognised",
+    "IRA": "% others of the same kind still right",
+    "CRA": "% of the other kind still right",
+    "redirected": "% forgotten prompts recognised as the surrogate",
+    "drift": "RMS pixel change of retained images",
+    "drift_forget": "RMS pixel change of forgotten images",
+}
+"""What is shown to people, in this order, with its meaning."""
+
+
+def digitcanvas_answers(forget: str, surrogate: str | None, seeds: Sequence[int]) -> AnswerSet:
+    """Every digit in every style, once per seed. Raises FadeError for a word that is neither digit nor style."""
+    from fade.digitcanvas import DIGITS, STYLES, prompt
+
+    classes = {"digit": DIGITS, "style": STYLES}
+    domain = next((name for name, words in classes.items() if forget in words), None)
+    if domain is None:
+        raise FadeError(
+            f"the adapter forgets {forget!r}, which the judges do not know; they know the digits {', '.join(DIGITS)} "
+            f"and the styles {', '.join(STYLES)}. Use a CLIP judge instead: --judge MODEL --classes A,B,C"
+        )
+    words = classes[domain]
+    cells = [(d, s) for _ in seeds for d in range(len(DIGITS)) for s in range(len(STYLES))]
+    return AnswerSet(
+        domain=domain,
+        forget=words.index(forget),
+        surrogate=words.index(surrogate) if surrogate in words else None,
+        classes=classes,
+        prompts=tuple(prompt(DIGITS[d], STYLES[s]) for d, s in cells),
+        seeds=tuple(seed for seed in seeds for _ in range(len(DIGITS) * len(STYLES))),
+        prompted={"digit": torch.tensor([d for d, _ in cells]), "style": torch.tensor([s for _, s in cells])},
+    )
+
+
+def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int]) -> AnswerSet:
+    """The forget prompts, and the same prompts with every other class in the concept's place, once per seed.
+
+    The classes are the concept, its surrogate and `classes`, in this order. Raises FadeError where the forget prompts
+    do not contain the concept's words, so that nothing can take their place.
+    """
+    forget, surrogate = concept["forget"], concept.get("surrogate") or None
+    words = tuple(dict.fromkeys(word.strip() for word in (forget, *([surrogate] if surrogate else []), *classes)))
+    words = tuple(word for word in words if word)
+    templates = [p.replace(forget, "{}") for p in concept["forget_prompts"] if forget in p]
+    if not templates:
+        raise FadeError(f"no forget prompt of the adapter contains {forget!r}, so it cannot be compared with others")
+    cells = [(c, t) for _ in seeds for c in range(len(words)) for t in range(len(templates))]
+    return AnswerSet(
+        domain="class",
+        forget=0,
+        surrogate=1 if surrogate else None,
+        classes={"class": words},
+        prompts=tuple(templates[t].replace("{}", words[c]) for c, t in cells),
+        seeds=tuple(seed for seed in seeds for _ in range(len(words) * len(templates))),
+        prompted={"class": torch.tensor([c for c, _ in cells])},
+    )
+
+
+def evaluate(
+    pipeline: Any,
+    adapter: Any,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    steps: int = 20,
+    guidance_scale: float = 3.0,
+    batch_size: int = 64,
+    baseline: Tensor | None = None,
+    judge: str | None = None,
+    classes: Sequence[str] = (),
+    progress: bool = True,
+) -> Evaluation:
+    """Images with the adapter on, the same prompts and seeds with it off, and what the judge makes of both.
+
+    Args:
+        adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
+        seeds: every prompt is drawn once per seed (80 prompts on DigitCanvas).
+        steps: denoising steps per image.
+        guidance_scale: classifier-free guidance.
+        batch_size: images drawn at once.
+        baseline: `Evaluation.baseline` of an earlier call with the same base, seeds, steps and guidance, to save half
+            of the time; float [n, 3, H, W].
+        judge: folder or hub id of a CLIP model. Needed for pipelines other than DigitCanvas.
+        classes: words that the CLIP judge tells apart, beside the concept and its surrogate.
+
+    Raises:
+        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` has another number of images.
+    """
+    if not seeds:
+        raise FadeError("evaluation needs at least one seed")
+    concept = adapter.metadata["concept"]
+    backbone = backbone_for(pipeline)
+    digitcanvas = judge is None and is_digitcanvas(pipeline)
+    if judge is None and not digitcanvas:
+        raise FadeError(
+            "this pipeline has no judge of its own (only DigitCanvas has); name a CLIP model and the words it should "
+            "tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
+        )
+    if digitcanvas:
+        answers = digitcanvas_answers(concept["forget"], concept.get("surrogate"), seeds)
+        from fade.digitcanvas import load_judges
+
+        judges = load_judges()
+        ask = {"digit": judges.digit, "style": judges.style}
+    else:
+        from fade.evaluation.clip_judge import ClipJudge
+
+        answers = class_answers(concept, classes, seeds)
+        ask = {"class": ClipJudge(judge, answers.classes["class"], backbone.device)}
+    if baseline is not None and len(baseline) != len(answers.prompts):
+        raise FadeError(f"the baseline has {len(baseline)} images, but these seeds ask for {len(answers.prompts)}")
+
+    def draw(description: str) -> Tensor:
+        return backbone.generate(
+            answers.prompts, answers.seeds, steps, guidance_scale, batch_size, progress, description
+        ).cpu()  # fmt: skip
+
+    if baseline is None:
+        adapter.disable()
+        try:
+            baseline = draw("drawing with the base model")
+        finally:
+            adapter.enable()
+    adapter.enable()
+    images = draw("drawing with the adapter")
+    settings = {
+        "judge": "DigitCanvas classifiers" if digitcanvas else f"CLIP zero-shot, {judge}",
+        "images": len(answers.prompts),
+        "seeds": list(seeds),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+    }
+    return _summarise(
+        answers,
+        {domain: head(baseline) for domain, head in ask.items()},
+        {domain: head(images) for domain, head in ask.items()},
+        baseline,
+        images,
+        settings,
+    )
+
+
+def _summarise(
+    answers: AnswerSet,
+    judged_before: dict[str, Tensor],
+    judged_after: dict[str, Tensor],
+    baseline: Tensor,
+    images: Tensor,
+    settings: dict[str, Any],
+) -> Evaluation:
+    """All numbers from images and the judges' answers (int64 [n] per domain)."""
+    sizes = {domain: len(words) for domain, words in answers.classes.items()}
+    forgotten = answers.forgotten
+
+    def measure(judged: dict[str, Tensor]) -> dict[str, float | None]:
+        return unlearncanvas_metrics(
+            answers.prompted, judged, sizes, answers.domain, answers.forget, answers.surrogate
+        )  # fmt: skip
+
+    def rows(judged: dict[str, Tensor]) -> dict[str, list[float]]:
+        return {d: (100 * receiver_accuracy(answers.prompted[d], judged[d], sizes[d])).tolist() for d in sizes}
+
+    def cells(judged: dict[str, Tensor], domain: str) -> list[list[float]]:
+        (first, height), (second, width) = sizes.items()
+        right = judged[domain] == answers.prompted[domain]
+        return (100 * cell_accuracy(answers.prompted[first], answers.prompted[second], right, (height, width))).tolist()
+
+    kept = ~forgotten
+    metrics = measure(judged_after)
+    metrics["drift"] = rms_difference(images[kept], baseline[kept]) if bool(kept.any()) else None
+    metrics["drift_forget"] = rms_difference(images[forgotten], baseline[forgotten])
+    before, after = rows(judged_before), rows(judged_after)
+    shown = torch.bincount(judged_after[answers.domain][forgotten], minlength=sizes[answers.domain]).double()
+    shares = (100 * shown / shown.sum()).tolist()
+    return Evaluation(
+        answers=answers,
+        metrics=metrics,
+        base=measure(judged_before),
+        intervals=unlearncanvas_intervals(answers.prompted, judged_after, answers.domain, answers.forget),
+        receivers={
+            domain: {
+                word: {"before": before[domain][i], "after": after[domain][i]}
+                for i, word in enumerate(words)
+                if not math.isnan(after[domain][i])
+            }
+            for domain, words in answers.classes.items()
+        },
+        matrix={
+            domain: {"before": cells(judged_before, domain), "after": cells(judged_after, domain)} for domain in sizes
+        }
+        if len(sizes) == 2
+        else {},
+        forgotten_as={word: shares[i] for i, word in enumerate(answers.classes[answers.domain]) if shares[i]},
+        settings=settings,
+        images=images,
+        baseline=baseline,
+    )
