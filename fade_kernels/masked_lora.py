@@ -1,0 +1,437 @@
+"""Masked LoRA: y = x (W + s M o (B A))^T with a frozen weight and a packed mask, for linear and convolution layers.
+
+The public functions, and the CPU kernels of the convolutions, which are compositions of torch's own convolutions with
+the effective weight. Definitions: `reference.py`; the linear's CPU kernels and their choice: csrc/cpu/masked_lora.cpp.
+The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fade_kernels import _ops
+from fade_kernels.bitmask import BitMask
+
+# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
+# auto: the cheapest by the measured cost table there. gather: only at the mask's positions. tile: dense, in the
+# occupied 32 x 32 tiles. whole: one more matrix product, in blocks of rows.
+REGIMES = {"auto": 0, "gather": 1, "tile": 2, "whole": 3}
+
+_regime = REGIMES["auto"]
+
+
+@contextmanager
+def force_regime(name: str) -> Iterator[None]:
+    """Makes the linear operators' CPU kernels use one regime (a key of REGIMES) inside a `with` block.
+
+    For tests and benchmarks. A backward pass uses the regime of its forward. The results differ only in rounding.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _regime
+    if name not in REGIMES:
+        raise ValueError(f"unknown regime {name!r}: choose one of {', '.join(REGIMES)}")
+    previous, _regime = _regime, REGIMES[name]
+    try:
+        yield
+    finally:
+        _regime = previous
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask: BitMask,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """y = x W^T + x (s M o (B A))^T + bias, differentiable in x, lora_a and lora_b (and weight and bias).
+
+    Nothing is kept for backward but the inputs: neither the delta nor a weight gradient outlives a call. In 16 bits
+    the two terms are accumulated in fp32, so that a delta below the weight's rounding still counts. Under autocast x,
+    weight and bias are cast to its dtype; the factors stay.
+
+    Args:
+        x: [..., K], any strides; fp32, fp64, fp16 or bf16.
+        weight: [N, K] in x's dtype; None: only the adapter's term.
+        bias: [N] in x's dtype, or None.
+        lora_a: [r, K], r >= 1; lora_b: [N, r]. fp32 factors may serve a 16-bit layer.
+        mask: of shape (N, K).
+        scale: a number or a 0-d tensor, not differentiable.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError: dtypes that do not agree. ValueError: shapes or devices that do not; the message names the argument.
+    """
+    _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
+    x, weight, bias, guard = _autocast(x, weight, bias)
+    with guard:
+        return _ops.masked_lora_linear(x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), _regime)
+
+
+def masked_values_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask: BitMask,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """`masked_lora_linear` with the delta given by its values: s times `values` at the mask's positions.
+
+    Args:
+        values: [nnz], row-major, fp32, fp64, fp16 or bf16. Other arguments and the result: `masked_lora_linear`.
+
+    Differentiable in x and values (and weight and bias).
+
+    Raises:
+        As `masked_lora_linear`; ValueError where the number of values is not `mask.count`.
+    """
+    _check_mask(mask, mask.shape[:1], x.shape[-1:])
+    _check_count(values, mask)
+    x, weight, bias, guard = _autocast(x, weight, bias)
+    with guard:
+        return _ops.masked_values_linear(x, weight, bias, values, mask.words, _scale(scale), _regime)
+
+
+def masked_lora_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask: BitMask,
+    scale: float | Tensor = 1.0,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with W + s M o (B A), all seen as [C_out, C_in kh kw]; differentiable like `masked_lora_linear`.
+
+    Args:
+        x: [n, C_in, height, width]; fp32, fp64, fp16 or bf16.
+        weight: [C_out, C_in, kh, kw] in x's dtype; None: only the adapter's term.
+        bias: [C_out] in x's dtype, or None.
+        lora_a: [r, C_in, kh, kw]; lora_b: [C_out, r, 1, 1]: PEFT's shapes.
+        mask: of shape (C_out, C_in kh kw), as BitMask.pack makes it from a bool [C_out, C_in, kh, kw].
+        scale: a number or a 0-d tensor, not differentiable.
+        stride, padding, dilation: as for torch.nn.functional.conv2d, numbers or pairs.
+        groups: only 1: a grouped weight has another shape than B A.
+
+    Returns:
+        [n, C_out, height', width'] in x's dtype.
+
+    Raises:
+        TypeError: dtypes that do not agree. ValueError: shapes or devices that do not, or groups other than 1.
+    """
+    _check_groups(groups)
+    _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
+    window = (_pair(stride), _pair(padding), _pair(dilation))
+    x, weight, bias, guard = _autocast(x, weight, bias)
+    with guard:
+        return _ops.masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), *window)
+
+
+def masked_values_conv2d(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask: BitMask,
+    scale: float | Tensor = 1.0,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    kernel_size: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """`masked_lora_conv2d` with the delta given by its values: s times `values` at the mask's positions.
+
+    Args:
+        values: [nnz], row-major, fp32, fp64, fp16 or bf16.
+        kernel_size: needed only where there is no weight to take it from. Others and the result: `masked_lora_conv2d`.
+
+    Differentiable in x and values (and weight and bias).
+
+    Raises:
+        As `masked_lora_conv2d`; ValueError where the number of values is not `mask.count`.
+    """
+    _check_groups(groups)
+    if kernel_size is None:
+        if weight is None:
+            raise ValueError("kernel_size is needed when there is no weight to take it from")
+        kernel_size = tuple(weight.shape[2:])
+    kernel = _pair(kernel_size)
+    _check_mask(mask, mask.shape[:1], (x.shape[1], *kernel) if x.dim() == 4 else ())
+    _check_count(values, mask)
+    window = (kernel, _pair(stride), _pair(padding), _pair(dilation))
+    x, weight, bias, guard = _autocast(x, weight, bias)
+    with guard:
+        return _ops.masked_values_conv2d(x, weight, bias, values, mask.words, _scale(scale), *window)
+
+
+def effective_weight(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask: BitMask,
+    scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """W + s M o (B A), added in fp32 (fp64 for an fp64 weight) and rounded once to the weight's dtype: a merge.
+
+    Args:
+        weight: [N, K], or [C_out, C_in, kh, kw] with the factors in PEFT's convolution shapes.
+        lora_a, lora_b, mask, scale: as for `masked_lora_linear`, `masked_lora_conv2d`.
+        out: memory for the result, of the weight's shape and dtype; may be the weight itself. Not differentiable.
+
+    Returns:
+        The effective weight, `out` where given. Without `out`, differentiable in weight, lora_a and lora_b.
+
+    Raises:
+        TypeError: dtypes that do not agree. ValueError: shapes or devices that do not.
+    """
+    _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
+    if weight.shape[1:] != lora_a.shape[1:]:
+        raise ValueError(f"lora_a {list(lora_a.shape)} does not fit a weight {list(weight.shape)}")
+    factors = (lora_a.flatten(1), lora_b.flatten(1), mask.words, _scale(scale))
+    if out is None:
+        return _ops.effective_weight(weight.flatten(1), *factors).reshape(weight.shape)
+    if out.shape != weight.shape:
+        raise ValueError(f"out {list(out.shape)} must have the weight's shape {list(weight.shape)}")
+    with torch.no_grad():
+        if out.is_contiguous():
+            _ops.effective_weight_out(out.view(mask.shape), weight.flatten(1), *factors)
+        else:
+            out.copy_(_ops.effective_weight(weight.flatten(1), *factors).reshape(weight.shape))
+    return out
+
+
+def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tensor:
+    """(B A) at the mask's positions, row-major: the values that `masked_values_linear` takes.
+
+    Args:
+        lora_a: [r, K] or [r, C_in, kh, kw]; lora_b: [N, r] or [C_out, r, 1, 1].
+        mask: of shape (N, K).
+
+    Returns:
+        [mask.count], fp32 (fp64 for fp64 factors), without any scale; differentiable in both factors.
+
+    Raises:
+        TypeError, ValueError: factors and mask that do not fit each other.
+    """
+    _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
+    return _ops.masked_factor_values(lora_a.flatten(1), lora_b.flatten(1), mask.words, mask.count)
+
+
+def _scale(scale: float | Tensor) -> Tensor:
+    """A tensor, so that another scale is another input to a compiled graph and not another graph."""
+    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+
+
+def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _check_mask(mask: BitMask, rows: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    if not isinstance(mask, BitMask):
+        raise TypeError(f"mask must be a BitMask, not {type(mask).__name__}: use BitMask.pack(bool tensor)")
+    shape = (*rows, prod(columns))
+    if mask.shape != shape:
+        raise ValueError(f"a mask of shape {mask.shape} does not fit an adapter of shape {shape}")
+
+
+def _check_count(values: Tensor, mask: BitMask) -> None:
+    if values.numel() != mask.count:
+        raise ValueError(f"values has {values.numel()} elements, but the mask has {mask.count} set bits")
+
+
+def _check_groups(groups: int) -> None:
+    if groups != 1:
+        raise ValueError(f"groups is {groups}: masked convolutions support groups=1 only")
+
+
+def _autocast(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, torch.autocast | nullcontext]:
+    """Casts as autocast casts a linear layer, and a context in which it casts nothing more."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias, nullcontext()
+    dtype = torch.get_autocast_dtype(device)
+    x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
+    return x, weight, bias, torch.autocast(device, enabled=False)
+
+
+# --- CPU kernels of the convolutions ---------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    """16 bits become fp32: the sum of weight and delta must not be rounded to 16."""
+    return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _lora_weight(like: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, *delta: Tensor) -> Tensor:
+    """Scratch with W + Delta, or Delta alone, as [C_out, C_in, kh, kw] in the dtype of `like`."""
+    out = like.new_empty((lora_b.shape[0], prod(lora_a.shape[1:])))
+    flat = None if weight is None else weight.flatten(1)
+    torch.ops.fade_kernels.effective_weight_out(out, flat, lora_a.flatten(1), lora_b.flatten(1), *delta)
+    return out.reshape(lora_b.shape[0], *lora_a.shape[1:])
+
+
+def _values_weight(
+    like: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    """The same with the delta given by its values."""
+    out = like.new_empty((mask_words.shape[0], prod(shape)))
+    flat = None if weight is None else weight.flatten(1)
+    torch.ops.fade_kernels.effective_weight_from_values_out(out, flat, values, mask_words, scale)
+    return out.reshape(mask_words.shape[0], *shape)
+
+
+def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], *window: list[int]) -> Tensor:
+    """The whole weight gradient [C_out, C_in kh kw], for as long as it takes to contract it."""
+    shape = (grad_output.shape[1], x.shape[1], *kernel)
+    return torch.nn.grad.conv2d_weight(_wide(x), shape, _wide(grad_output), *window).flatten(1)
+
+
+def _is_linear(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
+    """A 1 x 1 convolution that touches every pixel once is a linear layer on the pixels."""
+    return list(kernel) == [1, 1] and list(stride) == [1, 1] and list(padding) == [0, 0]
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """[n, C, h, w] -> [n h w, C]."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def _masked_lora_conv2d_cpu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = _wide(x)
+    effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
+    return torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation).to(x.dtype)
+
+
+def _masked_lora_conv2d_input_gradient_cpu(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = _wide(grad_output)
+    effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    return gradient.to(grad_output.dtype)
+
+
+def _masked_lora_conv2d_factor_gradients_cpu(
+    grad_output: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    kernel, factors = list(lora_a.shape[2:]), (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
+    if _is_linear(kernel, stride, padding):
+        grads = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(
+            _pixels(grad_output), _pixels(x), *factors, REGIMES["auto"]
+        )
+    else:
+        gradient = _conv2d_weight_gradient(grad_output, x, kernel, stride, padding, dilation)
+        grads = torch.ops.fade_kernels.masked_factor_gradients(gradient, *factors)
+    return grads[0].reshape(lora_a.shape), grads[1].reshape(lora_b.shape)
+
+
+def _masked_values_conv2d_cpu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = _wide(x)
+    effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (x.shape[1], *kernel_size))
+    return torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation).to(x.dtype)
+
+
+def _masked_values_conv2d_input_gradient_cpu(
+    grad_output: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    wide = _wide(grad_output)
+    effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (input_size[1], *kernel_size))
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    return gradient.to(grad_output.dtype)
+
+
+def _masked_values_conv2d_gradient_cpu(
+    grad_output: Tensor,
+    x: Tensor,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    if _is_linear(kernel_size, stride, padding):
+        return torch.ops.fade_kernels.masked_values_linear_gradient(
+            _pixels(grad_output), _pixels(x), values, mask_words, scale, REGIMES["auto"]
+        )
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation)
+    gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel())
+    return (scale.to(gathered.dtype) * gathered).to(values.dtype)
+
+
+for _name, _kernel in (
+    ("masked_lora_conv2d", _masked_lora_conv2d_cpu),
+    ("masked_lora_conv2d_input_gradient", _masked_lora_conv2d_input_gradient_cpu),
+    ("masked_lora_conv2d_factor_gradients", _masked_lora_conv2d_factor_gradients_cpu),
+    ("masked_values_conv2d", _masked_values_conv2d_cpu),
+    ("masked_values_conv2d_input_gradient", _masked_values_conv2d_input_gradient_cpu),
+    ("masked_values_conv2d_gradient", _masked_values_conv2d_gradient_cpu),
+):
+    _ops.implement(_name, _kernel, "CPU")
