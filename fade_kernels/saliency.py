@@ -119,10 +119,19 @@ class _Layer:
     def _fold_conv2d(self, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
         calls = [(dy, x) if x.dim() == 4 else (dy[None], x[None]) for dy, x in calls]
         samples = self._samples(calls) if per_sample else 1
+        # Calls of one size are joined along the batch, so that their sum needs no second gradient.
+        sizes: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+        for dy, x in calls:
+            sizes.setdefault((dy.shape[1:], x.shape[1:]), []).append((dy, x))
         for i in range(samples):
+            batch = slice(i, i + 1) if per_sample else slice(None)
             gradient = None
-            for dy, x in calls:
-                part = self._conv2d_weight_gradient(*((dy[i : i + 1], x[i : i + 1]) if per_sample else (dy, x)))
+            for group in sizes.values():
+                dy, x = (
+                    torch.cat([tensor[batch] for tensor in tensors]) if len(tensors) > 1 else tensors[0][batch]
+                    for tensors in zip(*group, strict=True)
+                )
+                part = self._conv2d_weight_gradient(dy, x)
                 gradient = part if gradient is None else gradient.add_(part)
                 del part
             accumulate_gradient_magnitude_([self.saliency], [gradient], mode)
