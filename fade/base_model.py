@@ -12,7 +12,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fade.digitcanvas import MODEL_PATH
+from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
 from fade.errors import FadeError
 from fade.layers import MASKED_LAYERS
 
@@ -89,20 +89,21 @@ def refuse_merged(denoiser: nn.Module) -> None:
 
 
 def is_digitcanvas(pipeline: Any) -> bool:
-    """Whether the pipeline was loaded from the bundled model's folder."""
-    return _loaded_from(pipeline) == str(MODEL_PATH)
+    """Whether the pipeline is DigitCanvas, the bundled one or one trained again: it draws 32x32 images and its small
+    vocabulary has every digit and style as one token."""
+    tokenizer, unet = getattr(pipeline, "tokenizer", None), getattr(pipeline, "unet", None)
+    if tokenizer is None or unet is None or unet.config.sample_size != 8 or len(tokenizer) > 2048:
+        return False
+    vocabulary = tokenizer.get_vocab()
+    return all(f"{word}</w>" in vocabulary for word in (*DIGITS, *STYLES))
 
 
 def base_name(pipeline: Any) -> str:
     """What the pipeline was loaded from: `digitcanvas`, a hub id, or a folder's name without the folders above it."""
-    if is_digitcanvas(pipeline):
+    source = str(getattr(pipeline, "name_or_path", "") or pipeline.config.get("_name_or_path") or "unnamed")
+    if source == str(MODEL_PATH):
         return "digitcanvas"
-    source = _loaded_from(pipeline)
     return Path(source).name if Path(source).is_absolute() else source
-
-
-def _loaded_from(pipeline: Any) -> str:
-    return str(getattr(pipeline, "name_or_path", "") or pipeline.config.get("_name_or_path") or "unnamed")
 
 
 def short_digest(digests: Mapping[str, str]) -> str:

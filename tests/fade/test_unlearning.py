@@ -18,7 +18,8 @@ from fade.errors import DivergedError, FadeError
 from .adapters import random_adapter
 from .conftest import denoise, same_bits, tiny_pipeline, weights
 
-WORDS = {"forget": "cat", "surrogate": "dog", "progress": False}
+TEMPLATES = ("{}", "an image of {}", "a picture of {}")
+WORDS = {"forget": "cat", "surrogate": "dog", "templates": TEMPLATES, "progress": False}
 
 
 def tensors(adapter: fade.Adapter) -> dict[str, torch.Tensor]:
@@ -185,7 +186,7 @@ def test_timestep_samplers(
 def test_a_second_concept_beside_the_first(pipeline: StableDiffusionPipeline, quick: Config) -> None:
     alone = tensors(fade.unlearn(pipeline, **WORDS, config=quick))
     first_only = denoise(pipeline)
-    second = fade.unlearn(pipeline, "bird", "fish", config=quick, name="second", progress=False)
+    second = fade.unlearn(pipeline, "bird", "fish", templates=TEMPLATES, config=quick, name="second", progress=False)
     assert active_adapters(pipeline.unet) == ["fade", "second"]
     first = fade.Adapter(pipeline, "fade", second.metadata)
     assert same_bits(tensors(first), alone)
@@ -197,7 +198,7 @@ def test_a_second_concept_beside_the_first(pipeline: StableDiffusionPipeline, qu
     only_second = denoise(pipeline)
     second.remove()
     first.remove()
-    again = fade.unlearn(pipeline, "bird", "fish", config=quick, name="second", progress=False)
+    again = fade.unlearn(pipeline, "bird", "fish", templates=TEMPLATES, config=quick, name="second", progress=False)
     torch.testing.assert_close(denoise(pipeline), only_second)
     assert not torch.allclose(both, only_second)
     assert again.enabled
