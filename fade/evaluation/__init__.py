@@ -5,6 +5,6 @@ for models without one of their own; `run` draws the images, has them judged and
 """
 
 from fade.evaluation.drift import rms_difference
-from fade.evaluation.run import SEEDS, AnswerSet, Evaluation, evaluate
+from fade.evaluation.run import SEEDS, AnswerSet, Evaluation, evaluate, first_seeds, full_record
 
-__all__ = ["SEEDS", "AnswerSet", "Evaluation", "evaluate", "rms_difference"]
+__all__ = ["SEEDS", "AnswerSet", "Evaluation", "evaluate", "first_seeds", "full_record", "rms_difference"]

@@ -28,7 +28,8 @@ from fade.evaluation.unlearncanvas import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-SEEDS = (188, 288, 588)
+_UNLEARNCANVAS_SEEDS = (188, 288, 588, 688, 888)
+SEEDS = _UNLEARNCANVAS_SEEDS[:3]
 """The first three of UnlearnCanvas's five seeds."""
 
 
@@ -136,6 +137,34 @@ METRICS = {
     "drift_forget": "RMS pixel change of forgotten images",
 }
 """What is shown to people, in this order, with its meaning."""
+
+
+def first_seeds(count: int) -> tuple[int, ...]:
+    """UnlearnCanvas's five seeds, then every hundredth number after them. Raises FadeError for a count below 1."""
+    if count < 1:
+        raise FadeError(f"evaluation needs at least one seed, not {count}")
+    more = range(_UNLEARNCANVAS_SEEDS[-1] + 100, _UNLEARNCANVAS_SEEDS[-1] + 100 * count, 100)
+    return (*_UNLEARNCANVAS_SEEDS, *more)[:count]
+
+
+def full_record(
+    evaluation: Evaluation,
+    metadata: dict[str, Any],
+    adapter_bytes: int,
+    evaluate_seconds: float | None = None,
+    total_seconds: float | None = None,
+) -> dict[str, Any]:
+    """The evaluation with what the run cost, ready for JSON: the adapter's keep, bytes, seconds and peak memory."""
+    run = metadata.get("run", {})
+    seconds = {**run.get("seconds", {}), "evaluate": evaluate_seconds, "total": total_seconds}
+    return {
+        **evaluation.metrics,
+        "keep": metadata["config"]["locate"]["keep"],
+        "adapter_bytes": adapter_bytes,
+        "seconds": {part: value for part, value in seconds.items() if value is not None},
+        "peak_memory_bytes": run.get("peak_memory_bytes", {}),
+        **evaluation.to_dict(),
+    }
 
 
 def digitcanvas_answers(forget: str, surrogate: str | None, seeds: Sequence[int]) -> AnswerSet:

@@ -1,0 +1,570 @@
+"""`fade`: a thin skin over the Python functions. It reads options, calls one function and prints what came of it.
+
+Nothing heavy is imported before a command runs, so that `fade --help` answers at once. Everything a user can cause ends
+in one line on stderr and a status: 2 for bad input, 1 for a failing system, 130 for Ctrl-C.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from fade import config as settings
+from fade.errors import FadeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fade.config import Config
+
+app = typer.Typer(
+    name="fade",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make a diffusion model forget a concept. Start with: [bold]fade demo[/bold]",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DATA, _LOCATE, _OVERWRITE = settings.DataConfig(), settings.LocateConfig(), settings.OverwriteConfig()
+
+
+def _words(literal: Any) -> str:
+    return "|".join(get_args(literal))
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id (owner/name), or [bold]digitcanvas[/bold].")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to run. Default: a GPU where there is one.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="fp32|fp16|bf16", help="Dtype in which the model is loaded. Default fp32.")
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. Default {_LOCATE.keep}."),
+]
+TrainingSteps = Annotated[
+    int | None, typer.Option(metavar="N", help=f"Optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+AdapterPath = Annotated[Path, typer.Option("--adapter", metavar="FILE", help="Adapter file (.safetensors).")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Attach the adapter although it was trained on other weights.")
+]
+DrawSteps = Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Denoising steps per image.")]
+Guidance = Annotated[float, typer.Option("--guidance", metavar="X", help="Classifier-free guidance scale.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report, adapter and metrics.")] = Path(
+        "demo-report"
+    ),
+    forget: Annotated[str, typer.Option(metavar="WORD", help="Digit (three) or style (neon) to forget.")] = "three",
+    surrogate: Annotated[str, typer.Option(metavar="WORD", help="What is drawn instead; of the same kind.")] = "eight",
+    keep: Keep = None,
+    steps: TrainingSteps = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    open_report: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the report in the browser where there is a display.")
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Forget a digit or a style in the bundled model and write a report with pictures.
+
+    Example: [bold]fade demo --forget neon --surrogate plain[/bold]
+    """
+    from fade.demo import REPORT_FILE, run_demo
+
+    config = _config(None, locate__keep=keep, overwrite__steps=steps, seed=seed)
+    evaluation, record = run_demo(output, forget, surrogate, config, overwrite=overwrite, progress=not quiet)
+    console = _console()
+    console.print(evaluation.table())
+    seconds = record["seconds"]
+    console.print(
+        f"{seconds['locate']:.1f} s locate, {seconds['overwrite']:.1f} s overwrite, {seconds['evaluate']:.1f} s "
+        f"evaluate, {seconds['total']:.1f} s in all; adapter {record['adapter_bytes']:,} bytes"
+    )
+    report = (output / REPORT_FILE).resolve()
+    console.print(f"report: {report}", soft_wrap=True)
+    if open_report:
+        _open_in_browser(report)
+
+
+@app.command()
+def unlearn(
+    model: Model,
+    forget: Annotated[str, typer.Option(metavar="WORDS", help="The concept to forget, e.g. three or 'Van Gogh'.")],
+    surrogate: Annotated[str, typer.Option(metavar="WORDS", help="What takes its place, e.g. eight or 'a painter'.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for adapter.safetensors and run.json.")],
+    template: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Prompt with one {} where the concept goes; repeat for several."),
+    ] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(metavar="PROMPT", help="Prompt of what must stay; repeat for several.")
+    ] = None,
+    retain_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file with more such prompts, one a line.")
+    ] = None,
+    forget_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images of the concept. Default: sampled from the model itself.")
+    ] = None,
+    retain_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images of all else. Default: sampled from the model itself.")
+    ] = None,
+    keep: Keep = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.Saliency),
+            help=f"What ranks the weights; denoising is the paper's. Default {_LOCATE.saliency}.",
+        ),
+    ] = None,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.Scaling),
+            help=f"module divides each layer's saliency by its mean. Default {_LOCATE.scaling}.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.Granularity),
+            help=f"What is kept as a whole; none keeps everything (dense LoRA). Default {_LOCATE.granularity}.",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help=f"Layer name or glob; repeat for several. Default {', '.join(_LOCATE.targets)}.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Rank of the factors. Default {_OVERWRITE.rank}.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="X", help=f"LoRA alpha; scale = alpha/rank. Default {_OVERWRITE.alpha:g}.")
+    ] = None,
+    steps: TrainingSteps = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="X", help=f"AdamW's peak learning rate. Default {_OVERWRITE.learning_rate}.")
+    ] = None,
+    forget_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help=f"Weight of the forget loss. Default {_OVERWRITE.forget_weight:g}."),
+    ] = None,
+    retain_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help=f"Weight of the retain loss. Default {_OVERWRITE.retain_weight:g}."),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.TimestepSampler),
+            help=f"Where in the diffusion forgetting is trained. Default {_OVERWRITE.timesteps}.",
+        ),
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.Parameters),
+            help=f"Train low-rank factors or the masked weights themselves. Default {_OVERWRITE.parameters}.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file with any setting; options given here come before it."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="The adapter's name on the pipeline.")] = "fade",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make MODEL answer one concept as it answers another, and write the adapter that does it.
+
+    Example: [bold]fade unlearn digitcanvas --forget three --surrogate eight --output no-three[/bold]
+    """
+    chosen = _config(
+        config,
+        data__forget_images=_text(forget_images),
+        data__retain_images=_text(retain_images),
+        locate__keep=keep,
+        locate__saliency=saliency,
+        locate__scaling=scaling,
+        locate__granularity=granularity,
+        locate__targets=target or None,
+        overwrite__rank=rank,
+        overwrite__alpha=alpha,
+        overwrite__steps=steps,
+        overwrite__learning_rate=learning_rate,
+        overwrite__forget_weight=forget_weight,
+        overwrite__retain_weight=retain_weight,
+        overwrite__timesteps=timesteps,
+        overwrite__parameters=parameters,
+        seed=seed,
+    )
+    from fade.concept import read_prompts
+    from fade.loading import load_model
+    from fade.unlearning import ADAPTER_FILE
+    from fade.unlearning import unlearn as run
+
+    kept = [*(retain or []), *(read_prompts(retain_file) if retain_file else [])]
+    adapter = run(
+        load_model(model, device, dtype),
+        forget,
+        surrogate,
+        templates=template or None,
+        retain=kept or None,
+        config=chosen,
+        output=output,
+        name=name,
+        overwrite=overwrite,
+        resume=resume,
+        progress=not quiet,
+    )
+    file, record = output / ADAPTER_FILE, adapter.run
+    seconds, memory = record["seconds"], record["peak_memory_bytes"]
+    console = _console()
+    console.print(
+        f"{record['selected']:,} of {record['total']:,} target weights changed "
+        f"({100 * record['selected'] / record['total']:.3g} %); locate {seconds['locate']:.1f} s "
+        f"(peak {memory['locate'] / 1e6:,.0f} MB), overwrite {seconds['overwrite']:.1f} s "
+        f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
+    )
+    console.print(f"adapter: {file} ({file.stat().st_size:,} bytes)", soft_wrap=True)
+    console.print(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to draw.")],
+    output: Annotated[Path, typer.Option(metavar="IMG", help="Image file; with --count, IMG-1, IMG-2 and so on.")],
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Adapter file; several add up. None draws with the base model."),
+    ] = None,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapters: 0 off, 1 as trained.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the first image; image n has seed + n - 1.")] = 0,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to draw.")] = 1,
+    steps: DrawSteps = 20,
+    guidance: Guidance = 3.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images, with adapters or without.
+
+    Example: [bold]fade generate digitcanvas --adapter A.safetensors --prompt "the digit three" --output 3.png[/bold]
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    if kind not in Image.SAVE:
+        raise FadeError(f"the image file {output} must end in a known image type, such as .png or .jpg")
+    from fade.adapter import load_adapter
+    from fade.backbones import backbone_for
+    from fade.files import atomic_write
+    from fade.loading import load_model
+
+    pipeline = load_model(model, device, dtype)
+    for index, path in enumerate(adapter or []):
+        load_adapter(pipeline, path, name=f"fade_{index}", scale=scale, check_base=not any_base)
+    images = backbone_for(pipeline).generate(
+        [prompt] * count, range(seed, seed + count), steps, guidance, batch_size=8, progress=not quiet
+    )
+    for index, image in enumerate(images, 1):
+        path = output if count == 1 else output.with_stem(f"{output.stem}-{index}")
+        picture = Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
+        with atomic_write(path) as temporary:
+            picture.save(temporary, format=kind)
+        _console().print(f"{path}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    adapter: AdapterPath,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Write a report with pictures here.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP model that judges; DigitCanvas needs none."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
+    ] = None,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
+    steps: DrawSteps = 20,
+    guidance: Guidance = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what an adapter made MODEL forget (UA) and keep (IRA, CRA, drift).
+
+    Example: [bold]fade evaluate digitcanvas --adapter no-three/adapter.safetensors --json metrics.json[/bold]
+    """
+    from fade.adapter import load_adapter
+    from fade.evaluation import evaluate as run
+    from fade.evaluation import first_seeds, full_record
+    from fade.files import atomic_write
+    from fade.loading import load_model
+    from fade.measure import measured
+    from fade.report import write_report
+
+    pipeline = load_model(model, device, dtype)
+    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    with measured(pipeline.device) as cost:
+        evaluation = run(
+            pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
+            judge=judge, classes=[word for word in (classes or "").split(",") if word.strip()], progress=not quiet,
+        )  # fmt: skip
+    evaluation.settings["scale"] = scale
+    size = adapter.stat().st_size
+    console = _console()
+    console.print(evaluation.table())
+    if json_file is not None:
+        record = full_record(evaluation, attached.metadata, size, cost.seconds)
+        with atomic_write(json_file) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        console.print(f"numbers: {json_file}", soft_wrap=True)
+    if report is not None:
+        write_report(report, evaluation, attached.metadata, adapter_bytes=size, evaluate_seconds=cost.seconds)
+        console.print(f"report: {report}", soft_wrap=True)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: AdapterPath,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the merged model, in diffusers' layout.")],
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    any_base: AnyBase = False,
+) -> None:
+    """Write MODEL with the adapter merged into its weights, for programs that know no masks.
+
+    Example: [bold]fade merge digitcanvas --adapter no-three/adapter.safetensors --output merged[/bold]
+    """
+    from fade.adapter import load_adapter
+    from fade.export import save_merged
+    from fade.loading import load_model
+
+    pipeline = load_model(model, "cpu", dtype)
+    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    merged = save_merged(pipeline, attached, output, overwrite)
+    console = _console()
+    precision = str(pipeline.unet.dtype).removeprefix("torch.")
+    console.print(
+        f"{merged.entries:,} weights changed; rounding to {precision} lost at most {100 * merged.relative_loss:.2g} % "
+        "of a layer's change"
+    )
+    console.print(f"model: {output}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what is in an adapter file. Needs no model.
+
+    Example: [bold]fade inspect no-three/adapter.safetensors[/bold]
+    """
+    from fade.adapter_file import read_adapter_file
+    from fade.report import human_bytes, short_layer_name
+
+    content = read_adapter_file(file)
+    metadata = content.metadata
+    layers = {
+        name: {"shape": list(tensors.mask.shape), "selected": tensors.mask.count, "density": tensors.mask.density}
+        for name, tensors in content.layers.items()
+    }
+    if as_json:
+        record = {**metadata, "bytes": content.bytes, "selected": content.selected, "total": content.total}
+        print(json.dumps({**record, "layers": layers}, indent=2, ensure_ascii=False))
+        return
+    concept, run = metadata["concept"], metadata.get("run", {})
+    digests = [f"{dtype} {digest[:16]}…" for dtype, digest in metadata["fingerprint"].items()]
+    console = _console()
+    console.print(
+        _facts(
+            f"{file.name}",
+            {
+                "forgets": f"{concept['forget']}, as {concept.get('surrogate') or 'nothing'}",
+                "made": f"{metadata.get('created', 'unknown')} with "
+                + ", ".join(f"{package} {version}" for package, version in metadata.get("versions", {}).items()),
+                "base model": f"{metadata.get('base', 'unknown')} ({', '.join(digests)})",
+                "form": {"factors": "factors A, B and mask", "values": "masked values and their positions"}[
+                    metadata["form"]
+                ],
+                "changes": f"{content.selected:,} of {content.total:,} weights "
+                f"({100 * content.selected / max(1, content.total):.3g} %) in {len(layers)} layers",
+                "size": human_bytes(content.bytes),
+                **{
+                    f"{part} cost": f"{seconds:.1f} s"
+                    + (f", peak {human_bytes(peak)}" if (peak := run["peak_memory_bytes"].get(part)) else "")
+                    for part, seconds in run.get("seconds", {}).items()
+                },
+            },
+        )
+    )
+    flat = {f"{section}.{key}": value for section, values in metadata["config"].items() if isinstance(values, dict)
+            for key, value in values.items()}  # fmt: skip
+    console.print(_facts("settings", {**flat, "seed": metadata["config"]["seed"]}))
+    from rich.table import Table
+
+    table = Table(title="layers", title_justify="left")
+    for name, justify in (("layer", "left"), ("shape", "right"), ("weights", "right"), ("density", "right")):
+        table.add_column(name, justify=justify)
+    for name, layer in layers.items():
+        table.add_row(
+            short_layer_name(name), "×".join(map(str, layer["shape"])), f"{layer['selected']:,}",
+            f"{100 * layer['density']:.2f} %",
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Say which versions, devices and compiled kernels are in use; paste it into a bug report.
+
+    Example: [bold]fade env[/bold]
+    """
+    import platform
+
+    import torch
+
+    import fade
+    import fade_kernels
+    from fade.adapter import versions
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "fade": fade.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: version for package, version in versions().items() if package != "fade-unlearning"},
+        "cpu threads": torch.get_num_threads(),
+        "gpus": gpus or "none",
+        **{f"kernels: {name}": value for name, value in fade_kernels.build_info().items()},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        _console().print(_facts("environment", facts))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, 2 for bad input, 1 for a failing system, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # Both libraries speak up on import about optional parts that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        with typer.main.get_command(app).make_context("fade", list(arguments)) as context:
+            context.command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except _USAGE_ERROR as error:
+        where = error.ctx.command_path if getattr(error, "ctx", None) else "fade"
+        return _fail(f"{error.format_message()} See {where} --help", 2)
+    except FadeError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        full = " (the disk is full; files that were there before are unharmed)" if error.errno == errno.ENOSPC else ""
+        what = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{what}{error.strerror or error}{full}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(_how_to_go_on(arguments), 130, "interrupted")
+    return 0
+
+
+# typer brings its own copy of click from some release on, so the class is taken from typer's own public error.
+_USAGE_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if arguments[0] != "unlearn":
+        return "nothing that was there before is harmed; run the same command again"
+    again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    return f"go on with: {shlex.join(['fade', *again, '--resume'])}"
+
+
+def _fail(message: str, status: int, word: str = "error") -> int:
+    print(f"{word}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _config(file: Path | None, **changes: Any) -> "Config":
+    """The file's settings, or the defaults, with every change that is not None."""
+    config = settings.Config.load(file) if file is not None else settings.Config()
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _console() -> Console:
+    """Standard output; at least 110 columns where it is not a terminal, so that a log keeps whole table cells."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(110, console.width))
+
+
+def _facts(title: str, values: dict[str, Any]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        table.add_row(escape(name), escape(shown))
+    return table
+
+
+def _open_in_browser(report: Path) -> None:
+    """Opens the report where somebody can see it; that it cannot be opened is no failure."""
+    import webbrowser
+
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    with contextlib.suppress(webbrowser.Error, OSError):
+        webbrowser.open(report.as_uri())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

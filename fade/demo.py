@@ -1,0 +1,56 @@
+"""The demo: the bundled model forgets a concept, both stages, evaluation and report, in one call on a plain CPU.
+
+Everything that it leaves behind is what `fade unlearn` and `fade evaluate --report` leave, for the bundled model.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fade.config import Config
+from fade.evaluation import Evaluation, evaluate, full_record
+from fade.files import atomic_write
+from fade.measure import measured
+from fade.report import write_report
+from fade.unlearning import ADAPTER_FILE, unlearn
+
+REPORT_FILE, METRICS_FILE = "report.html", "metrics.json"
+
+
+def run_demo(
+    output: str | Path,
+    forget: str = "three",
+    surrogate: str = "eight",
+    config: Config | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Unlearns `forget` in DigitCanvas and writes `adapter.safetensors`, `metrics.json` and `report.html` to `output`.
+
+    Returns the evaluation (240 images) and what `metrics.json` holds. Raises FadeError for words that the model does
+    not know and where `output` is in use without `overwrite`.
+    """
+    from fade.digitcanvas import load_pipeline
+
+    start = time.perf_counter()
+    output = Path(output)
+    pipeline = load_pipeline()
+    adapter = unlearn(
+        pipeline, forget, surrogate, config=config, output=output, overwrite=overwrite, progress=progress
+    )  # fmt: skip
+    for stale in (REPORT_FILE, METRICS_FILE):
+        (output / stale).unlink(missing_ok=True)
+    with measured() as evaluating:
+        evaluation = evaluate(pipeline, adapter, progress=progress)
+    size = (output / ADAPTER_FILE).stat().st_size
+    total = time.perf_counter() - start
+    write_report(
+        output / REPORT_FILE, evaluation, adapter.metadata,
+        adapter_bytes=size, evaluate_seconds=evaluating.seconds, total_seconds=total,
+    )  # fmt: skip
+    record = full_record(evaluation, adapter.metadata, size, evaluating.seconds, time.perf_counter() - start)
+    with atomic_write(output / METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+    return evaluation, record

@@ -1,0 +1,58 @@
+"""An unlearned pipeline as an ordinary diffusers folder, with the adapter merged into the weights.
+
+For programs that know no masks: whoever loads the folder needs nothing of this package, and cannot switch the adapter
+off. It lives apart from `fade.adapter` because it leaves the world of adapters.
+"""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fade.adapter import Adapter, MergeReport
+from fade.base_model import base_parameters
+from fade.errors import FadeError
+
+
+def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: bool = False) -> MergeReport:
+    """Merges the adapter and writes the pipeline to the folder `output` with `save_pretrained`, in its own dtype.
+
+    The folder appears complete or not at all: it is written beside its place, then renamed. Afterwards the adapter is
+    removed from `pipeline`, whose weights stay merged. Raises FadeError where the folder exists (`overwrite` replaces
+    it) or cannot be written; an old folder then stays as it was.
+    """
+    output = Path(output)
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise FadeError(f"{output} exists already; pass --overwrite to replace it")
+    if output.exists() and not (output / "model_index.json").is_file():
+        raise FadeError(f"{output} is not a diffusers model folder, so it is not replaced; name another output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FadeError(f"cannot create the folder {output.parent}: {error.strerror or error}") from error
+
+    report = adapter.merge()
+    changed = {f"{layer}.weight" for layer in adapter.layers}
+    merged = {name: p.detach().clone() for name, p in base_parameters(adapter.denoiser) if name in changed}
+    adapter.remove()
+    adapter.denoiser.load_state_dict(merged, strict=False)
+
+    mark = secrets.token_hex(4)
+    fresh, old = (output.with_name(f".{output.name}.{mark}.{state}") for state in ("part", "old"))
+    try:
+        pipeline.save_pretrained(fresh, safe_serialization=True)
+        if output.exists():
+            os.replace(output, old)
+        try:
+            os.replace(fresh, output)
+        except BaseException:
+            if old.exists():
+                os.replace(old, output)
+            raise
+    except OSError as error:
+        raise FadeError(f"cannot write {output}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return report

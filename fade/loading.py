@@ -1,0 +1,91 @@
+"""From what a user types as MODEL to a pipeline: the bundled DigitCanvas, a diffusers folder, or a hub id.
+
+It is apart from the command line so that benchmarks and notebooks resolve a model in the same way.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fade.errors import FadeError
+
+DIGITCANVAS = "digitcanvas"
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+
+
+def load_model(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """The pipeline, on `device` (a GPU where there is one, by default) in `dtype` (float32 by default).
+
+    Raises FadeError for a missing folder or hub model, a folder that is no pipeline, a pipeline class without a
+    backbone (before its weights are read or downloaded), and an unknown device or dtype.
+    """
+    where, precision = _device(device), _dtype(dtype)
+    if model == DIGITCANVAS and not Path(model).exists():
+        from fade.digitcanvas import load_pipeline
+
+        pipeline = load_pipeline(torch_dtype=precision)
+    else:
+        pipeline = _load(model, precision)
+    return pipeline.to(where)
+
+
+def _load(model: str, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    from fade.backbones import BACKBONES
+
+    folder = Path(model).expanduser()
+    if folder.exists():
+        source = str(folder)
+        if not (folder / "model_index.json").is_file():
+            raise FadeError(f"{model} is not a diffusers pipeline: it holds no model_index.json")
+    elif model.startswith((".", "~", os.sep)) or model.count("/") != 1:
+        raise FadeError(
+            f"there is no model {model!r}: it is not a folder here, not a hub id (owner/name), and not {DIGITCANVAS!r}"
+        )
+    else:
+        source = model
+    try:
+        config = diffusers.DiffusionPipeline.load_config(source)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise FadeError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+    name = config.get("_class_name", "an unknown class") if isinstance(config, dict) else "an unknown class"
+    cls = getattr(diffusers, name, None)
+    if cls is None or not any(base.__name__ in BACKBONES for base in cls.__mro__):
+        raise FadeError(f"{model} is a {name}, which is not supported; supported: {', '.join(BACKBONES)}")
+    try:
+        return cls.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise FadeError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FadeError(f"unknown device {name!r}; say cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FadeError(f"there is no device {name}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    if name is None:
+        return torch.float32
+    if name not in DTYPES:
+        raise FadeError(f"unknown dtype {name!r}; say one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,491 @@
+"""The report of one unlearning run: one HTML file with its pictures inside, which asks nothing of the network.
+
+It is built from the adapter's metadata and an `Evaluation` alone. Charts are inline SVG whose ink follows the page's
+colour, so that they are legible in light and dark and on paper; the page itself is `templates/report.html`.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fade.evaluation.run import METRICS, Evaluation
+from fade.files import atomic_write
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+TILE = 96
+"""Largest side in pixels of an image in the report; larger ones are scaled down, small ones up by whole factors."""
+BEFORE, AFTER = "#3d7fd9", "#e07b39"
+INK = "#010203"
+"""Drawn by matplotlib, then replaced by the page's text colour."""
+
+_ATTENTION = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn([12])\.to_(q|k|v|out)"
+)
+
+_SHORTER = (
+    ("down_blocks.", "down "), ("up_blocks.", "up "), ("mid_block", "mid"), (".attentions.", " attn "),
+    (".resnets.", " res "), (".transformer_blocks.", "."), ("downsamplers", "down"), ("upsamplers", "up"),
+)  # fmt: skip
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Evaluation,
+    metadata: dict[str, Any],
+    *,
+    adapter_bytes: int,
+    evaluate_seconds: float | None = None,
+    total_seconds: float | None = None,
+) -> None:
+    """Writes the report to `path`, replacing a file of that name only once the new one is complete.
+
+    Args:
+        metadata: the adapter's, with its run record under "run".
+        adapter_bytes: size of the adapter file.
+        evaluate_seconds, total_seconds: wall time of the evaluation and of the whole command, where known.
+
+    Raises FadeError where the file cannot be written.
+    """
+    html = render_report(evaluation, metadata, adapter_bytes, evaluate_seconds, total_seconds)
+    with atomic_write(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def render_report(
+    evaluation: Evaluation,
+    metadata: dict[str, Any],
+    adapter_bytes: int,
+    evaluate_seconds: float | None = None,
+    total_seconds: float | None = None,
+) -> str:
+    """The report as one HTML string. Arguments as for `write_report`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fade", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    run = metadata.get("run", {})
+    return environment.get_template("report.html").render(
+        forget=evaluation.forget,
+        surrogate=evaluation.surrogate,
+        outcome=outcome(evaluation),
+        figures=_key_figures(evaluation, run, adapter_bytes),
+        grids=_grids(evaluation),
+        matrices=_matrices(evaluation),
+        layer_charts=_layer_charts(run, metadata["config"]),
+        layers=run.get("layers", []),
+        losses=_loss_chart(run.get("losses", {})),
+        metrics=_metric_rows(evaluation),
+        costs=_cost_rows(run, adapter_bytes, evaluate_seconds, total_seconds),
+        settings=_setting_rows(evaluation, metadata),
+        prompts={kind: metadata["concept"].get(f"{kind}_prompts", ()) for kind in ("forget", "surrogate", "retain")},
+        versions=metadata.get("versions", {}),
+        created=metadata.get("created", ""),
+        base=metadata.get("base", "the base model"),
+        before_colour=BEFORE,
+        after_colour=AFTER,
+    )
+
+
+def outcome(evaluation: Evaluation) -> str:
+    """What happened, in one sentence with its numbers."""
+    forgotten = int(evaluation.answers.forgotten.sum())
+    left, before = (round((100 - m["UA"]) * forgotten / 100) for m in (evaluation.metrics, evaluation.base))
+    kept = [f"{evaluation.metrics['IRA']:.1f} % of the other {_plural(evaluation.answers.domain)}"]
+    if evaluation.metrics["CRA"] is not None:
+        (other,) = evaluation.answers.classes.keys() - {evaluation.answers.domain}
+        kept.append(f"{evaluation.metrics['CRA']:.1f} % of the {_plural(other)}")
+    return (
+        f"Of {forgotten} images asked to show “{evaluation.forget}”, {left or 'none'} still "
+        f"{'does' if left == 1 else 'do'} ({before} before); {' and '.join(kept)} are still drawn right."
+    )
+
+
+def before_after_strip(evaluation: Evaluation, tile: int = 64) -> "Image":
+    """A picture for a README: the forgotten concept and two neighbours, base model above, adapted model below."""
+    from PIL import Image
+
+    rows = _retained_classes(evaluation)
+    middle = evaluation.answers.forget
+    near = sorted(rows, key=lambda word: abs(word - middle))[:2]
+    strips = []
+    for word in (middle, *near):
+        strips += [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)]
+    gap = max(2, tile // 16)
+    group = 4 * gap
+    height = sum(strip.height for strip in strips) + gap * 3 + group * 2
+    picture = Image.new("RGB", (strips[0].width, height), "white")
+    top = 0
+    for index, strip in enumerate(strips):
+        picture.paste(strip, (0, top))
+        top += strip.height + (gap if index % 2 == 0 else group)
+    return picture
+
+
+def _plural(word: str) -> str:
+    return {"class": "classes"}.get(word, f"{word}s")
+
+
+def _both(evaluation: Evaluation) -> tuple["Tensor", "Tensor"]:
+    return evaluation.baseline, evaluation.images
+
+
+def _retained_classes(evaluation: Evaluation) -> list[int]:
+    answers = evaluation.answers
+    return [i for i in range(len(answers.classes[answers.domain])) if i != answers.forget]
+
+
+def _pick(evaluation: Evaluation, images: "Tensor", word: int, seed_index: int) -> "Tensor":
+    """Images of one class of the concept's domain at one seed, in the order of their prompts."""
+    return images[_indices(evaluation, word, seed_index)]
+
+
+def _indices(evaluation: Evaluation, word: int, seed_index: int) -> list[int]:
+    answers = evaluation.answers
+    seed = list(dict.fromkeys(answers.seeds))[seed_index]
+    labels = answers.prompted[answers.domain].tolist()
+    return [i for i, label in enumerate(labels) if label == word and answers.seeds[i] == seed]
+
+
+def _strip(images: "Tensor", tile: int = TILE) -> "Image":
+    """Images side by side, with a transparent gap between them."""
+    from PIL import Image
+
+    side = images.shape[-1]
+    size = side * max(1, tile // side) if side <= tile else tile
+    resample = Image.Resampling.NEAREST if side <= tile else Image.Resampling.LANCZOS
+    gap = max(2, size // 24)
+    strip = Image.new("RGBA", (len(images) * (size + gap) - gap, size), (0, 0, 0, 0))
+    for index, image in enumerate(images):
+        levels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
+        strip.paste(Image.fromarray(levels).resize((size, size), resample), (index * (size + gap), 0))
+    return strip
+
+
+def _data_uri(image: "Image") -> str:
+    """PNG with a palette where 256 colours hold it, else full colour, as a data URI."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    colours = image.getcolors(256)
+    picture = image if colours is None else image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The forgotten concept at every seed, then every retained class at the first seed: rows of before and after."""
+    answers = evaluation.answers
+    words = answers.classes[answers.domain]
+    seeds = list(dict.fromkeys(answers.seeds))
+    crossed = [domain for domain in answers.classes if domain != answers.domain]
+    first = _indices(evaluation, answers.forget, 0)
+    if crossed:
+        columns = [answers.classes[crossed[0]][answers.prompted[crossed[0]][i]] for i in first]
+    else:
+        columns = [answers.prompts[i].replace(evaluation.forget, "…") for i in first]
+
+    def row(label: str, word: int, seed_index: int) -> dict[str, str]:
+        before, after = (_data_uri(_strip(_pick(evaluation, images, word, seed_index))) for images in _both(evaluation))
+        place = f"“{words[word]}” ({', '.join(columns)}), seed {seeds[seed_index]}"
+        return {
+            "label": label,
+            "before": before,
+            "after": after,
+            "before_alt": f"Base model: {place}",
+            "after_alt": f"Adapted model: {place}",
+        }
+
+    forgotten = [row(f"seed {seed}", answers.forget, index) for index, seed in enumerate(seeds)]
+    retained = [row(words[word], word, 0) for word in _retained_classes(evaluation)]
+    return [
+        {"title": f"Forgotten: {words[answers.forget]}", "columns": columns, "rows": forgotten, "forgotten": True},
+        {
+            "title": f"Kept: every other {answers.domain} (seed {seeds[0]})", "columns": columns, "rows": retained,
+            "forgotten": False,
+        },
+    ]  # fmt: skip
+
+
+def _figure(width: float, height: float, draw: Callable[[Any], None], label: str, columns: int = 1) -> dict[str, str]:
+    """An inline SVG drawn by `draw(axes)`, its text and lines in the page's text colour, with its description."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif", "font.size": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10,
+        "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.linewidth": 0.6,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.subplots(1, columns, squeeze=False)[0] if columns > 1 else figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend)_[\d.]+"', "", svg)
+    return {"svg": svg, "label": label, "width": f"{width * 96:.0f}px"}
+
+
+def _heat(axes: Any, values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *,
+          colour: str, top: float, text: Callable[[float], str]) -> None:  # fmt: skip
+    """Cells whose opacity grows with their value, so that they read on a light and on a dark page; None is no cell."""
+    from matplotlib.patches import Rectangle
+
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            if value is None or math.isnan(value):
+                continue
+            strength = 0.06 + 0.74 * min(1.0, max(0.0, value / top if top > 0 else 0.0))
+            axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour, alpha=strength, linewidth=0))
+            axes.text(x + 0.5, y + 0.52, text(value), ha="center", va="center", fontsize=7.5)
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _matrices(evaluation: Evaluation) -> list[dict[str, str]]:
+    """Interference: accuracy before and after, per crossing of the two domains or, with one domain, per class."""
+    answers = evaluation.answers
+    if not evaluation.matrix:
+        words = list(evaluation.receivers["class"])
+        values = [[evaluation.receivers["class"][w][when] for w in words] for when in ("before", "after")]
+
+        def draw(axes: Any) -> None:
+            _heat(axes, values, ["base model", "adapted"], words, colour=BEFORE, top=100, text=lambda v: f"{v:.0f}")
+
+        label = f"Share of images judged as the class that was asked for, in percent. Forgotten: {evaluation.forget}."
+        return [_figure(max(3.5, 0.6 * len(words) + 1.5), 2.2, draw, label)]
+
+    (first, rows), (second, columns) = answers.classes.items()
+    pictures = []
+    for domain in (answers.domain, *(d for d in answers.classes if d != answers.domain)):
+
+        def draw(panels: Any, domain: str = domain) -> None:
+            for axes, when, title in zip(panels, ("before", "after"), ("base model", "adapted"), strict=True):
+                cells = evaluation.matrix[domain][when]
+                _heat(axes, cells, rows, columns, colour=BEFORE if when == "before" else AFTER, top=100,
+                      text=lambda v: "" if v == 100 else f"{v:.0f}")  # fmt: skip
+                axes.set_title(f"right {domain}, {title}")
+
+        label = (
+            f"Share of images with the right {domain}, in percent, per {first} (row) and {second} (column), for the "
+            "base model and the adapted one. Cells without a number are 100."
+        )
+        pictures.append(_figure(8.6, 0.26 * len(rows) + 1.1, draw, label, columns=2))
+    return pictures
+
+
+def short_layer_name(name: str) -> str:
+    """A layer's name as a reader says it: `down 0.1 self q`, `mid cross out`; others shortened."""
+    match = _ATTENTION.fullmatch(name.removesuffix(".0") if name.endswith("to_out.0") else name)
+    if match:
+        block, projection = _attention_place(match)
+        return f"{block} {projection}"
+    for long, short in _SHORTER:
+        name = name.replace(long, short)
+    return name
+
+
+def _attention_place(match: re.Match[str]) -> tuple[str, str]:
+    way, level, index, depth, kind, projection = match.groups()
+    block = "mid" if way is None else f"{way} {level}.{index}"
+    if depth != "0":
+        block += f" ({depth})"
+    return block, f"{'self' if kind == '1' else 'cross'} {projection}"
+
+
+def _layer_charts(run: dict[str, Any], config: dict[str, Any]) -> list[dict[str, str]]:
+    """Mask density and saliency by layer: a grid block x projection where all are attention projections, else bars."""
+    layers = run.get("layers", [])
+    if not layers:
+        return []
+    scaled = config["locate"]["scaling"] == "module"
+
+    def saliency(layer: dict[str, Any]) -> float | None:
+        if layer["saliency_max"] is None:
+            return None
+        if scaled:
+            return layer["saliency_max"] / layer["saliency_mean"] if layer["saliency_mean"] else 0.0
+        return layer["saliency_mean"]
+
+    quantities = [("Weights kept by the mask, %", AFTER, lambda layer: 100 * layer["density"])]
+    if any(layer["saliency_max"] is not None for layer in layers):
+        title = "Largest saliency ÷ the layer's mean" if scaled else "Mean saliency"
+        quantities.append((title, BEFORE, saliency))
+    matches = [_ATTENTION.fullmatch(layer["name"].removesuffix(".0")) for layer in layers]
+    kind = config["locate"]["saliency"]
+    note = f"By layer, saliency “{kind}”: " + " and ".join(title for title, *_ in quantities) + "."
+
+    if all(matches):
+        places = [_attention_place(match) for match in matches]
+        rows = sorted(dict.fromkeys(block for block, _ in places), key=_block_order)
+        order = [f"{kind} {part}" for kind in ("self", "cross") for part in ("q", "k", "v", "out")]
+        columns = [name for name in order if any(name == projection for _, projection in places)]
+
+        def draw(panels: Any) -> None:
+            for axes, (title, colour, quantity) in zip(_several(panels), quantities, strict=True):
+                by_place = {place: quantity(layer) for place, layer in zip(places, layers, strict=True)}
+                cells = [[by_place.get((row, column)) for column in columns] for row in rows]
+                top = max((value for value in by_place.values() if value is not None), default=1.0)
+                _heat(axes, cells, rows, columns, colour=colour, top=top, text=_short_number)
+                axes.set_title(title)
+
+        height = 0.28 * len(rows) + 1.1
+    else:
+        names = [short_layer_name(layer["name"]) for layer in layers]
+
+        def draw(panels: Any) -> None:
+            for position, (axes, (title, colour, quantity)) in enumerate(
+                zip(_several(panels), quantities, strict=True)
+            ):  # fmt: skip
+                axes.barh(range(len(layers)), [quantity(layer) or 0.0 for layer in layers], color=colour, height=0.75)
+                axes.set_yticks(range(len(layers)), names if position == 0 else [""] * len(layers), fontsize=7.5)
+                axes.set(ylim=(len(layers) - 0.4, -0.6))
+                axes.set_title(title)
+                axes.tick_params(axis="y", length=0)
+
+        height = 0.17 * len(layers) + 0.8
+    return [_figure(4.6 * len(quantities), height, draw, note, columns=len(quantities))]
+
+
+def _several(panels: Any) -> Sequence[Any]:
+    return panels if hasattr(panels, "__len__") else [panels]
+
+
+def _block_order(block: str) -> tuple[int, str]:
+    return {"d": 0, "m": 1, "u": 2}[block[0]], block
+
+
+def _short_number(value: float) -> str:
+    if value == 0:
+        return "0"
+    if value >= 99.5:
+        return f"{value:.0f}"
+    if value >= 0.095:
+        return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+    return f"{value:.0e}".replace("e-0", "e-") if value < 0.01 else f"{value:.2f}"
+
+
+def _loss_chart(losses: dict[str, Sequence[float]]) -> dict[str, str] | None:
+    """Both losses by step: every step faint, a running mean over a twentieth of the steps in full."""
+    curves = [(name, losses.get(name) or [], colour) for name, colour in (("forget", AFTER), ("retain", BEFORE))]
+    steps = max(len(values) for _, values, _ in curves)
+    if steps == 0:
+        return None
+
+    def draw(axes: Any) -> None:
+        window = max(1, steps // 20)
+        for name, values, colour in curves:
+            axis = range(1, len(values) + 1)
+            axes.plot(axis, values, color=colour, alpha=0.3, linewidth=0.8)
+            smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+            axes.plot(axis, smooth, color=colour, linewidth=1.8, label=name)
+        if all(value > 0 for _, values, _ in curves for value in values):
+            axes.set_yscale("log")
+        axes.set(xlabel="optimiser step", ylabel="mean squared error")
+        axes.legend(frameon=False)
+
+    ends = ", ".join(f"{name} from {values[0]:.2g} to {values[-1]:.2g}" for name, values, _ in curves if values)
+    return _figure(8.6, 2.8, draw, f"Losses over {steps} steps: {ends}.")
+
+
+def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int) -> list[tuple[str, str]]:
+    """The handful of numbers at the top: (value, what it is)."""
+    metrics = evaluation.metrics
+    figures = [
+        (f"{metrics['UA']:.1f} %", "forgotten (UA)"),
+        (f"{metrics['IRA']:.1f} %", f"other {_plural(evaluation.answers.domain)} kept (IRA)"),
+    ]
+    if metrics["CRA"] is not None:
+        (other,) = evaluation.answers.classes.keys() - {evaluation.answers.domain}
+        figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
+    if run.get("total"):
+        figures.append((f"{100 * run['selected'] / run['total']:.3g} %", "of the target weights changed"))
+    figures.append((human_bytes(adapter_bytes), "adapter file"))
+    if "seconds" in run:
+        figures.append((f"{run['seconds']['locate'] + run['seconds']['overwrite']:.1f} s", "locate + overwrite"))
+    return figures
+
+
+def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
+    rows = []
+    for name, meaning in METRICS.items():
+        after, before = evaluation.metrics[name], evaluation.base.get(name)
+        if after is None:
+            continue
+        span = evaluation.intervals.get(name)
+        digits = 4 if name.startswith("drift") else 1
+        rows.append(
+            {
+                "name": name,
+                "meaning": meaning,
+                "before": "–" if before is None else f"{before:.{digits}f}",
+                "after": f"{after:.{digits}f}",
+                "interval": f"{span['low']:.1f} – {span['high']:.1f}" if span else "–",
+                "images": str(span["images"]) if span else "–",
+            }
+        )
+    return rows
+
+
+def _cost_rows(
+    run: dict[str, Any], adapter_bytes: int, evaluate_seconds: float | None, total_seconds: float | None
+) -> list[tuple[str, str, str]]:
+    """(part, seconds, peak memory)."""
+    seconds, memory = run.get("seconds", {}), run.get("peak_memory_bytes", {})
+    titles = {"data": "sample the data", "locate": "1 locate", "overwrite": "2 overwrite"}
+    rows = [
+        (titles.get(part, part), f"{value:.1f}", human_bytes(memory[part]) if part in memory else "–")
+        for part, value in seconds.items()
+    ]
+    if evaluate_seconds is not None:
+        rows.append(("evaluate", f"{evaluate_seconds:.1f}", "–"))
+    if total_seconds is not None:
+        rows.append(("everything", f"{total_seconds:.1f}", "–"))
+    return rows
+
+
+def _setting_rows(evaluation: Evaluation, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every setting, flattened: ("locate.keep", "0.01")."""
+
+    def flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+        rows = []
+        for key, value in values.items():
+            if isinstance(value, dict):
+                rows += flatten(value, f"{prefix}{key}.")
+            else:
+                shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+                rows.append((f"{prefix}{key}", shown))
+        return rows
+
+    rows = flatten(metadata["config"], "") + flatten(evaluation.settings, "evaluation.")
+    if "form" in metadata:
+        rows.append(("file form", metadata["form"]))
+    fingerprint = metadata.get("fingerprint", {})
+    return rows + [(f"base fingerprint, {dtype}", digest) for dtype, digest in fingerprint.items()]
+
+
+def human_bytes(count: int) -> str:
+    """Bytes in decimal units: 43.1 kB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
