@@ -13,12 +13,12 @@
 #include <string>
 #include <vector>
 
-// One source, one binary: the loader picks AVX-512, AVX2 or the portable baseline at run time. Put it on leaf functions
-// that hold the loop; lambdas and calls inside are compiled for the same level only when they are inlined.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+// One source, one binary: the loader picks AVX-512, AVX2 or the portable baseline at run time (glibc's ifunc). Put it on
+// leaf functions that hold the loop; lambdas and calls inside are compiled for the same level only when inlined.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FADE_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define FADE_HAS_CPU_CLONES 1
-#elif defined(__x86_64__) && defined(__linux__) && defined(__clang__) && __clang_major__ >= 17
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__clang__) && __clang_major__ >= 17
 #define FADE_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define FADE_HAS_CPU_CLONES 1
 #else
