@@ -12,10 +12,10 @@ from fade.config import Config
 from fade.evaluation import Evaluation, evaluate, full_record
 from fade.files import atomic_write
 from fade.measure import measured
-from fade.report import write_report
+from fade.report import before_after_picture, write_report
 from fade.unlearning import ADAPTER_FILE, unlearn
 
-REPORT_FILE, METRICS_FILE = "report.html", "metrics.json"
+REPORT_FILE, METRICS_FILE, PICTURE_FILE = "report.html", "metrics.json", "before-after.png"
 
 
 def run_demo(
@@ -27,7 +27,7 @@ def run_demo(
     overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Unlearns `forget` in DigitCanvas and writes `adapter.safetensors`, `metrics.json` and `report.html` to `output`.
+    """Unlearns `forget` in DigitCanvas and writes adapter, report, metrics and a before/after picture to `output`.
 
     Returns the evaluation (240 images) and what `metrics.json` holds. Raises FadeError for words that the model does
     not know and where `output` is in use without `overwrite`.
@@ -40,7 +40,7 @@ def run_demo(
     adapter = unlearn(
         pipeline, forget, surrogate, config=config, output=output, overwrite=overwrite, progress=progress
     )  # fmt: skip
-    for stale in (REPORT_FILE, METRICS_FILE):
+    for stale in (REPORT_FILE, METRICS_FILE, PICTURE_FILE):
         (output / stale).unlink(missing_ok=True)
     with measured() as evaluating:
         evaluation = evaluate(pipeline, adapter, progress=progress)
@@ -50,6 +50,8 @@ def run_demo(
         output / REPORT_FILE, evaluation, adapter.metadata,
         adapter_bytes=size, evaluate_seconds=evaluating.seconds, total_seconds=total,
     )  # fmt: skip
+    with atomic_write(output / PICTURE_FILE) as temporary:
+        before_after_picture(evaluation).save(temporary, format="PNG", optimize=True)
     record = full_record(evaluation, adapter.metadata, size, evaluating.seconds, time.perf_counter() - start)
     with atomic_write(output / METRICS_FILE) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-TILE = 96
-"""Largest side in pixels of an image in the report; larger ones are scaled down, small ones up by whole factors."""
+TILE = 160
+"""Largest side in pixels of an image in the report: larger ones are scaled down, small ones up by a whole factor."""
 BEFORE, AFTER = "#3d7fd9", "#e07b39"
 INK = "#010203"
 """Drawn by matplotlib, then replaced by the page's text colour."""
@@ -109,24 +109,30 @@ def outcome(evaluation: Evaluation) -> str:
     )
 
 
-def before_after_strip(evaluation: Evaluation, tile: int = 64) -> "Image":
-    """A picture for a README: the forgotten concept and two neighbours, base model above, adapted model below."""
-    from PIL import Image
+def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
+    """A picture to show around: the forgotten concept and two neighbours at the first seed, before above after."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    rows = _retained_classes(evaluation)
-    middle = evaluation.answers.forget
-    near = sorted(rows, key=lambda word: abs(word - middle))[:2]
-    strips = []
-    for word in (middle, *near):
-        strips += [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)]
-    gap = max(2, tile // 16)
-    group = 4 * gap
-    height = sum(strip.height for strip in strips) + gap * 3 + group * 2
-    picture = Image.new("RGB", (strips[0].width, height), "white")
-    top = 0
-    for index, strip in enumerate(strips):
-        picture.paste(strip, (0, top))
-        top += strip.height + (gap if index % 2 == 0 else group)
+    words = evaluation.answers.classes[evaluation.answers.domain]
+    forget = evaluation.answers.forget
+    near = sorted(_retained_classes(evaluation), key=lambda word: abs(word - forget))[:2]
+    groups = [
+        (words[word], [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
+        for word in (forget, *sorted(near))
+    ]
+    margin, gap, space, text = 12, 4, 20, 110
+    width, height = groups[0][1][0].size
+    picture = Image.new(
+        "RGB", (2 * margin + text + width, 2 * margin + len(groups) * (2 * height + gap) + 2 * space), "white"
+    )
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=17)
+    top = margin
+    for word, (before, after) in groups:
+        for label, strip in ((f"{word}, before", before), (f"{word}, after", after)):
+            pen.text((margin + text - 10, top + height // 2), label, fill="#333333", font=font, anchor="rm")
+            picture.paste(strip, (margin + text, top), strip)
+            top += height + gap
+        top += space - gap
     return picture
 
 
@@ -160,7 +166,7 @@ def _strip(images: "Tensor", tile: int = TILE) -> "Image":
     from PIL import Image
 
     side = images.shape[-1]
-    size = side * max(1, tile // side) if side <= tile else tile
+    size = side * max(1, min(tile, 96) // side) if side <= tile else tile
     resample = Image.Resampling.NEAREST if side <= tile else Image.Resampling.LANCZOS
     gap = max(2, size // 24)
     strip = Image.new("RGBA", (len(images) * (size + gap) - gap, size), (0, 0, 0, 0))
@@ -170,15 +176,12 @@ def _strip(images: "Tensor", tile: int = TILE) -> "Image":
     return strip
 
 
-def _data_uri(image: "Image") -> str:
-    """PNG with a palette where 256 colours hold it, else full colour, as a data URI."""
-    from PIL import Image
-
+def _data_uri(image: "Image", exact: bool) -> str:
+    """WebP as a data URI: every pixel as it was, or at photographic quality."""
     buffer = io.BytesIO()
-    colours = image.getcolors(256)
-    picture = image if colours is None else image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    # Lossless, quality means effort: the least is 200 times faster than the most and a third larger.
+    image.save(buffer, "WEBP", lossless=exact, quality=0 if exact else 85, method=0 if exact else 4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -194,7 +197,10 @@ def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
         columns = [answers.prompts[i].replace(evaluation.forget, "…") for i in first]
 
     def row(label: str, word: int, seed_index: int) -> dict[str, str]:
-        before, after = (_data_uri(_strip(_pick(evaluation, images, word, seed_index))) for images in _both(evaluation))
+        before, after = (
+            _data_uri(_strip(_pick(evaluation, images, word, seed_index)), exact=images.shape[-1] <= TILE)
+            for images in _both(evaluation)
+        )
         place = f"“{words[word]}” ({', '.join(columns)}), seed {seeds[seed_index]}"
         return {
             "label": label,
