@@ -450,9 +450,8 @@ def _setup_masked_lora_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _backward_frozen_linear(ctx: Any, grad_output: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias (arguments 1 and 2), for callers that did not freeze them."""
-    flat = grad_output.reshape(-1, grad_output.shape[-1])
-    grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-    grad_bias = flat.sum(dim=0) if ctx.needs_input_grad[2] else None
+    grad_weight = reference.as_rows(grad_output).t() @ reference.as_rows(x) if ctx.needs_input_grad[1] else None
+    grad_bias = reference.as_rows(grad_output).sum(dim=0) if ctx.needs_input_grad[2] else None
     return grad_weight, grad_bias
 
 

@@ -4,7 +4,7 @@ Written for reading, not for speed; works on every device and, where the arithme
 its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
 """
 
-import math
+from math import prod
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def select_top_k(scores: list[Tensor], k: int) -> tuple[list[Tensor], Tensor, Te
         Mask words of each tensor seen as [N, K]; the k-th largest score, 0-d; index of the first tensor that holds NaN
         or a negative value, int64 0-d, or -1. Where it is not -1 the masks are empty and the threshold is 0.
     """
-    shapes = [(s.shape[0], s.numel() // s.shape[0] if s.shape[0] else math.prod(s.shape[1:])) for s in scores]
+    shapes = [(s.shape[0], s.numel() // s.shape[0] if s.shape[0] else prod(s.shape[1:])) for s in scores]
     for i, s in enumerate(scores):
         if not bool((s >= 0).all()):
             words = [pack_mask(s.new_zeros(shape, dtype=torch.bool)) for s, shape in zip(scores, shapes, strict=True)]
@@ -153,6 +153,11 @@ def _values_delta(values: Tensor, mask_words: Tensor, columns: int, scale: Tenso
     return delta
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[..., C] -> [T, C], also where a size is 0."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor) -> Tensor:
     wide = x.to(delta.dtype)
     y = torch.nn.functional.linear(wide, delta)
@@ -173,8 +178,7 @@ def _linear_input_gradient(grad_output: Tensor, weight: Tensor | None, delta: Te
 
 def _linear_weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     dtype = _compute_dtype(x)
-    dy, rows = (tensor.to(dtype).reshape(-1, tensor.shape[-1]) for tensor in (grad_output, x))
-    return dy.t() @ rows  # [N, T] @ [T, K] -> [N, K]
+    return as_rows(grad_output).to(dtype).t() @ as_rows(x).to(dtype)  # [N, T] @ [T, K] -> [N, K]
 
 
 def masked_lora_linear(

@@ -56,14 +56,14 @@ struct Kernels {
 #undef FADE_REGISTER_BYTES
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FADE_SIMD avx2
-#define FADE_TARGET __attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt")))
+#define FADE_TARGET __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
 #define FADE_REGISTER_BYTES 32
 #include "cpu/masked_lora_simd.h"
 #undef FADE_SIMD
 #undef FADE_TARGET
 #undef FADE_REGISTER_BYTES
 #define FADE_SIMD avx512
-#define FADE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt")))
+#define FADE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")))
 #define FADE_REGISTER_BYTES 64
 #include "cpu/masked_lora_simd.h"
 #undef FADE_SIMD
@@ -75,16 +75,21 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+// The best instruction set of the processor; FADE_CPU_CAPABILITY=avx2 or baseline asks for less, so that tests reach all.
 template <typename T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const Kernels<T>& best = [&]() -> const Kernels<T>& {
+  static const Kernels<T>& best = []() -> const Kernels<T>& {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return avx512::table<T>();
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table<T>();
+    const char* asked = std::getenv("FADE_CPU_CAPABILITY");
+    const std::string most = asked ? asked : "avx512";
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                          __builtin_cpu_supports("popcnt");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && most == "avx512") return avx512::table<T>();
+    if (has_avx2 && most != "baseline") return avx2::table<T>();
     return baseline::table<T>();
   }();
   return best;
@@ -231,6 +236,13 @@ double scalar_value(const Tensor& scale) {
   return *read<double>(as_type(scale, ScalarType::Double));
 }
 
+// Product of all dimensions but the last.
+int64_t row_count(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) count *= x.size(d);
+  return count;
+}
+
 // A batch of rows: [..., columns] flattened to two dimensions, each row contiguous.
 struct Rows {
   Tensor tensor;  // [count, columns]
@@ -244,8 +256,7 @@ struct Rows {
 
 template <typename T>
 Rows as_rows(const Tensor& x) {
-  const int64_t columns = x.size(x.dim() - 1);
-  const int64_t count = columns == 0 ? 0 : x.numel() / columns;
+  const int64_t columns = x.size(x.dim() - 1), count = row_count(x);
   Tensor flat = as_type(x, dtype_of<T>());
   if (flat.dim() != 2) flat = torch::stable::reshape(flat, {count, columns});
   if (flat.stride(1) != 1 || flat.stride(0) < columns) flat = torch::stable::contiguous(flat);
@@ -260,7 +271,7 @@ Tensor empty_rows(const Tensor& like, int64_t columns, ScalarType dtype) {
 }
 
 Tensor as_two_dimensions(const Tensor& rows, int64_t columns) {
-  return rows.dim() == 2 ? rows : torch::stable::view(rows, {columns == 0 ? 0 : rows.numel() / columns, columns});
+  return rows.dim() == 2 ? rows : torch::stable::view(rows, {row_count(rows), columns});
 }
 
 // A block of rows transposed to [columns, wide]; wide is 16, 32, 64 or 128 and at least tall.
@@ -535,7 +546,7 @@ void add_transposed_product(const Delta<T>& delta, const Rows& dy, T* dx) {
 template <typename T>
 Tensor forward(const Tensor& x, const Optional& weight, const Optional& bias, const Delta<T>& delta, Regime regime) {
   const Mask& mask = delta.mask;
-  const int64_t t = mask.columns == 0 ? 0 : x.numel() / mask.columns;
+  const int64_t t = row_count(x);
   const bool frozen = weight && mask.count() == 0;
   if (frozen) return linear(x, *weight, bias);
   if (choose_product(regime, weight.has_value(), mask.filled(), t, mask.rows, mask.columns, mask.count(), cost::kRows) ==
@@ -586,11 +597,11 @@ constexpr int64_t kPartialValues = 1 << 20;  // most gradient values held in par
 template <typename T>
 void sampled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradient) {
   const int64_t k = mask.columns, n = mask.rows, count = mask.count(), widest = 8 * kLanes;
-  const int64_t parts = std::clamp<int64_t>(std::min(kPartialValues / std::max<int64_t>(count, 1), x.count / widest), 1, 16);
+  const int64_t parts = std::clamp<int64_t>(std::min(kPartialValues / count, x.count / widest), 1, 16);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = std::clamp<int64_t>((threads + parts - 1) / parts, 1, (n + kBand - 1) / kBand);
+  const int64_t groups = std::min((threads + parts - 1) / parts, (n + kBand - 1) / kBand);
   const int64_t group_rows = (n + groups - 1) / groups;
-  const int64_t block = std::clamp<int64_t>(8 * n * k / std::max<int64_t>(count, 1), 64, k);
+  const int64_t block = std::min(k, std::max<int64_t>(64, 8 * n * k / count));  // about 8 positions of a row
   const int32_t* columns = mask.positions();
   Buffer<T> partial((parts - 1) * count);
   const auto cut = [&](int64_t part) { return part == parts ? x.count : x.count * part / parts / widest * widest; };
@@ -700,7 +711,9 @@ Buffer<T> values_at(const Mask& mask, const Tensor& dense) {
 template <typename T>
 Buffer<T> gradient_values(const Mask& mask, const Rows& dy, const Rows& x, Regime regime) {
   Buffer<T> gradient(mask.count());
-  if (regime == Regime::kGather) {
+  if (mask.count() == 0 || x.count == 0) {
+    std::fill_n(gradient.get(), mask.count(), T(0));
+  } else if (regime == Regime::kGather) {
     sampled_gradient(mask, dy, x, gradient.get());
   } else if (regime == Regime::kTile) {
     tiled_gradient(mask, dy, x, gradient.get());
