@@ -21,7 +21,9 @@ def run_ours() -> dict[str, float]:
     import fade
     from fade.digitcanvas import load_pipeline
 
-    config = fade.Config().replace(locate__keep=KEEP, overwrite__steps=200)
+    config = fade.Config().replace(
+        locate__keep=KEEP, overwrite__steps=200, overwrite__batch_size=16, overwrite__retain_batch_size=16
+    )
     adapter = fade.unlearn(load_pipeline(), FORGET, SURROGATE, config=config, progress=False)
     run = adapter.run
     return {

@@ -24,8 +24,8 @@ CONCEPTS = (
 SEEDS = (0, 1)
 SALIENCIES = ("denoising", "distillation", "contrast", "random")
 KEEPS = (0.1, 0.01, 0.001)
-EVALUATION_SEEDS = (188, 288)
-EVALUATION_STEPS = 15
+EVALUATION_SEEDS = (188,)
+EVALUATION_STEPS = 10
 
 Cell = tuple[str, str, int, str, float]
 

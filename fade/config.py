@@ -35,11 +35,11 @@ class DataConfig:
     """Folder of images that show the concept; None samples them from the frozen model."""
     retain_images: str | None = None
     """Folder of images of everything else; None samples them from the frozen model."""
-    forget_samples: int = 64
+    forget_samples: int = 48
     """Forget latents to sample, or the most images to read from the folder."""
-    retain_samples: int = 128
+    retain_samples: int = 96
     """Retain latents to sample, or the most images to read from the folder."""
-    sampling_steps: int = 15
+    sampling_steps: int = 10
     """Denoising steps a sampled latent takes; only its rough content matters, it is noised again in training."""
     guidance_scale: float = 3.0
     """Classifier-free guidance of sampled latents."""
@@ -83,15 +83,15 @@ class OverwriteConfig:
     """Rank r of the factors."""
     alpha: float = 16.0
     """LoRA alpha; the adapter's scale is alpha / rank. Values are scaled by 1."""
-    steps: int = 200
+    steps: int = 100
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Forget latents per step."""
-    retain_batch_size: int = 16
+    retain_batch_size: int = 8
     """Retain latents per step."""
     accumulation: int = 1
     """Batches whose gradients are added up before a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 10
     """Steps of linear warm-up before the cosine decay to zero."""
