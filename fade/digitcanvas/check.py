@@ -81,10 +81,10 @@ def check_pipeline(
     return Check(digit_right, style_right, drawn.view(*shape, *drawn.shape[1:]), seconds)
 
 
-def _table(title: str, words: tuple[str, ...], rows: dict[str, Tensor]) -> Table:
-    table = Table("", *words, title=title)
-    for name, shares in rows.items():
-        table.add_row(name, *(f"{share:.1%}" for share in shares.tolist()))
+def _table(words: tuple[str, ...], digit: Tensor, style: Tensor) -> Table:
+    table = Table("asked for", "right digit", "right style")
+    for word, *shares in zip(words, digit.tolist(), style.tolist(), strict=True):
+        table.add_row(word, *(f"{share:.1%}" for share in shares))
     return table
 
 
@@ -110,12 +110,11 @@ def main(
     pipeline.set_progress_bar_config(disable=True)
     check = check_pipeline(pipeline, loaded_judges, samples, steps, guidance, batch_size, seed, progress=True)
     digit, style = check.digit_right.float(), check.style_right.float()
-    console.print(
-        f"model, {digit.numel()} pictures, DDIM {steps} steps, guidance {guidance:g}: "
-        f"digit {digit.mean():.2%}, style {style.mean():.2%}, {check.seconds:.1f} s in batches of {batch_size}"
-    )
-    console.print(_table("by digit", DIGITS, {"digit": digit.mean((1, 2)), "style": style.mean((1, 2))}))
-    console.print(_table("by style", STYLES, {"digit": digit.mean((0, 2)), "style": style.mean((0, 2))}))
+    console.print(f"{digit.numel()} pictures, DDIM {steps} steps, guidance {guidance:g}, seed {seed}")
+    console.print(f"model: digit {digit.mean():.2%}, style {style.mean():.2%}")
+    console.print(f"drawn in {check.seconds:.1f} s, {batch_size} at once, {torch.get_num_threads()} threads")
+    console.print(_table(DIGITS, digit.mean((1, 2)), style.mean((1, 2))))
+    console.print(_table(STYLES, digit.mean((0, 2)), style.mean((0, 2))))
     if picture is not None:
         from PIL import Image
 

@@ -238,7 +238,8 @@ def train_judges(
 
         training.run(loss, progress)
         weights = training.averaged().state_dict()
-        save_atomically(weights, folder / f"{axis}.safetensors")
+        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        save_atomically(halves, folder / f"{axis}.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -380,6 +381,11 @@ def save_pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokeniz
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # The names of Stable Diffusion's own files, which transformers reads before and after its version 5; version 5 by
+    # itself writes names that version 4 does not know.
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_atomically(weights, file, {"format": "pt"})
 
 
 def train(output: Path, recipe: Recipe, digits: Digits, held_out: Digits, progress: Progress) -> None:
@@ -392,7 +398,7 @@ def train(output: Path, recipe: Recipe, digits: Digits, held_out: Digits, progre
     progress.console.print(f"judges on held-out digits: {accuracy['digit']:.2%} digit, {accuracy['style']:.2%} style")
     vae = train_vae(recipe, pictures, checkpoints, progress)
     latents = encode_pictures(vae, pictures, progress)
-    tokenizer = build_tokenizer(checkpoints / "tokenizer")
+    tokenizer = build_tokenizer(output / "model" / "tokenizer")
     training = build_denoiser_training(recipe, tokenizer, checkpoints)
     denoiser = train_denoiser(training, tokenizer, latents, digits.labels, progress)
     save_pipeline(denoiser, vae, tokenizer, output / "model")

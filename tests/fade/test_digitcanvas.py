@@ -85,8 +85,8 @@ def test_drawing_is_deterministic_and_independent_of_the_batch(style: str, held_
 def test_styles_differ_everywhere(held_out: Digits) -> None:
     pictures = data.draw_all(held_out).float() / 255
     for first, second in itertools.combinations(range(len(STYLES)), 2):
-        difference = (pictures[first] - pictures[second]).abs().mean((1, 2, 3))
-        assert difference.min() > 0.02, (STYLES[first], STYLES[second])
+        difference = (pictures[first] - pictures[second]).abs().amax((1, 2, 3))
+        assert difference.min() > 0.3, (STYLES[first], STYLES[second])
 
 
 def test_near_neighbours_are_near(held_out: Digits) -> None:
