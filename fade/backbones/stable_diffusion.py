@@ -164,11 +164,12 @@ class StableDiffusionBackbone:
     @contextlib.contextmanager
     def _vae_in_float32(self) -> Iterator[nn.Module]:
         vae, dtype = self.pipeline.vae, self.pipeline.vae.dtype
-        vae.to(torch.float32)
+        # nn.Module.to, because diffusers' own warns of layers "to be kept in float32" on every call.
+        nn.Module.to(vae, torch.float32)
         try:
             yield vae
         finally:
-            vae.to(dtype)
+            nn.Module.to(vae, dtype)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
