@@ -120,6 +120,7 @@ def main(
 
         # One row a style, one column a digit; each cell holds the first picture.
         sheet = check.pictures[:, :, 0].permute(1, 3, 0, 4, 2).reshape(len(STYLES) * 32, len(DIGITS) * 32, 3)
+        picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet.mul(255).round().byte().numpy()).save(picture)
         console.print(f"first picture of each prompt: {picture}")
 

@@ -7,10 +7,12 @@ pipeline works on Stable Diffusion too. Sizes are chosen for 32x32 pictures and 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fade.digitcanvas.data import IMAGE_SIZE
@@ -22,8 +24,35 @@ LATENT_CHANNELS = 4
 LATENT_SIZE = IMAGE_SIZE // 4
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# The pattern by which CLIP splits text into words before byte-pair encoding.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_END_OF_WORD = "</w>"
+
+
+def learn_merges(word_counts: dict[str, int]) -> list[tuple[str, str]]:
+    """The byte-pair merges (Sennrich et al., 2016) that make each of some words one token, most frequent pair first.
+
+    Written out because the trainer of ``tokenizers`` breaks ties by hash order and numbers tokens anew in every run.
+    """
+    words = {word: [*word[:-1], word[-1] + _END_OF_WORD] for word in word_counts}
+    letters = {token for tokens in words.values() for token in tokens}
+    inner = sorted(token for token in letters if not token.endswith(_END_OF_WORD))
+    order = inner + sorted(letters.difference(inner), reverse=True)
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, tokens in words.items():
+            for pair in pairwise(tokens):
+                counts[pair] += word_counts[word]
+        if not counts:
+            return merges
+        best = min(counts, key=lambda pair: (-counts[pair], order.index(pair[0]), order.index(pair[1])))
+        merges.append(best)
+        order.append("".join(best))
+        for tokens in words.values():
+            i = 0
+            while i < len(tokens) - 1:
+                if (tokens[i], tokens[i + 1]) == best:
+                    tokens[i : i + 2] = ["".join(best)]
+                i += 1
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -31,28 +60,13 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
     The alphabet holds all 256 bytes, so any text tokenises; a word of the captions is one token.
     """
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_END))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
     captions = [prompt(digit, style) for digit in DIGITS for style in STYLES]
     captions += [digit_prompt(digit) for digit in DIGITS] + [style_prompt(style) for style in STYLES]
-    tokenizer.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = learn_merges(Counter(word for caption in captions for word in caption.split()))
 
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # CLIP's order: bytes, bytes that end a word, merges, special tokens.
-    tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    tokens += ["".join(pair) for pair in merges if "".join(pair) not in tokens]
+    tokens = alphabet + [letter + _END_OF_WORD for letter in alphabet] + ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), _START, _END])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")

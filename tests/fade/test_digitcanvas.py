@@ -158,6 +158,17 @@ def test_words_never_seen_tokenise_and_come_back(text: str) -> None:
 def test_built_tokenizer_equals_the_shipped_one(tmp_path: Path) -> None:
     built = models.build_tokenizer(tmp_path)
     assert built.get_vocab() == digitcanvas.load_pipeline().tokenizer.get_vocab()
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (MODEL_PATH / "tokenizer" / name).read_text(
+            encoding="utf-8"
+        )
+
+
+def test_merges_take_the_most_frequent_pair_first() -> None:
+    merges = models.learn_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3})
+    assert merges[:4] == [("e", "s"), ("es", "t</w>"), ("l", "o"), ("e", "w")]
+    assert {"".join(pair) for pair in merges} >= {"low</w>", "lower</w>", "newest</w>", "widest</w>"}
+    assert models.learn_merges({"aaaa": 1, "b": 2}) == [("a", "a"), ("a", "a</w>"), ("aa", "aa</w>")]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
@@ -177,7 +188,7 @@ def test_pipeline_loads_in_one_dtype_and_draws(dtype: torch.dtype | None, plain:
     prompts = [digitcanvas.prompt("three", "neon"), "something else entirely"]
     images = pipeline(prompts, num_inference_steps=2, guidance_scale=3.0, generator=generator).images
     assert [image.size for image in images] == [(32, 32), (32, 32)]
-    assert all(len(set(image.getdata())) > 10 for image in images)
+    assert all(len(image.getcolors(1024)) > 10 for image in images)
 
 
 def test_vae_keeps_what_the_judges_see(held_out: Digits, shipped_judges: judges.Judges) -> None:
@@ -273,7 +284,7 @@ QUICK = train.Recipe(
     seed=3,
     digit_judge_steps=3,
     style_judge_steps=2,
-    vae_steps=3,
+    vae_steps=4,
     steps=5,
     batch_size=4,
     checkpoint_every=2,
@@ -319,8 +330,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, few_digits: Digits) 
 
 
 def test_interrupted_training_ends_at_the_same_weights(uninterrupted: Path, few_digits: Digits, tmp_path: Path) -> None:
-    # In turn: in the style judge, in the VAE after its checkpoint, in the denoiser before and after its checkpoint.
-    for steps in (4, 3, 3, 3):
+    # Stops in the style judge, in the VAE before and after its checkpoint, then in the denoiser after its checkpoint.
+    for steps in (3, 2, 2, 4):
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path, QUICK, few_digits, few_digits, quick_progress(steps))
     train.train(tmp_path, QUICK, few_digits, few_digits, quick_progress())
@@ -391,7 +402,7 @@ def test_recipe_and_command_refuse_nothing_to_do() -> None:
     app.command()(train.main)
     result = CliRunner().invoke(app, ["--output", "unused", "--steps", "0"])
     assert result.exit_code == 2
-    assert "0 is not in the range" in result.output
+    assert "'--steps'" in result.output
 
 
 @pytest.mark.parametrize("seed", [0, 1])
