@@ -1,6 +1,6 @@
 // Masked LoRA on the CPU: y = x (W + s M o (B A))^T, its input gradient and its factor gradients, and the same with the
-// delta given by its values. Dense work goes to torch's BLAS; what the mask makes sparse is done here, by the regime that
-// the cost table below predicts to be fastest. Definitions: fade_kernels/reference.py; inner loops: masked_lora_simd.h.
+// delta given by its values. Dense work goes to torch's BLAS; what the mask makes sparse is done here, by the regime
+// that the cost table below predicts to be fastest. Definitions: fade_kernels/reference.py; loops: masked_lora_simd.h.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -33,8 +33,8 @@ struct Kernels {
   void (*transpose_add)(const T* panel, int64_t wide, int64_t tall, int64_t columns, T* y, int64_t stride);
   void (*product_rows[4])(const T* x_panel, int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
                           const T* values, T* y_panel);
-  void (*product_columns[4])(const T* dy_panel, int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
-                             const T* values, T* dx_panel);
+  void (*product_columns[4])(const T* dy_panel, int64_t begin, int64_t end, const int64_t* offsets,
+                             const int32_t* columns, const T* values, T* dx_panel);
   void (*sampled_rows[4])(const T* dy_panel, const T* x_panel, int64_t begin, int64_t end, int64_t k, int64_t block,
                           const int64_t* offsets, const int32_t* columns, int64_t* cursor, T* gradient);
   void (*outer_product_tile)(const T* dy, const T* x, int64_t stride, int64_t tall, T* tile);
@@ -45,7 +45,8 @@ struct Kernels {
 }  // namespace fade
 
 #if defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: every function that takes or returns one is inlined
+// No vector crosses a call: every function that takes or returns one is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 #define FADE_SIMD baseline
 #define FADE_TARGET
@@ -75,7 +76,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// The best instruction set of the processor; FADE_CPU_CAPABILITY=avx2 or baseline asks for less, so that tests reach all.
+// The processor's best instruction set; FADE_CPU_CAPABILITY=avx2 or baseline asks for less, so that tests reach all.
 template <typename T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -98,14 +99,14 @@ const Kernels<T>& kernels() {
 #endif
 }
 
-// ---- choice of kernel --------------------------------------------------------------------------------------------------
+// ---- choice of kernel -----------------------------------------------------------------------------------------------
 
 // What a caller may force; kAuto takes the cheapest by the table. Products know only gather and, for the others, the
 // effective weight. The numbers are those of REGIMES in fade_kernels/masked_lora.py.
 enum class Regime : int64_t { kAuto, kGather, kTile, kWhole };
 
-// Nanoseconds of one core per unit named, measured on an AMD EPYC (Zen 4 at 2.6 GHz, AVX-512, fp32, r = 16) with the shapes
-// of bench/shapes.py; only their ratios matter. In brackets: the shape and the densities they were fitted to.
+// Nanoseconds of one core per unit named, measured on an AMD EPYC (Zen 4 at 2.6 GHz, AVX-512, fp32, r = 16) with the
+// shapes of bench/shapes.py; only their ratios matter. In brackets: the shape and the densities they were fitted to.
 namespace cost {
 constexpr double kGemm = 0.0215;        // multiply-add in torch's BLAS, T N K [all shapes: 0.0207 to 0.0240]
 constexpr double kCopy = 0.40;          // element of W copied to scratch and read back, N K [T 64, N K 1280, 1 %]
@@ -115,9 +116,9 @@ constexpr double kTranspose = 0.30;     // element of x, y, dy or dx to or from 
 constexpr double kRows = 0.033;         // multiply-add of the gather product, T nnz [T 4096, N K 320, 10 %]
 constexpr double kColumns = 0.060;      // multiply-add of its transpose, T nnz [T 4096, N K 320, 10 %]
 constexpr double kSampled = 0.045;      // multiply-add of the sampled product, T nnz [T 256, N K 1280, 10 %]
-constexpr double kTiles = 0.027;        // multiply-add of the tile kernel, T 1024 tiles [T 4096, N K 320, occupancy 20 %]
+constexpr double kTiles = 0.027;        // multiply-add of the tile kernel, 1024 T tiles [T 4096, N K 320, 20 %]
 constexpr double kContract = 3.4;       // value decoded and contracted with A and B [N K 1280, 100 %]
-constexpr double kContractBlock = 1.0;  // element of a dense gradient masked and contracted, N K [T 64, N K 1280, 100 %]
+constexpr double kContractBlock = 1.0;  // element of a dense gradient masked and contracted [T 64, N K 1280, 100 %]
 }  // namespace cost
 
 enum class Product { kGather, kEffectiveWeight };
@@ -143,7 +144,7 @@ Regime choose_gradient(Regime forced, int64_t t, int64_t n, int64_t k, int64_t n
   return tile <= whole ? Regime::kTile : Regime::kWhole;
 }
 
-// ---- helpers -------------------------------------------------------------------------------------------------------------
+// ---- helpers --------------------------------------------------------------------------------------------------------
 
 template <typename T>
 constexpr ScalarType dtype_of() {
@@ -169,21 +170,23 @@ class Buffer {
   std::unique_ptr<T, Free> memory_;
 };
 
-// [rows, columns] of uninitialised memory that this thread uses again next time, because fresh pages cost as much as the
-// copy of a weight into them. Valid until the next call; layers share it, so it is as large as the largest layer so far,
-// but nothing above kKept is held on to.
+// [rows, columns] of uninitialised memory that this thread uses again next time, because fresh pages cost as much as
+// the copy of a weight into them. Valid until the next call; layers share it, so it is as large as the largest layer so
+// far, but nothing above kKept is held on to.
 template <typename T>
 Tensor scratch(const Tensor& like, int64_t rows, int64_t columns) {
-  constexpr int64_t kKept = 64 << 20;  // bytes
-  thread_local Tensor* kept = nullptr;  // never freed: a thread may end after torch does
+  constexpr int64_t kKept = 64 << 20;              // bytes
+  thread_local Buffer<T>* kept = new Buffer<T>();  // never freed: a thread may end after torch does
+  thread_local int64_t kept_size = 0;
   const int64_t size = rows * columns;
-  if (size * static_cast<int64_t>(sizeof(T)) > kKept) return torch::stable::new_empty(like, {rows, columns}, dtype_of<T>());
-  if (!kept || kept->numel() < size) {
-    delete kept;
-    kept = new Tensor(torch::stable::new_empty(like, {size}, dtype_of<T>()));
+  if (size * static_cast<int64_t>(sizeof(T)) > kKept) {
+    return torch::stable::new_empty(like, {rows, columns}, dtype_of<T>());
   }
-  Tensor part = torch::stable::narrow(*kept, 0, 0, size);
-  return torch::stable::view(part, {rows, columns});
+  if (size > kept_size || !kept->get()) {
+    *kept = Buffer<T>(size);
+    kept_size = size;
+  }
+  return torch::stable::from_blob(kept->get(), {rows, columns}, {columns, 1}, like.device(), dtype_of<T>());
 }
 
 // Hands out tasks to whichever worker is free. A task's result must not depend on who runs it, so results stay
@@ -219,6 +222,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Optional& bias) {
 
 Tensor as_type(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+Optional as_type(const Optional& tensor, ScalarType dtype) {
+  return tensor ? Optional(as_type(*tensor, dtype)) : Optional();
 }
 
 // fp64 is computed in fp64; everything else in fp32, so that a small delta is not lost in a 16-bit weight.
@@ -293,13 +300,17 @@ std::vector<Panel> split_rows(int64_t begin, int64_t end, int64_t widest) {
   return panels;
 }
 
-// ---- mask and delta --------------------------------------------------------------------------------------------------------
+// ---- mask and delta -------------------------------------------------------------------------------------------------
 
 // A packed mask with the position of every row's first value and, once decoded, the column of every value.
 class Mask {
  public:
   Mask(const Tensor& words, int64_t columns)
-      : columns(columns), rows(words.size(0)), width(words_per_row(columns)), offsets(rows + 1, 0), dense_(as_dense(words)) {
+      : columns(columns),
+        rows(words.size(0)),
+        width(words_per_row(columns)),
+        offsets(rows + 1, 0),
+        dense_(as_dense(words)) {
     STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.dim() == 2 && words.size(1) == width,
                     "mask words must be int32 [N, ceil(K/32)]");
     STD_TORCH_CHECK(columns < (int64_t{1} << 31), "more than 2^31 columns");
@@ -369,8 +380,12 @@ template <typename T>
 class Factors {
  public:
   Factors(const Tensor& lora_a, const Tensor& lora_b)
-      : rank(lora_a.size(0)), padded((rank + kLanes - 1) / kLanes * kLanes), k_(lora_a.size(1)),
-        a_(as_dense(as_type(lora_a, dtype_of<T>()))), b_(as_dense(as_type(lora_b, dtype_of<T>()))), a_t_(k_ * padded) {
+      : rank(lora_a.size(0)),
+        padded((rank + kLanes - 1) / kLanes * kLanes),
+        k_(lora_a.size(1)),
+        a_(as_dense(as_type(lora_a, dtype_of<T>()))),
+        b_(as_dense(as_type(lora_b, dtype_of<T>()))),
+        a_t_(k_ * padded) {
     kernels<T>().transpose_in(read<T>(a_), k_, rank, k_, a_t_.get(), padded);
     const int64_t n = lora_b.size(0);
     if (rank == padded) return;
@@ -418,7 +433,7 @@ class Delta {
 
   // The unscaled values of row n, in `buffer` unless they exist already.
   const T* row(int64_t n, T* buffer) const {
-    if (values_) return values_ + mask.offsets[n];
+    if (!factors_) return values_ + mask.offsets[n];
     const T* b = factors_->b_rows() + n * factors_->padded;
     if (mask.filled()) {
       kernels<T>().factor_values(mask.row(n), mask.width, a_padded_, b, factors_->rank, buffer);
@@ -480,7 +495,7 @@ class Delta {
   Buffer<T> own_;
 };
 
-// ---- products ----------------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // Rows a panel takes when whole panels are handed to threads: as many as keep every thread busy.
 int64_t panel_rows(int64_t rows) {
@@ -533,8 +548,8 @@ void add_transposed_product(const Delta<T>& delta, const Rows& dy, T* dx) {
         const int64_t end = std::min(mask.rows, n + kBand);
         kernels<T>().transpose_in(dy.data<T>() + panel.first * dy.stride + n, dy.stride, panel.tall, end - n,
                                   dy_panel.get(), panel.wide);
-        kernels<T>().product_columns[panel.level()](dy_panel.get(), n, end, mask.offsets.data(), columns,
-                                                    values.get(), dx_panel.get());
+        kernels<T>().product_columns[panel.level()](dy_panel.get(), n, end, mask.offsets.data(), columns, values.get(),
+                                                    dx_panel.get());
       }
       kernels<T>().transpose_add(dx_panel.get(), panel.wide, panel.tall, mask.columns, dx + panel.first * mask.columns,
                                  mask.columns);
@@ -542,15 +557,17 @@ void add_transposed_product(const Delta<T>& delta, const Rows& dy, T* dx) {
   });
 }
 
-// x (W + delta)^T + bias, in T.
+// x (W + delta)^T + bias, in T; with an empty mask exactly what the frozen layer gives, in x's own dtype.
 template <typename T>
-Tensor forward(const Tensor& x, const Optional& weight, const Optional& bias, const Delta<T>& delta, Regime regime) {
+Tensor forward(const Tensor& given_x, const Optional& given_weight, const Optional& given_bias, const Delta<T>& delta,
+               Regime regime) {
   const Mask& mask = delta.mask;
+  if (given_weight && mask.count() == 0) return linear(given_x, *given_weight, given_bias);
+  const Tensor x = as_type(given_x, dtype_of<T>());
+  const Optional weight = as_type(given_weight, dtype_of<T>()), bias = as_type(given_bias, dtype_of<T>());
   const int64_t t = row_count(x);
-  const bool frozen = weight && mask.count() == 0;
-  if (frozen) return linear(x, *weight, bias);
-  if (choose_product(regime, weight.has_value(), mask.filled(), t, mask.rows, mask.columns, mask.count(), cost::kRows) ==
-      Product::kEffectiveWeight) {
+  if (choose_product(regime, weight.has_value(), mask.filled(), t, mask.rows, mask.columns, mask.count(),
+                     cost::kRows) == Product::kEffectiveWeight) {
     return linear(x, delta.effective_weight(weight, x), bias);
   }
   Tensor y;
@@ -573,8 +590,8 @@ Tensor input_gradient(const Tensor& dy, const Optional& weight, const Delta<T>& 
   Tensor dx = empty_rows(dy, mask.columns, dtype_of<T>());
   const Tensor flat = as_two_dimensions(dx, mask.columns);
   const bool frozen = weight && mask.count() == 0;
-  if (!frozen && choose_product(regime, weight.has_value(), mask.filled(), rows.count, mask.rows, mask.columns, mask.count(),
-                                cost::kColumns) == Product::kEffectiveWeight) {
+  if (!frozen && choose_product(regime, weight.has_value(), mask.filled(), rows.count, mask.rows, mask.columns,
+                                mask.count(), cost::kColumns) == Product::kEffectiveWeight) {
     matmul_out(flat, rows.tensor, delta.effective_weight(weight, dy));
     return dx;
   }
@@ -587,13 +604,13 @@ Tensor input_gradient(const Tensor& dy, const Optional& weight, const Delta<T>& 
   return dx;
 }
 
-// ---- gradient of the delta ------------------------------------------------------------------------------------------------------
+// ---- gradient of the delta ------------------------------------------------------------------------------------------
 
 constexpr int64_t kPartialValues = 1 << 20;  // most gradient values held in partial sums
 
-// gradient [nnz] = sum_t dy[t, n] x[t, k] at the mask's positions, from transposed panels. A task has its own rows of x and
-// dy, and, where x has too few rows for all threads, its own rows of the mask. The rows of x are cut into parts by the shape
-// and the mask alone, each with its own sum, so the result does not depend on the number of threads.
+// gradient [nnz] = sum_t dy[t, n] x[t, k] at the mask's positions, from transposed panels. A task has its own rows of x
+// and dy, and, where x has too few rows for all threads, its own rows of the mask. The rows of x are cut into parts by
+// the shape and the mask alone, each with its own sum, so the result does not depend on the number of threads.
 template <typename T>
 void sampled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradient) {
   const int64_t k = mask.columns, n = mask.rows, count = mask.count(), widest = 8 * kLanes;
@@ -614,13 +631,14 @@ void sampled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradie
       if (first >= last) continue;
       std::fill(sum + mask.offsets[first], sum + mask.offsets[last], T(0));
       for (const Panel& panel : split_rows(cut(part), cut(part + 1), widest)) {
-        kernels<T>().transpose_in(x.data<T>() + panel.first * x.stride, x.stride, panel.tall, k, x_panel.get(), panel.wide);
+        kernels<T>().transpose_in(x.data<T>() + panel.first * x.stride, x.stride, panel.tall, k, x_panel.get(),
+                                  panel.wide);
         for (int64_t band = first; band < last; band += kBand) {
           const int64_t end = std::min(last, band + kBand);
           kernels<T>().transpose_in(dy.data<T>() + panel.first * dy.stride + band, dy.stride, panel.tall, end - band,
                                     dy_panel.get(), panel.wide);
-          kernels<T>().sampled_rows[panel.level()](dy_panel.get(), x_panel.get(), band, end, k, block, mask.offsets.data(),
-                                                   columns, cursor, sum);
+          kernels<T>().sampled_rows[panel.level()](dy_panel.get(), x_panel.get(), band, end, k, block,
+                                                   mask.offsets.data(), columns, cursor, sum);
         }
       }
     }
@@ -658,7 +676,8 @@ void tiled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradient
           const int64_t wide = std::min(kTile, mask.columns - w * kTile);
           if (wide < kTile) {  // the last columns, copied so that whole vectors can be read
             std::memset(x_block.get(), 0, kTileRows * kTile * sizeof(T));
-            for (int64_t i = 0; i < tall; ++i) std::memcpy(x_block.get() + i * kTile, x_tile + i * stride, wide * sizeof(T));
+            for (int64_t i = 0; i < tall; ++i)
+              std::memcpy(x_block.get() + i * kTile, x_tile + i * stride, wide * sizeof(T));
             x_tile = x_block.get();
             stride = kTile;
           }
@@ -734,11 +753,11 @@ void scale_all(T* values, int64_t size, T scale) {
   for (int64_t i = 0; i < size; ++i) values[i] *= scale;
 }
 
-// dB = s G A^T and dA = s B^T G for the sparse G [nnz]. The rows are cut into parts of equal non-zeros, each with its own
-// dA; the cut depends on the mask alone, so the result does not depend on the number of threads.
+// dB = s G A^T and dA = s B^T G for the sparse G [nnz]. The rows are cut into parts of equal non-zeros, each with its
+// own dA; the cut depends on the mask alone, so the result does not depend on the number of threads.
 template <typename T>
-void contract_sparse(const Mask& mask, const T* gradient, const Factors<T>& factors, T scale,
-                     const Tensor& da, const Tensor& db) {
+void contract_sparse(const Mask& mask, const T* gradient, const Factors<T>& factors, T scale, const Tensor& da,
+                     const Tensor& db) {
   const int64_t k = mask.columns, n = mask.rows, rank = factors.rank, padded = factors.padded;
   const int32_t* columns = mask.positions();
   const int64_t parts = std::clamp<int64_t>(mask.count() / 16384, 1, 8);
@@ -769,7 +788,8 @@ void contract_sparse(const Mask& mask, const T* gradient, const Factors<T>& fact
   scale_all(write<T>(db), n * rank, scale);
 }
 
-// Adds the contraction of one block of rows of a dense G, which is masked in place: dB's rows, and a part of dA; unscaled.
+// Adds the contraction of one block of rows of a dense G, which is masked in place: dB's rows, and a part of dA;
+// unscaled.
 template <typename T>
 void contract_block(const Mask& mask, int64_t first, int64_t rows, Tensor block, const Factors<T>& factors, Tensor db,
                     const Tensor& da_part, T* da) {
@@ -806,7 +826,8 @@ std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, co
   Tensor db = torch::stable::new_empty(factors.b(), {mask.rows, factors.rank});
   const Regime regime = choose_gradient(forced, x.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
   if (regime == Regime::kWhole) {
-    contract_blocks<T>(mask, factors, scale, da, db, [&](auto visit) { for_each_gradient_block<T>(mask, dy, x, visit); });
+    contract_blocks<T>(mask, factors, scale, da, db,
+                       [&](auto visit) { for_each_gradient_block<T>(mask, dy, x, visit); });
   } else {
     const Buffer<T> gradient = gradient_values<T>(mask, dy, x, regime);
     contract_sparse<T>(mask, gradient.get(), factors, scale, da, db);
@@ -814,21 +835,16 @@ std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, co
   return {da, db};
 }
 
-// ---- operators --------------------------------------------------------------------------------------------------------------------
-
-Optional as_type(const Optional& tensor, ScalarType dtype) {
-  return tensor ? Optional(as_type(*tensor, dtype)) : Optional();
-}
+// ---- operators ------------------------------------------------------------------------------------------------------
 
 Tensor masked_lora_linear(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& lora_a,
                           const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale, int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const ScalarType dtype = dtype_of<T>();
     const Mask mask(mask_words, lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
-    const Tensor y = forward(as_type(x, dtype), as_type(weight, dtype), as_type(bias, dtype), delta, Regime{regime});
+    const Tensor y = forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
 }
@@ -860,9 +876,11 @@ std::tuple<Tensor, Tensor> masked_lora_linear_factor_gradients(const Tensor& gra
   });
 }
 
-// Contracts a dense weight gradient [N, K] (a convolution's, or the effective weight's) with the factors under the mask.
-std::tuple<Tensor, Tensor> masked_factor_gradients(const Tensor& weight_gradient, const Tensor& lora_a, const Tensor& lora_b,
-                                                   const Tensor& mask_words, const Tensor& scale) {
+// Contracts a dense weight gradient [N, K] (a convolution's, or the effective weight's) with the factors under the
+// mask.
+std::tuple<Tensor, Tensor> masked_factor_gradients(const Tensor& weight_gradient, const Tensor& lora_a,
+                                                   const Tensor& lora_b, const Tensor& mask_words,
+                                                   const Tensor& scale) {
   return with_compute_type(weight_gradient, [&](auto element) {
     using T = decltype(element);
     const Mask mask(mask_words, lora_a.size(1));
@@ -900,11 +918,10 @@ Tensor masked_values_linear(const Tensor& x, const Optional& weight, const Optio
                             const Tensor& mask_words, const Tensor& scale, int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const ScalarType dtype = dtype_of<T>();
     const Mask mask(mask_words, x.size(x.dim() - 1));
-    const Tensor dense = checked_values(values, mask, dtype);
+    const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
-    const Tensor y = forward(as_type(x, dtype), as_type(weight, dtype), as_type(bias, dtype), delta, Regime{regime});
+    const Tensor y = forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
 }
@@ -928,8 +945,8 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
     using T = decltype(element);
     const Mask mask(mask_words, x.size(x.dim() - 1));
     const Rows dy = as_rows<T>(grad_output), rows = as_rows<T>(x);
-    const Regime chosen = choose_gradient(Regime{regime}, rows.count, mask.rows, mask.columns, mask.count(),
-                                          mask.occupied_tiles());
+    const Regime chosen =
+        choose_gradient(Regime{regime}, rows.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
     const Buffer<T> gradient = gradient_values<T>(mask, dy, rows, chosen);
     Tensor result = torch::stable::new_empty(values, {values.numel()}, dtype_of<T>());
     STD_TORCH_CHECK(values.numel() == mask.count(), "values has ", values.numel(), " elements, but the mask has ",
@@ -985,8 +1002,8 @@ Tensor effective_weight(const Tensor& weight, const Tensor& lora_a, const Tensor
   return out;
 }
 
-void effective_weight_from_values_out(Tensor out, const Optional& weight, const Tensor& values, const Tensor& mask_words,
-                                      const Tensor& scale) {
+void effective_weight_from_values_out(Tensor out, const Optional& weight, const Tensor& values,
+                                      const Tensor& mask_words, const Tensor& scale) {
   with_compute_type(out, [&](auto element) {
     using T = decltype(element);
     const Mask mask(mask_words, out.size(1));

@@ -1,10 +1,10 @@
-// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora.cpp includes this
-// file once per instruction set, with FADE_SIMD naming the namespace and FADE_TARGET the instruction set; it has no include
-// guard for that reason. Vectors must be lowered for the right instruction set, which target_clones does too late.
+// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora.cpp includes
+// this file once per instruction set (so no include guard): FADE_SIMD names the namespace, FADE_TARGET the instruction
+// set, FADE_REGISTER_BYTES its vectors. target_clones would not do: it clones after the compiler has split the vectors.
 //
-// Names: x [T, K], dy [T, N], panel = a block of rows transposed to [columns, 16 * NV] so that one vector holds 16 rows;
-// offsets, columns, values = the mask as compressed sparse rows; a_t [K, rp] and b [N, rp] = factors with the rank padded
-// to whole vectors.
+// Names: x [T, K], dy [T, N], panel = a block of rows transposed to [columns, 16 * NV] so that one vector holds 16
+// rows; offsets, columns, values = the mask as compressed sparse rows; a_t [K, rp] and b [N, rp] = factors with the
+// rank padded to whole vectors.
 
 namespace fade::FADE_SIMD {
 
@@ -51,8 +51,8 @@ FADE_TARGET inline void count_bits(const uint32_t* words, int64_t width, int64_t
   *occupied = nonzero;
 }
 
-// columns[i] = column of the i-th of a row's `count` set bits. Which words hold bits, and how many, is unpredictable: so
-// empty words are filtered without a branch, and up to four bits are written at once where they fit.
+// columns[i] = column of the i-th of a row's `count` set bits. Which words hold bits, and how many, is unpredictable:
+// so empty words are filtered without a branch, and up to four bits are written at once where they fit.
 FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
   constexpr int64_t kChunkWords = 64;
   int32_t* const end = columns + count;
@@ -119,11 +119,12 @@ FADE_TARGET void scatter_add(const uint32_t* words, int64_t width, const T* valu
   }
 }
 
-// ---- values of B A at the mask ----------------------------------------------------------------------------------------
+// ---- values of B A at the mask --------------------------------------------------------------------------------------
 
 // values[i] = <b, A[:, columns[i]]>: one dot product for each position.
 template <typename T>
-FADE_TARGET void factor_values_at(const int32_t* columns, int64_t count, const T* a_t, const T* b, int64_t rp, T* values) {
+FADE_TARGET void factor_values_at(const int32_t* columns, int64_t count, const T* a_t, const T* b, int64_t rp,
+                                  T* values) {
   for (int64_t j = 0; j < count; ++j) {
     const T* a = a_t + columns[j] * rp;
     Vector<T> sum = load<T>(a) * load<T>(b);
@@ -135,7 +136,8 @@ FADE_TARGET void factor_values_at(const int32_t* columns, int64_t count, const T
 // The same from the words of the row, for masks whose occupied words are well filled: all 32 columns of such a word at
 // once. a_padded is [r, 32 * width].
 template <typename T>
-FADE_TARGET void factor_values(const uint32_t* words, int64_t width, const T* a_padded, const T* b, int64_t r, T* values) {
+FADE_TARGET void factor_values(const uint32_t* words, int64_t width, const T* a_padded, const T* b, int64_t r,
+                               T* values) {
   for (int64_t w = 0; w < width; ++w) {
     uint32_t word = words[w];
     if (word == 0) continue;
@@ -159,15 +161,15 @@ FADE_TARGET void factor_values(const uint32_t* words, int64_t width, const T* a_
   }
 }
 
-// ---- transposition -----------------------------------------------------------------------------------------------------
+// ---- transposition --------------------------------------------------------------------------------------------------
 
 // One butterfly step: exchanges the off-diagonal D x D blocks of every 2D x 2D block.
-#define FADE_BUTTERFLY(D, LOW, HIGH)                                                          \
-  for (int i = 0; i < kLanes; ++i) {                                                          \
-    if (i & D) continue;                                                                      \
-    const Vector<float> a = rows[i], b = rows[i + D];                                         \
-    rows[i] = __builtin_shufflevector(a, b, LOW);                                             \
-    rows[i + D] = __builtin_shufflevector(a, b, HIGH);                                        \
+#define FADE_BUTTERFLY(D, LOW, HIGH)                   \
+  for (int i = 0; i < kLanes; ++i) {                   \
+    if (i & D) continue;                               \
+    const Vector<float> a = rows[i], b = rows[i + D];  \
+    rows[i] = __builtin_shufflevector(a, b, LOW);      \
+    rows[i + D] = __builtin_shufflevector(a, b, HIGH); \
   }
 #define FADE_LIST(...) __VA_ARGS__
 
@@ -235,12 +237,12 @@ FADE_TARGET void transpose_add(const T* panel, int64_t wide, int64_t tall, int64
   }
 }
 
-// ---- gather: products with the sparse delta ----------------------------------------------------------------------------
+// ---- gather: products with the sparse delta -------------------------------------------------------------------------
 
 // y_panel[n - begin] = sum_i values[i] * x_panel[columns[i]] over row n's positions.
 template <typename T, int NV>
-FADE_TARGET void product_rows(const T* x_panel, int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
-                              const T* values, T* y_panel) {
+FADE_TARGET void product_rows(const T* x_panel, int64_t begin, int64_t end, const int64_t* offsets,
+                              const int32_t* columns, const T* values, T* y_panel) {
   constexpr int64_t wide = NV * kLanes;
   for (int64_t n = begin; n < end; ++n) {
     Vector<T> sum[NV] = {};
@@ -272,11 +274,11 @@ FADE_TARGET void product_columns(const T* dy_panel, int64_t begin, int64_t end, 
   }
 }
 
-// ---- gradient at the mask's positions ------------------------------------------------------------------------------------
+// ---- gradient at the mask's positions -------------------------------------------------------------------------------
 
 // gradient[i] += <dy_panel[n - begin], x_panel[columns[i]]> for rows n in [begin, end): a sampled dense-dense product.
-// Walks the columns in blocks of `block`, so that the block of x stays in the first-level cache while dy streams past it;
-// cursor remembers where each row stands.
+// Walks the columns in blocks of `block`, so that the block of x stays in the first-level cache while dy streams past
+// it; cursor remembers where each row stands.
 template <typename T, int NV>
 FADE_TARGET void sampled_rows(const T* dy_panel, const T* x_panel, int64_t begin, int64_t end, int64_t k, int64_t block,
                               const int64_t* offsets, const int32_t* columns, int64_t* cursor, T* gradient) {
@@ -306,7 +308,8 @@ FADE_TARGET void sampled_rows(const T* dy_panel, const T* x_panel, int64_t begin
 // tile[n, k] += sum_t dy[t, n] x[t, k] for a 32 x 32 tile: dy is packed [tall, 32], x has rows of `stride`.
 template <typename T>
 FADE_TARGET void outer_product_tile(const T* dy, const T* x, int64_t stride, int64_t tall, T* tile) {
-  constexpr int kRows = sizeof(Vector<T>) <= FADE_REGISTER_BYTES ? 8 : 2;  // 2 columns of vectors x kRows stay in registers
+  constexpr int kRows =
+      sizeof(Vector<T>) <= FADE_REGISTER_BYTES ? 8 : 2;  // 2 columns of vectors x kRows stay in registers
   for (int64_t n = 0; n < kTile; n += kRows) {
     Vector<T> low[kRows], high[kRows];
 #pragma GCC unroll 8
@@ -332,8 +335,8 @@ FADE_TARGET void outer_product_tile(const T* dy, const T* x, int64_t stride, int
 
 // db[n] += sum_i g[i] a_t[columns[i]],  da_t[columns[i]] += g[i] b[n]  over the rows [begin, end).
 template <typename T>
-FADE_TARGET void contract_rows(int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns, const T* gradient,
-                               const T* a_t, const T* b, int64_t rp, T* db, T* da_t) {
+FADE_TARGET void contract_rows(int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
+                               const T* gradient, const T* a_t, const T* b, int64_t rp, T* db, T* da_t) {
   for (int64_t n = begin; n < end; ++n) {
     for (int64_t c = 0; c < rp; c += kLanes) {
       const Vector<T> b_row = load<T>(b + n * rp + c);
