@@ -27,7 +27,8 @@ DENSITIES = [0.0, 0.1, 1.0]
 def error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of the expected."""
     assert actual.shape == expected.shape
-    return float((actual.double() - expected.double()).norm() / (expected.double().norm() or 1.0))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / (expected.norm() or 1.0))
 
 
 class Convolution:
