@@ -69,6 +69,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = alphabet + [letter + _END_OF_WORD for letter in alphabet] + ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate([*dict.fromkeys(tokens), _START, _END])}
     folder.mkdir(parents=True, exist_ok=True)
+    # Files of an earlier tokenizer would be read instead of the two written here.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

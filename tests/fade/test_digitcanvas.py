@@ -156,6 +156,7 @@ def test_words_never_seen_tokenise_and_come_back(text: str) -> None:
 
 
 def test_built_tokenizer_equals_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     built = models.build_tokenizer(tmp_path)
     assert built.get_vocab() == digitcanvas.load_pipeline().tokenizer.get_vocab()
     for name in ("vocab.json", "merges.txt"):
