@@ -1,4 +1,4 @@
-"""The evidence behind the defaults: UA, IRA, CRA, drift and adapter bytes over concepts, seeds, saliencies and keeps.
+"""The evidence behind the defaults: UA, IRA, CRA, drift and adapter bytes by concept, seed, saliency, scaling and keep.
 
     python -m bench.sweep --output bench/results/sweep.json          runs what the file lacks, then draws the plot
     python -m bench.sweep --output bench/results/sweep.json --plot   draws the plot alone
@@ -22,22 +22,26 @@ CONCEPTS = (
     ("three", "eight"), ("seven", "one"), ("zero", "six"), ("five", "two"), ("neon", "plain"), ("mosaic", "outline"),
 )  # fmt: skip
 SEEDS = (0, 1)
-SALIENCIES = ("denoising", "distillation", "contrast", "random")
+VARIANTS = (
+    ("denoising", "none"), ("distillation", "none"), ("distillation", "module"), ("contrast", "none"),
+    ("random", "none"),
+)  # fmt: skip
+"""Saliency and its scaling; the first is the paper's, the last the control."""
 KEEPS = (0.1, 0.01, 0.001)
 EVALUATION_SEEDS = (188,)
 EVALUATION_STEPS = 10
 
-Cell = tuple[str, str, int, str, float]
+Cell = tuple[str, str, int, str, str, float]
 
 
 def cells() -> list[Cell]:
-    """Every run of the sweep: (forget, surrogate, seed, saliency, keep)."""
+    """Every run of the sweep: (forget, surrogate, seed, saliency, scaling, keep)."""
     return [
-        (forget, surrogate, seed, saliency, keep)
+        (forget, surrogate, seed, saliency, scaling, keep)
         for seed in SEEDS
         for keep in KEEPS
         for forget, surrogate in CONCEPTS
-        for saliency in SALIENCIES
+        for saliency, scaling in VARIANTS
     ]
 
 
@@ -51,9 +55,10 @@ def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]
     from fade.digitcanvas import load_pipeline
     from fade.evaluation import evaluate
 
-    forget, surrogate, seed, saliency, keep = cell
+    forget, surrogate, seed, saliency, scaling, keep = cell
     pipeline = load_pipeline()
-    config = fade.Config().replace(**{"locate__saliency": saliency, "locate__keep": keep, "seed": seed, **changes})
+    settings = {"locate__saliency": saliency, "locate__scaling": scaling, "locate__keep": keep, "seed": seed}
+    config = fade.Config().replace(**settings, **changes)
     output = Path(folder) / f"{forget}-{surrogate}-{seed}-{os.getpid()}"
     adapter = fade.unlearn(pipeline, forget, surrogate, config=config, output=output, overwrite=True, progress=False)
     images = Path(folder) / f"baseline-{os.getpid()}.safetensors"
@@ -66,7 +71,8 @@ def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]
     run, record = adapter.run, fade.adapter_file.read_adapter_file(output / "adapter.safetensors")
     occupied = sum(layer["tiles_occupied"] * layer["shape"][0] * layer["shape"][1] for layer in run["layers"])
     return {
-        "forget": forget, "surrogate": surrogate, "seed": seed, "saliency": saliency, "keep": keep,
+        "forget": forget, "surrogate": surrogate, "seed": seed,
+        "saliency": saliency, "scaling": scaling, "keep": keep,
         **{name: result.metrics[name] for name in ("UA", "IRA", "CRA", "drift")},
         "adapter_bytes": record.bytes,
         "form": record.metadata["form"],
@@ -78,7 +84,11 @@ def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]
 
 
 def key(row: dict[str, Any]) -> Cell:
-    return (row["forget"], row["surrogate"], row["seed"], row["saliency"], row["keep"])
+    return (row["forget"], row["surrogate"], row["seed"], row["saliency"], row["scaling"], row["keep"])
+
+
+def label(row: dict[str, Any]) -> str:
+    return row["saliency"] + (", scaled by module" if row["scaling"] == "module" else "")
 
 
 def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], workers: int) -> list[dict[str, Any]]:
@@ -120,7 +130,7 @@ def summary(rows: list[dict[str, Any]]) -> Any:
         table.add_column(name, justify="right")
     groups = defaultdict(list)
     for row in rows:
-        groups[row["saliency"], row["keep"]].append(row)
+        groups[label(row), row["keep"]].append(row)
     for (saliency, keep), group in sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0])):
         worst = [
             min((r["UA"] for r in group if (r["forget"] in DIGITS) == digit), default=float("nan"))
@@ -146,11 +156,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, digits, title in zip(axes, (True, False), ("digits", "styles"), strict=True):
-        for index, saliency in enumerate(SALIENCIES):
-            chosen = [r for r in rows if r["saliency"] == saliency and (r["forget"] in DIGITS) == digits]
+        for index, name in enumerate(dict.fromkeys(label({"saliency": s, "scaling": m}) for s, m in VARIANTS)):
+            chosen = [r for r in rows if label(r) == name and (r["forget"] in DIGITS) == digits]
             keeps = sorted({r["keep"] for r in chosen})
             values = [[r["UA"] for r in chosen if r["keep"] == keep] for keep in keeps]
-            axis.plot(keeps, [mean(v) for v in values], marker="o", color=f"C{index}", label=saliency)
+            axis.plot(keeps, [mean(v) for v in values], marker="o", color=f"C{index}", label=name)
             low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(keeps, low, high, color=f"C{index}", alpha=0.12)
         axis.set(xscale="log", xlabel="kept fraction of target weights", title=f"forgetting {title}", ylim=(-3, 103))
@@ -172,13 +182,15 @@ def main() -> None:
     parser.add_argument("--concepts", help="comma-separated concepts to run, e.g. three,neon")
     parser.add_argument("--keeps", help="comma-separated fractions")
     parser.add_argument("--saliencies", help="comma-separated saliencies")
+    parser.add_argument("--scalings", help="comma-separated scalings")
     parser.add_argument("--seeds", help="comma-separated seeds")
     arguments = parser.parse_args()
     if not arguments.plot:
         changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in arguments.set)}
-        columns = (arguments.concepts, None, arguments.seeds, arguments.saliencies, arguments.keeps)
+        a = arguments
+        columns = (a.concepts, None, a.seeds, a.saliencies, a.scalings, a.keeps)
         wanted = [
-            column and {float(value) if index in (2, 4) else value for value in column.split(",")}
+            column and {float(value) if index in (2, 5) else value for value in column.split(",")}
             for index, column in enumerate(columns)
         ]
         todo = [c for c in cells() if all(w is None or v in w for v, w in zip(c, wanted, strict=True))]
