@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -485,9 +486,12 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON."
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 2 for bad input, 1 for a failing system, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # Both libraries speak up on import about optional parts that nothing here uses.
+    # On import the libraries speak up about optional parts that nothing here uses, later about names that they change
+    # and about several adapters at once, which is what was asked for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft")
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     try:
         with typer.main.get_command(app).make_context("fade", list(arguments)) as context:
             context.command.invoke(context)
@@ -495,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except _USAGE_ERROR as error:
         where = error.ctx.command_path if getattr(error, "ctx", None) else "fade"
-        return _fail(f"{error.format_message()} See {where} --help", 2)
+        return _fail(f"{error.format_message().rstrip('.')}. See {where} --help", 2)
     except FadeError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fade.adapter import Adapter, MergeReport
-from fade.base_model import base_parameters
 from fade.errors import FadeError
+from fade.loading import without_loading_bars
 
 
 def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: bool = False) -> MergeReport:
     """Merges the adapter and writes the pipeline to the folder `output` with `save_pretrained`, in its own dtype.
 
-    The folder appears complete or not at all: it is written beside its place, then renamed. Afterwards the adapter is
-    removed from `pipeline`, whose weights stay merged. Raises FadeError where the folder exists (`overwrite` replaces
-    it) or cannot be written; an old folder then stays as it was.
+    The folder appears complete or not at all: it is written beside its place, then renamed. Afterwards `pipeline` has
+    no adapter any more, and its weights stay merged. Raises FadeError where the folder exists (`overwrite` replaces it)
+    or cannot be written; an old folder then stays as it was.
     """
     output = Path(output)
     if (output.exists() or output.is_symlink()) and not overwrite:
@@ -33,15 +33,14 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
         raise FadeError(f"cannot create the folder {output.parent}: {error.strerror or error}") from error
 
     report = adapter.merge()
-    changed = {f"{layer}.weight" for layer in adapter.layers}
-    merged = {name: p.detach().clone() for name, p in base_parameters(adapter.denoiser) if name in changed}
-    adapter.remove()
-    adapter.denoiser.load_state_dict(merged, strict=False)
+    # Every adapter layer gives way to the plain layer inside it, whose weight now holds the change.
+    adapter.denoiser.unload_lora()
 
     mark = secrets.token_hex(4)
     fresh, old = (output.with_name(f".{output.name}.{mark}.{state}") for state in ("part", "old"))
     try:
-        pipeline.save_pretrained(fresh, safe_serialization=True)
+        with without_loading_bars():
+            pipeline.save_pretrained(fresh, safe_serialization=True)
         if output.exists():
             os.replace(output, old)
         try:

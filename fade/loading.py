@@ -3,8 +3,10 @@
 It is apart from the command line so that benchmarks and notebooks resolve a model in the same way.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,26 @@ def _load(model: str, dtype: torch.dtype) -> Any:
     if cls is None or not any(base.__name__ in BACKBONES for base in cls.__mro__):
         raise FadeError(f"{model} is a {name}, which is not supported; supported: {', '.join(BACKBONES)}")
     try:
-        return cls.from_pretrained(source, torch_dtype=dtype)
+        with without_loading_bars():
+            return cls.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise FadeError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """diffusers' and transformers' bars for reading and writing files off meanwhile; those of downloads stay on."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    silenced = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in silenced:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in silenced:
+            log.enable_progress_bar()
 
 
 def _device(name: str | None) -> torch.device:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fade.backbones import Backbone
 from fade.config import LocateConfig
+from fade.errors import FadeError
 from fade.latents import Latents
 from fade.noise import epoch_order, step_generator
 from fade.progress import progress_bar
@@ -51,7 +52,7 @@ def locate(
     """Saliency of `layers` (name to base layer) on the latents, and the top `config.keep` of it as masks.
 
     `embeddings` maps every prompt of `latents` to [tokens, width]. The weights are frozen meanwhile; the denoiser's
-    adapters must be off. Raises ValueError where `keep` selects nothing.
+    adapters must be off. Raises FadeError where `keep` selects nothing.
     """
     if config.granularity == "none":
         masks = {name: BitMask.full((m.weight.shape[0], m.weight[0].numel())) for name, m in layers.items()}
@@ -60,7 +61,10 @@ def locate(
     if config.scaling == "module":
         for value in saliency.values():
             value.div_(value.mean().clamp_min(torch.finfo(value.dtype).tiny))
-    selection = select_top_fraction(list(saliency.values()), config.keep, config.granularity, config.tile)
+    try:
+        selection = select_top_fraction(list(saliency.values()), config.keep, config.granularity, config.tile)
+    except ValueError as error:
+        raise FadeError(str(error)) from error
     return _located(dict(zip(saliency, selection.masks, strict=True)), saliency, selection.threshold)
 
 

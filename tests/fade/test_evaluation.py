@@ -297,7 +297,10 @@ def test_an_adapter_that_changes_nothing_has_no_drift(pipeline: object, tiny_cli
 
 def test_a_pipeline_without_a_judge_is_refused(pipeline: object) -> None:
     adapter = random_adapter(pipeline)
-    with pytest.raises(FadeError, match="--judge"):
+    with pytest.raises(FadeError, match="forgets 'cat', which the judges do not know"):
+        evaluate(pipeline, adapter, progress=False)
+    pipeline.unet.register_to_config(sample_size=16)  # no longer DigitCanvas
+    with pytest.raises(FadeError, match="has no judge of its own"):
         evaluate(pipeline, adapter, progress=False)
     with pytest.raises(FadeError, match="at least one seed"):
         evaluate(pipeline, adapter, seeds=(), progress=False)
