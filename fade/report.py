@@ -399,10 +399,11 @@ def _loss_chart(losses: dict[str, Sequence[float]]) -> dict[str, str] | None:
         window = max(1, steps // 20)
         for name, values, colour in curves:
             axis = range(1, len(values) + 1)
-            axes.plot(axis, values, color=colour, alpha=0.3, linewidth=0.8)
             smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-            axes.plot(axis, smooth, color=colour, linewidth=1.8, label=name)
-        if all(value > 0 for _, values, _ in curves for value in values):
+            # An untouched adapter has a retain loss of exactly zero, which a logarithmic axis cannot show.
+            axes.plot(axis, [value or math.nan for value in values], color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(axis, [value or math.nan for value in smooth], color=colour, linewidth=1.8, label=name)
+        if any(value > 0 for _, values, _ in curves for value in values):
             axes.set_yscale("log")
         axes.set(xlabel="optimiser step", ylabel="mean squared error")
         axes.legend(frameon=False)

@@ -148,7 +148,8 @@ def test_numbers_settings_and_costs_are_in_the_text(run: tuple[Evaluation, str, 
     assert f"{evaluation.metrics['drift']:.4f}" in text
     for expected in (
         "43.2 kB", "20.2 s", "22.2", "51.5", "812.3 MB", "934.5 MB", "9.8.7", "188, 288, 588",
-        "locate.keep", "overwrite.learning_rate", "0.003", "evaluation.guidance_scale", "0123456789abcdef",
+        "locate.keep", "overwrite.learning_rate", str(Config().overwrite.learning_rate),
+        "evaluation.guidance_scale", "0123456789abcdef",
     ):  # fmt: skip
         assert expected in text, expected
     assert outcome(evaluation) in text
