@@ -103,7 +103,7 @@ class Problem:
         y = nn.functional.linear(x, self.weight.double() + delta, bias)
         exact = [y, *torch.autograd.grad(y, (x, a, b), self.grad_output.double())]
         return max(
-            float((one.double() - other).norm() / other.norm())
+            float((one.detach().double() - other.detach()).norm() / other.detach().norm())
             for one, other in zip(self.step(provider), exact, strict=False)
         )
 

@@ -38,6 +38,7 @@ struct Kernels {
   void (*sampled_rows[4])(const T* dy_panel, const T* x_panel, int64_t begin, int64_t end, int64_t k, int64_t block,
                           const int64_t* offsets, const int32_t* columns, int64_t* cursor, T* gradient);
   void (*outer_product_tile)(const T* dy, const T* x, int64_t stride, int64_t tall, T* tile);
+  void (*contract_tile)(const T* tile, int64_t wide, const T* a_t, const T* b, int64_t rp, T* db, T* da_t);
   void (*contract_rows)(int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns, const T* gradient,
                         const T* a_t, const T* b, int64_t rp, T* db, T* da_t);
 };
@@ -118,6 +119,7 @@ constexpr double kColumns = 0.060;      // multiply-add of its transpose, T nnz 
 constexpr double kSampled = 0.045;      // multiply-add of the sampled product, T nnz [T 256, N K 1280, 10 %]
 constexpr double kTiles = 0.027;        // multiply-add of the tile kernel, 1024 T tiles [T 4096, N K 320, 20 %]
 constexpr double kContract = 3.4;       // value decoded and contracted with A and B [N K 1280, 100 %]
+constexpr double kContractTile = 1.2;   // element of a tile masked and contracted [T 64, N K 1280, 20 %]
 constexpr double kContractBlock = 1.0;  // element of a dense gradient masked and contracted [T 64, N K 1280, 100 %]
 }  // namespace cost
 
@@ -136,9 +138,8 @@ Product choose_product(Regime forced, bool has_weight, bool filled, int64_t t, i
 
 Regime choose_gradient(Regime forced, int64_t t, int64_t n, int64_t k, int64_t nonzeros, int64_t tiles) {
   if (forced != Regime::kAuto) return forced;
-  const double contract = cost::kContract * nonzeros;
-  const double gather = cost::kTranspose * t * (n + k) + cost::kSampled * t * nonzeros + contract;
-  const double tile = cost::kTiles * t * tiles * kTile * kTile + contract;
+  const double gather = cost::kTranspose * t * (n + k) + (cost::kSampled * t + cost::kContract) * nonzeros;
+  const double tile = (cost::kTiles * t + cost::kContractTile) * tiles * kTile * kTile;
   const double whole = cost::kGemm * t * n * k + cost::kContractBlock * n * k;
   if (gather <= tile && gather <= whole) return Regime::kGather;
   return tile <= whole ? Regime::kTile : Regime::kWhole;
@@ -651,44 +652,69 @@ void sampled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradie
 
 constexpr int64_t kTileRows = 256;  // rows of x and dy that pass through the tiles of a band at a time
 
-// The same from the occupied 32 x 32 tiles, each a dense outer product.
+// A band of 32 rows of the weight gradient, dense in the 32 x 32 tiles that hold a bit, nothing elsewhere.
+template <typename T>
+class TileBand {
+ public:
+  explicit TileBand(const Mask& mask)
+      : mask_(mask),
+        any_(mask.width),
+        dy_block_(kTileRows * kTile),
+        x_block_(kTileRows * kTile),
+        tiles_(mask.width * kTile * kTile) {}
+
+  bool occupied(int64_t w) const { return any_[w] != 0; }
+  T* tile(int64_t w) const { return tiles_.get() + w * kTile * kTile; }  // [32, 32], columns 32 w and on
+
+  // tile(w)[n, k] = sum_t dy[t, first + n] x[t, 32 w + k] for every occupied tile; 0 beyond the weight's edges.
+  void compute(int64_t first, const Rows& dy, const Rows& x) {
+    mask_.occupancy(first, any_.data());
+    const int64_t rows = std::min(kTile, mask_.rows - first);
+    for (int64_t w = 0; w < mask_.width; ++w) {
+      if (occupied(w)) std::memset(tile(w), 0, kTile * kTile * sizeof(T));
+    }
+    for (int64_t t = 0; t < x.count; t += kTileRows) {
+      const int64_t tall = std::min(kTileRows, x.count - t);
+      copy_columns(dy, t, tall, first, rows, dy_block_.get());
+      for (int64_t w = 0; w < mask_.width; ++w) {
+        if (!occupied(w)) continue;
+        const int64_t wide = std::min(kTile, mask_.columns - w * kTile);
+        const T* x_tile = x.data<T>() + t * x.stride + w * kTile;
+        if (wide < kTile) {  // the last columns, copied so that whole vectors can be read
+          copy_columns(x, t, tall, w * kTile, wide, x_block_.get());
+          x_tile = x_block_.get();
+        }
+        kernels<T>().outer_product_tile(dy_block_.get(), x_tile, wide < kTile ? kTile : x.stride, tall, tile(w));
+      }
+    }
+  }
+
+ private:
+  // out [tall, 32] = the columns [column, column + wide) of the rows from t on, padded with 0.
+  static void copy_columns(const Rows& rows, int64_t t, int64_t tall, int64_t column, int64_t wide, T* out) {
+    for (int64_t i = 0; i < tall; ++i, out += kTile) {
+      std::memcpy(out, rows.data<T>() + (t + i) * rows.stride + column, wide * sizeof(T));
+      std::fill(out + wide, out + kTile, T(0));
+    }
+  }
+
+  const Mask& mask_;
+  std::vector<uint32_t> any_;
+  Buffer<T> dy_block_, x_block_, tiles_;
+};
+
+// gradient [nnz] at the mask's positions, from the tiles.
 template <typename T>
 void tiled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradient) {
-  const int64_t bands = (mask.rows + kTile - 1) / kTile;
-  share_tasks(bands, x.count * mask.count(), [&](TaskQueue& queue) {
-    std::vector<uint32_t> any(mask.width);
-    Buffer<T> dy_block(kTileRows * kTile), x_block(kTileRows * kTile), tiles(mask.width * kTile * kTile);
-    for (int64_t band; queue.next(band);) {
-      const int64_t first = band * kTile, rows = std::min(kTile, mask.rows - first);
-      mask.occupancy(first, any.data());
-      std::memset(tiles.get(), 0, mask.width * kTile * kTile * sizeof(T));
-      for (int64_t t = 0; t < x.count; t += kTileRows) {
-        const int64_t tall = std::min(kTileRows, x.count - t);
-        for (int64_t i = 0; i < tall; ++i) {
-          T* out = dy_block.get() + i * kTile;
-          std::memcpy(out, dy.data<T>() + (t + i) * dy.stride + first, rows * sizeof(T));
-          std::fill(out + rows, out + kTile, T(0));
-        }
-        for (int64_t w = 0; w < mask.width; ++w) {
-          if (any[w] == 0) continue;
-          const T* x_tile = x.data<T>() + t * x.stride + w * kTile;
-          int64_t stride = x.stride;
-          const int64_t wide = std::min(kTile, mask.columns - w * kTile);
-          if (wide < kTile) {  // the last columns, copied so that whole vectors can be read
-            std::memset(x_block.get(), 0, kTileRows * kTile * sizeof(T));
-            for (int64_t i = 0; i < tall; ++i)
-              std::memcpy(x_block.get() + i * kTile, x_tile + i * stride, wide * sizeof(T));
-            x_tile = x_block.get();
-            stride = kTile;
-          }
-          kernels<T>().outer_product_tile(dy_block.get(), x_tile, stride, tall, tiles.get() + w * kTile * kTile);
-        }
-      }
-      for (int64_t n = first; n < first + rows; ++n) {
+  share_tasks((mask.rows + kTile - 1) / kTile, x.count * mask.count(), [&](TaskQueue& queue) {
+    TileBand<T> band(mask);
+    for (int64_t i; queue.next(i);) {
+      band.compute(i * kTile, dy, x);
+      for (int64_t n = i * kTile; n < std::min(mask.rows, (i + 1) * kTile); ++n) {
         T* out = gradient + mask.offsets[n];
         for (int64_t w = 0; w < mask.width; ++w) {
-          const T* tile_row = tiles.get() + (w * kTile + n - first) * kTile;
-          for (uint32_t word = mask.row(n)[w]; word != 0; word &= word - 1) *out++ = tile_row[__builtin_ctz(word)];
+          const T* row = band.tile(w) + (n - i * kTile) * kTile;
+          for (uint32_t word = mask.row(n)[w]; word != 0; word &= word - 1) *out++ = row[__builtin_ctz(word)];
         }
       }
     }
@@ -753,39 +779,110 @@ void scale_all(T* values, int64_t size, T scale) {
   for (int64_t i = 0; i < size; ++i) values[i] *= scale;
 }
 
-// dB = s G A^T and dA = s B^T G for the sparse G [nnz]. The rows are cut into parts of equal non-zeros, each with its
-// own dA; the cut depends on the mask alone, so the result does not depend on the number of threads.
+constexpr int64_t kParts = 8;              // most parts of rows that have a dA of their own
+constexpr int64_t kPartValues = 16 << 10;  // set bits that make a part worth its sum
+
+// dA and dB while they are summed: the rows are cut into parts of equal numbers of set bits, each with its own dA. The
+// cut depends on the mask alone, so the result does not depend on the number of threads.
+template <typename T>
+class FactorSums {
+ public:
+  FactorSums(const Mask& mask, const Factors<T>& factors, const Tensor& db)
+      : parts(std::clamp<int64_t>(mask.count() / kPartValues, 1, kParts)),
+        mask_(mask),
+        factors_(factors),
+        size_(mask.columns * factors.padded),
+        da_t_(parts * size_),
+        db_padded_(factors.rank == factors.padded ? 0 : mask.rows * factors.padded),
+        db_rows_(factors.rank == factors.padded ? write<T>(db) : db_padded_.get()) {}
+
+  // First row of a part, a multiple of `unit`.
+  int64_t cut(int64_t part, int64_t unit) const {
+    if (part == parts) return mask_.rows;
+    const auto at = std::lower_bound(mask_.offsets.begin(), mask_.offsets.end(), mask_.count() * part / parts);
+    return (at - mask_.offsets.begin()) / unit * unit;
+  }
+
+  // [K, padded], zero.
+  T* start_da_t(int64_t part) {
+    T* da_t = da_t_.get() + part * size_;
+    std::memset(da_t, 0, size_ * sizeof(T));
+    return da_t;
+  }
+
+  T* db_rows() { return db_rows_; }  // [N, padded]
+
+  void finish(T scale, const Tensor& da, const Tensor& db) {
+    const int64_t k = mask_.columns, rank = factors_.rank, padded = factors_.padded;
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t j = 0; j < size_; ++j) da_t_.get()[j] += da_t_.get()[part * size_ + j];
+    }
+    T *da_out = write<T>(da), *db_out = write<T>(db);
+    std::memset(da_out, 0, rank * k * sizeof(T));
+    kernels<T>().transpose_add(da_t_.get(), padded, rank, k, da_out, k);
+    for (int64_t i = 0; rank != padded && i < mask_.rows; ++i) {
+      std::memcpy(db_out + i * rank, db_rows_ + i * padded, rank * sizeof(T));
+    }
+    scale_all(da_out, rank * k, scale);
+    scale_all(db_out, mask_.rows * rank, scale);
+  }
+
+  const int64_t parts;
+
+ private:
+  const Mask& mask_;
+  const Factors<T>& factors_;
+  const int64_t size_;
+  Buffer<T> da_t_, db_padded_;
+  T* db_rows_;
+};
+
+// dB = s G A^T and dA = s B^T G for the sparse G [nnz].
 template <typename T>
 void contract_sparse(const Mask& mask, const T* gradient, const Factors<T>& factors, T scale, const Tensor& da,
                      const Tensor& db) {
-  const int64_t k = mask.columns, n = mask.rows, rank = factors.rank, padded = factors.padded;
   const int32_t* columns = mask.positions();
-  const int64_t parts = std::clamp<int64_t>(mask.count() / 16384, 1, 8);
-  Buffer<T> da_t(parts * k * padded), db_padded(rank == padded ? 0 : n * padded);
-  T* db_rows = rank == padded ? write<T>(db) : db_padded.get();
-  const auto cut = [&](int64_t part) {
-    const auto at = std::lower_bound(mask.offsets.begin(), mask.offsets.end(), mask.count() * part / parts);
-    return part == parts ? n : static_cast<int64_t>(at - mask.offsets.begin());
-  };
-  share_tasks(parts, mask.count() * padded, [&](TaskQueue& queue) {
+  FactorSums<T> sums(mask, factors, db);
+  share_tasks(sums.parts, mask.count() * factors.padded, [&](TaskQueue& queue) {
     for (int64_t i; queue.next(i);) {
-      T* own = da_t.get() + i * k * padded;
-      std::memset(own, 0, k * padded * sizeof(T));
-      kernels<T>().contract_rows(cut(i), cut(i + 1), mask.offsets.data(), columns, gradient, factors.a_t(),
-                                 factors.b_rows(), padded, db_rows, own);
+      kernels<T>().contract_rows(sums.cut(i, 1), sums.cut(i + 1, 1), mask.offsets.data(), columns, gradient,
+                                 factors.a_t(), factors.b_rows(), factors.padded, sums.db_rows(), sums.start_da_t(i));
     }
   });
-  for (int64_t i = 1; i < parts; ++i) {
-    for (int64_t j = 0; j < k * padded; ++j) da_t.get()[j] += da_t.get()[i * k * padded + j];
-  }
-  T* da_out = write<T>(da);
-  std::memset(da_out, 0, rank * k * sizeof(T));
-  kernels<T>().transpose_add(da_t.get(), padded, rank, k, da_out, k);
-  scale_all(da_out, rank * k, scale);
-  if (rank != padded) {
-    for (int64_t i = 0; i < n; ++i) std::memcpy(write<T>(db) + i * rank, db_rows + i * padded, rank * sizeof(T));
-  }
-  scale_all(write<T>(db), n * rank, scale);
+  sums.finish(scale, da, db);
+}
+
+// The same for G = dy^T x, tile by tile: neither G nor its values at the mask exist.
+template <typename T>
+void contract_tiles(const Mask& mask, const Rows& dy, const Rows& x, const Factors<T>& factors, T scale,
+                    const Tensor& da, const Tensor& db) {
+  const int64_t padded = factors.padded;
+  FactorSums<T> sums(mask, factors, db);
+  share_tasks(sums.parts, x.count * mask.count(), [&](TaskQueue& queue) {
+    TileBand<T> band(mask);
+    Buffer<T> b_rows(kTile * padded), db_rows(kTile * padded);
+    for (int64_t i; queue.next(i);) {
+      T* da_t = sums.start_da_t(i);
+      for (int64_t first = sums.cut(i, kTile); first < sums.cut(i + 1, kTile); first += kTile) {
+        const int64_t rows = std::min(kTile, mask.rows - first);
+        band.compute(first, dy, x);
+        std::memset(b_rows.get(), 0, kTile * padded * sizeof(T));
+        std::memset(db_rows.get(), 0, kTile * padded * sizeof(T));
+        std::memcpy(b_rows.get(), factors.b_rows() + first * padded, rows * padded * sizeof(T));
+        for (int64_t w = 0; w < mask.width; ++w) {
+          if (!band.occupied(w)) continue;
+          for (int64_t n = 0; n < rows; ++n) {
+            kernels<T>().clear_outside(mask.row(first + n) + w, kTile, band.tile(w) + n * kTile);
+          }
+          kernels<T>().contract_tile(band.tile(w), std::min(kTile, mask.columns - w * kTile),
+                                     factors.a_t() + w * kTile * padded, b_rows.get(), padded, db_rows.get(),
+                                     da_t + w * kTile * padded);
+        }
+        std::memcpy(sums.db_rows() + first * padded, db_rows.get(), rows * padded * sizeof(T));
+      }
+    }
+  });
+  sums.finish(scale, da, db);
 }
 
 // Adds the contraction of one block of rows of a dense G, which is masked in place: dB's rows, and a part of dA;
@@ -828,6 +925,8 @@ std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, co
   if (regime == Regime::kWhole) {
     contract_blocks<T>(mask, factors, scale, da, db,
                        [&](auto visit) { for_each_gradient_block<T>(mask, dy, x, visit); });
+  } else if (regime == Regime::kTile) {
+    contract_tiles<T>(mask, dy, x, factors, scale, da, db);
   } else {
     const Buffer<T> gradient = gradient_values<T>(mask, dy, x, regime);
     contract_sparse<T>(mask, gradient.get(), factors, scale, da, db);

@@ -52,8 +52,9 @@ FADE_TARGET inline void count_bits(const uint32_t* words, int64_t width, int64_t
 }
 
 // columns[i] = column of the i-th of a row's `count` set bits. Which words hold bits, and how many, is unpredictable:
-// so empty words are filtered without a branch, and up to four bits are written at once where they fit.
-FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
+// so empty words are filtered without a branch, and a word's bits are written kAtOnce at a time where they fit.
+template <int kAtOnce>
+FADE_TARGET void decode_words(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
   constexpr int64_t kChunkWords = 64;
   int32_t* const end = columns + count;
   for (int64_t first = 0; first < width; first += kChunkWords) {
@@ -67,8 +68,9 @@ FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t
       uint32_t word = words[occupied[i]];
       const int32_t base = occupied[i] * static_cast<int32_t>(kWordBits);
       const int bits = __builtin_popcount(word);
-      if (bits <= 4 && end - columns >= 4) {
-        for (int j = 0; j < 4; ++j) {
+      if (bits <= kAtOnce && end - columns >= kAtOnce) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kAtOnce; ++j) {
           columns[j] = base + __builtin_ctz(word | 0x80000000u);  // past the last bit: overwritten by the next word
           word &= word - 1;
         }
@@ -77,6 +79,14 @@ FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t
         for (; word != 0; word &= word - 1) *columns++ = base + __builtin_ctz(word);
       }
     }
+  }
+}
+
+FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
+  if (count <= width) {
+    decode_words<2>(words, width, count, columns);
+  } else {
+    decode_words<7>(words, width, count, columns);
   }
 }
 
@@ -333,6 +343,31 @@ FADE_TARGET void outer_product_tile(const T* dy, const T* x, int64_t stride, int
   }
 }
 
+// db [32, rp] += tile a_t,  da_t [wide, rp] += tile^T b  for a masked 32 x 32 tile of the gradient: a_t [wide, rp] and
+// b [32, rp] are the factors' rows at the tile. Two sums each, because one would wait for its own last addition.
+template <typename T>
+FADE_TARGET void contract_tile(const T* tile, int64_t wide, const T* a_t, const T* b, int64_t rp, T* db, T* da_t) {
+  for (int64_t c = 0; c < rp; c += kLanes) {
+    for (int64_t n = 0; n < kTile; ++n) {
+      Vector<T> even = load<T>(db + n * rp + c), odd = {};
+      for (int64_t k = 0; k + 1 < wide; k += 2) {
+        even += tile[n * kTile + k] * load<T>(a_t + k * rp + c);
+        odd += tile[n * kTile + k + 1] * load<T>(a_t + (k + 1) * rp + c);
+      }
+      if (wide & 1) even += tile[n * kTile + wide - 1] * load<T>(a_t + (wide - 1) * rp + c);
+      store<T>(db + n * rp + c, even + odd);
+    }
+    for (int64_t k = 0; k < wide; ++k) {
+      Vector<T> even = load<T>(da_t + k * rp + c), odd = {};
+      for (int64_t n = 0; n < kTile; n += 2) {
+        even += tile[n * kTile + k] * load<T>(b + n * rp + c);
+        odd += tile[(n + 1) * kTile + k] * load<T>(b + (n + 1) * rp + c);
+      }
+      store<T>(da_t + k * rp + c, even + odd);
+    }
+  }
+}
+
 // db[n] += sum_i g[i] a_t[columns[i]],  da_t[columns[i]] += g[i] b[n]  over the rows [begin, end).
 template <typename T>
 FADE_TARGET void contract_rows(int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
@@ -367,6 +402,7 @@ const Kernels<T>& table() {
       {product_columns<T, 1>, product_columns<T, 2>, product_columns<T, 4>, product_columns<T, 8>},
       {sampled_rows<T, 1>, sampled_rows<T, 2>, sampled_rows<T, 4>, sampled_rows<T, 8>},
       outer_product_tile<T>,
+      contract_tile<T>,
       contract_rows<T>,
   };
   return kernels;
