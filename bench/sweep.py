@@ -154,10 +154,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     from fade.digitcanvas import DIGITS
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axis, digits, title in zip(axes, (True, False), ("digits", "styles"), strict=True):
         for index, name in enumerate(dict.fromkeys(label({"saliency": s, "scaling": m}) for s, m in VARIANTS)):
             chosen = [r for r in rows if label(r) == name and (r["forget"] in DIGITS) == digits]
+            if not chosen:
+                continue
             keeps = sorted({r["keep"] for r in chosen})
             values = [[r["UA"] for r in chosen if r["keep"] == keep] for keep in keeps]
             axis.plot(keeps, [mean(v) for v in values], marker="o", color=f"C{index}", label=name)
@@ -166,8 +168,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", xlabel="kept fraction of target weights", title=f"forgetting {title}", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("UA, % forgotten")
-    axes[1].legend(title="saliency")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), title="saliency", loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
