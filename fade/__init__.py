@@ -21,6 +21,7 @@ _HOME = {
     "LocateConfig": "fade.config",
     "OverwriteConfig": "fade.config",
     "FadeError": "fade.errors",
+    "evaluate": "fade.evaluation",
     "unlearn": "fade.unlearning",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "LocateConfig",
     "OverwriteConfig",
     "__version__",
+    "evaluate",
     "load_adapter",
     "unlearn",
 ]
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from fade.concept import Concept
     from fade.config import Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError
+    from fade.evaluation import evaluate
     from fade.unlearning import unlearn
 
 

@@ -148,6 +148,9 @@ class Adapter:
         if self.merged:
             self.unmerge()
         self.denoiser.delete_adapters(self.name)
+        if not getattr(self.denoiser, "peft_config", None):
+            # The last one takes PEFT's wrappers along, so that the model saves under its own parameter names again.
+            self.denoiser.unload_lora()
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter to one safetensors file and returns its bytes. Raises FadeError where it cannot."""

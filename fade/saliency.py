@@ -56,16 +56,17 @@ def locate(
     """
     if config.granularity == "none":
         masks = {name: BitMask.full((m.weight.shape[0], m.weight[0].numel())) for name, m in layers.items()}
-        return _located(masks, None, 0.0)
+        return _located(masks, {}, 0.0)
     saliency = measure_saliency(backbone, layers, latents, embeddings, config, seed, progress)
+    spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
     if config.scaling == "module":
-        for value in saliency.values():
-            value.div_(value.mean().clamp_min(torch.finfo(value.dtype).tiny))
+        for name, value in saliency.items():
+            value.div_(max(spread[name][0], torch.finfo(value.dtype).tiny))
     try:
         selection = select_top_fraction(list(saliency.values()), config.keep, config.granularity, config.tile)
     except ValueError as error:
         raise FadeError(str(error)) from error
-    return _located(dict(zip(saliency, selection.masks, strict=True)), saliency, selection.threshold)
+    return _located(dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold)
 
 
 def measure_saliency(
@@ -131,16 +132,17 @@ def _stacker(embeddings: Mapping[str, Tensor]):
     return lambda prompts: torch.stack([embeddings[prompt] for prompt in prompts])
 
 
-def _located(masks: dict[str, BitMask], saliency: dict[str, Tensor] | None, threshold: float) -> Located:
+def _located(masks: dict[str, BitMask], spread: dict[str, tuple[float, float]], threshold: float) -> Located:
+    """`spread` is the mean and the largest saliency of each layer, before scaling; empty where none was measured."""
     records = []
     for name, mask in masks.items():
-        value = None if saliency is None else saliency[name]
+        mean, largest = spread.get(name, (None, None))
         records.append(
             {
                 "name": name,
                 "shape": list(mask.shape),
-                "saliency_mean": None if value is None else float(f"{value.mean().item():.5g}"),
-                "saliency_max": None if value is None else float(f"{value.max().item():.5g}"),
+                "saliency_mean": None if mean is None else float(f"{mean:.5g}"),
+                "saliency_max": None if largest is None else float(f"{largest:.5g}"),
                 "selected": mask.count,
                 "density": float(f"{mask.density:.5g}"),
                 "tiles_occupied": float(f"{mask.occupancy(32).float().mean().item():.5g}"),
