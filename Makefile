@@ -32,6 +32,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.bench_selection
+	$(BIN)/python -m bench.bench_saliency
 	$(BIN)/python -m bench.bench_masked_lora
 	$(BIN)/python -m bench.bench_stages
 
