@@ -42,6 +42,27 @@ class MaskBuffer(nn.Module):
         return self._mask
 
 
+# In a state dict a masked adapter's factors have names of their own: under PEFT's, diffusers' `save_lora_weights` would
+# write a file that every loader that knows no masks takes for a dense LoRA. Under these it finds no factors and fails.
+_MASKED_NAMES = {"lora_A": "lora_masked_A", "lora_B": "lora_masked_B"}
+
+
+def _rename_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
+    for adapter in layer.lora_mask:
+        for old, new in names.items():
+            key = f"{prefix}{old}.{adapter}.weight"
+            if key in state:
+                state[f"{prefix}{new}.{adapter}.weight"] = state.pop(key)
+
+
+def _name_masked_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, _: Any) -> None:
+    _rename_factors(layer, state, prefix, _MASKED_NAMES)
+
+
+def _unname_masked_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename_factors(layer, state, prefix, {new: old for old, new in _MASKED_NAMES.items()})
+
+
 class MaskedLoraLayer:
     """What the linear and the convolution layer share. Mixed into a PEFT LoRA layer, before it."""
 
@@ -58,6 +79,8 @@ class MaskedLoraLayer:
         self.lora_mask = nn.ModuleDict()
         self.lora_values = nn.ParameterDict()
         self._overwritten: list[tuple[str, Tensor, Tensor | None]] = []
+        self._register_state_dict_hook(_name_masked_factors)
+        self.register_load_state_dict_pre_hook(_unname_masked_factors)
 
     @classmethod
     def adopt(cls, layer: lora.LoraLayer) -> "MaskedLoraLayer":

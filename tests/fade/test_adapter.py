@@ -313,3 +313,23 @@ def test_gradients_reach_the_adapter_alone(pipeline: StableDiffusionPipeline) ->
     sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
     assert all(p.grad is None for _, p in base_parameters(pipeline.unet))
+
+
+@FORMS
+def test_a_loader_that_knows_no_masks_fails_on_what_diffusers_saves(
+    pipeline: StableDiffusionPipeline, tokenizer: CLIPTokenizer, tmp_path: Path, values: bool
+) -> None:
+    adapter = random_adapter(pipeline, values=values)
+    state = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    before = denoise(pipeline)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    pipeline.unet.load_state_dict(state)
+    assert torch.equal(denoise(pipeline), before)
+    pipeline.unet.save_lora_adapter(tmp_path, adapter_name=adapter.name)
+    plain = tiny_pipeline(tokenizer)
+    base = denoise(plain)
+    with pytest.raises(Exception, match=r".+"):
+        plain.unet.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
+    assert torch.equal(denoise(plain), base)
