@@ -28,7 +28,7 @@ VARIANTS = (
 )  # fmt: skip
 """Saliency and its scaling; the first is the paper's, the last the control."""
 KEEPS = (0.1, 0.01, 0.001)
-EVALUATION_SEEDS = (188,)
+EVALUATION_SEEDS = (188, 288, 588)
 EVALUATION_STEPS = 10
 
 Cell = tuple[str, str, int, str, str, float]
@@ -45,8 +45,9 @@ def cells() -> list[Cell]:
     ]
 
 
-def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]:
-    """One run and its evaluation. `changes` go to `Config.replace`; `folder` keeps what runs of a concept share."""
+def run_cell(cell: Cell, changes: dict[str, Any], images: int, folder: str) -> dict[str, Any]:
+    """One run and its evaluation on `images` per prompt. `changes` go to `Config.replace`; `folder` keeps what runs of
+    a concept share."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -61,13 +62,13 @@ def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]
     config = fade.Config().replace(**settings, **changes)
     output = Path(folder) / f"{forget}-{surrogate}-{seed}-{os.getpid()}"
     adapter = fade.unlearn(pipeline, forget, surrogate, config=config, output=output, overwrite=True, progress=False)
-    images = Path(folder) / f"baseline-{os.getpid()}.safetensors"
-    baseline = load_file(images)["images"] if images.exists() else None
+    kept = Path(folder) / f"baseline-{os.getpid()}.safetensors"
+    baseline = load_file(kept)["images"] if kept.exists() else None
     result = evaluate(
-        pipeline, adapter, seeds=EVALUATION_SEEDS, steps=EVALUATION_STEPS, baseline=baseline, progress=False
+        pipeline, adapter, seeds=EVALUATION_SEEDS[:images], steps=EVALUATION_STEPS, baseline=baseline, progress=False
     )
     if baseline is None:
-        save_file({"images": result.baseline}, images)
+        save_file({"images": result.baseline}, kept)
     run, record = adapter.run, fade.adapter_file.read_adapter_file(output / "adapter.safetensors")
     occupied = sum(layer["tiles_occupied"] * layer["shape"][0] * layer["shape"][1] for layer in run["layers"])
     return {
@@ -80,6 +81,7 @@ def run_cell(cell: Cell, changes: dict[str, Any], folder: str) -> dict[str, Any]
         "final_losses": {half: mean(run["losses"][half][-20:]) for half in ("forget", "retain")},
         "seconds": run["seconds"],
         "changes": changes,
+        "images": images,
     }  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def label(row: dict[str, Any]) -> str:
     return row["saliency"] + (", scaled by module" if row["scaling"] == "module" else "")
 
 
-def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], workers: int) -> list[dict[str, Any]]:
+def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], images: int, workers: int) -> list[dict[str, Any]]:
     """Runs what `output` lacks, writing it after every run, and returns all rows."""
     from bench.harness import environment
     from fade.config import Config
@@ -101,7 +103,7 @@ def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], workers: int)
     done = {key(row) for row in rows if row["changes"] == changes}
     todo = [cell for cell in todo if cell not in done]
     settings = {
-        "evaluation_seeds": EVALUATION_SEEDS, "evaluation_steps": EVALUATION_STEPS,
+        "evaluation_seeds": EVALUATION_SEEDS[:images], "evaluation_steps": EVALUATION_STEPS,
         "config": Config().replace(**changes).to_dict(),
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
@@ -110,7 +112,7 @@ def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], workers: int)
         progress_bar("sweeping", len(todo), True) as advance,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
     ):
-        for future in as_completed([pool.submit(run_cell, cell, changes, folder) for cell in todo]):
+        for future in as_completed([pool.submit(run_cell, cell, changes, images, folder) for cell in todo]):
             row = future.result()
             rows.append(row)
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bench/results/sweep.json"))
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument(
+        "--images", type=int, choices=(1, 2, 3), default=1, help="images of each prompt to judge a run by"
+    )
     parser.add_argument("--plot", action="store_true", help="draw plot and table of an existing file, run nothing")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION__NAME=JSON", help="change a setting")
     parser.add_argument("--concepts", help="comma-separated concepts to run, e.g. three,neon")
@@ -195,7 +200,7 @@ def main() -> None:
             for index, column in enumerate(columns)
         ]
         todo = [c for c in cells() if all(w is None or v in w for v, w in zip(c, wanted, strict=True))]
-        sweep(arguments.output, todo, changes, arguments.workers)
+        sweep(arguments.output, todo, changes, arguments.images, arguments.workers)
     rows = json.loads(arguments.output.read_text())["rows"]
     plot(rows, arguments.output.with_suffix(".png"))
     Console().print(summary(rows))

@@ -81,9 +81,7 @@ def measure_saliency(
     """Unscaled saliency by layer, float32, each of its weight's shape."""
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
-        return {
-            name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()
-        }
+        return {name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()}
     stack = _stacker(embeddings)
     batches = config.passes * -(-len(latents.forget) // config.batch_size)
     contrast = config.saliency == "contrast"
