@@ -3,7 +3,10 @@
 The whole public surface, and nothing else. Usable without the `fade` package, diffusers or peft.
 """
 
-from fade_kernels import _ops  # noqa: F401  defines the operators, which the extension then registers kernels for
+from fade_kernels import (
+    _ops,  # noqa: F401  defines the operators, which extension and dispatch then serve
+    dispatch,  # noqa: F401  registers the GPU kernels, and imports none of them yet
+)
 from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_
 from fade_kernels.masked_lora import (

@@ -5,7 +5,7 @@ definition, on every device and where nothing was compiled. Definitions: `refere
 beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -937,12 +937,18 @@ def _backward_masked_values_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tenso
     return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None, None
 
 
+def _new_images(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Empty images in the memory layout of `like`."""
+    layout = reference.image_layout(like)
+    return torch.empty(tuple(size), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 _define(
     "masked_lora_conv2d_input_gradient(Tensor grad_output, Tensor? weight, Tensor lora_a, Tensor lora_b, "
     "Tensor mask_words, Tensor scale, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
     "-> Tensor",
     check=_check_masked_lora_conv2d_input_gradient,
-    fake=lambda grad_output, weight, lora_a, lora_b, words, scale, input_size, *_: grad_output.new_empty(input_size),
+    fake=lambda grad_output, weight, lora_a, lora_b, words, scale, input_size, *_: _new_images(grad_output, input_size),
     default=reference.masked_lora_conv2d_input_gradient,
 )
 
@@ -961,8 +967,8 @@ masked_lora_conv2d = _define(
     "masked_lora_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
     "Tensor scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
     check=_check_masked_lora_conv2d,
-    fake=lambda x, weight, bias, lora_a, lora_b, mask_words, scale, *window: x.new_empty(
-        (x.shape[0], lora_b.shape[0], *_conv2d_size(x.shape, lora_a.shape[2:], *window))
+    fake=lambda x, weight, bias, lora_a, lora_b, mask_words, scale, *window: _new_images(
+        x, (x.shape[0], lora_b.shape[0], *_conv2d_size(x.shape, lora_a.shape[2:], *window))
     ),
     default=reference.masked_lora_conv2d,
     setup_context=_setup_masked_lora_conv2d,
@@ -974,7 +980,7 @@ _define(
     "Tensor scale, SymInt[] input_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
     "-> Tensor",
     check=_check_masked_values_conv2d_input_gradient,
-    fake=lambda grad_output, weight, values, words, scale, input_size, *_: grad_output.new_empty(input_size),
+    fake=lambda grad_output, weight, values, words, scale, input_size, *_: _new_images(grad_output, input_size),
     default=reference.masked_values_conv2d_input_gradient,
 )
 
@@ -990,8 +996,8 @@ masked_values_conv2d = _define(
     "masked_values_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor values, Tensor mask_words, Tensor scale, "
     "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
     check=_check_masked_values_conv2d,
-    fake=lambda x, weight, bias, values, mask_words, scale, kernel_size, *window: x.new_empty(
-        (x.shape[0], mask_words.shape[0], *_conv2d_size(x.shape, kernel_size, *window))
+    fake=lambda x, weight, bias, values, mask_words, scale, kernel_size, *window: _new_images(
+        x, (x.shape[0], mask_words.shape[0], *_conv2d_size(x.shape, kernel_size, *window))
     ),
     default=reference.masked_values_conv2d,
     setup_context=_setup_masked_values_conv2d,

@@ -12,7 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fade_kernels import _ops
+from fade_kernels import _ops, reference
+from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels.bitmask import BitMask
 
 # How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
@@ -304,12 +305,12 @@ def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], *
     return torch.nn.grad.conv2d_weight(_wide(x), shape, _wide(grad_output), *window).flatten(1)
 
 
-def _is_linear(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
+def is_linear(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
     """A 1 x 1 convolution that touches every pixel once is a linear layer on the pixels."""
     return list(kernel) == [1, 1] and list(stride) == [1, 1] and list(padding) == [0, 0]
 
 
-def _pixels(images: Tensor) -> Tensor:
+def pixels(images: Tensor) -> Tensor:
     """[n, C, h, w] -> [n h w, C]."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
@@ -328,7 +329,8 @@ def _masked_lora_conv2d_cpu(
 ) -> Tensor:
     wide = _wide(x)
     effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
-    return torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation).to(x.dtype)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    return reference.in_layout_of(x, y.to(x.dtype))
 
 
 def _masked_lora_conv2d_input_gradient_cpu(
@@ -346,7 +348,7 @@ def _masked_lora_conv2d_input_gradient_cpu(
     wide = _wide(grad_output)
     effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
     gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
-    return gradient.to(grad_output.dtype)
+    return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
 def _masked_lora_conv2d_factor_gradients_cpu(
@@ -361,9 +363,9 @@ def _masked_lora_conv2d_factor_gradients_cpu(
     dilation: list[int],
 ) -> tuple[Tensor, Tensor]:
     kernel, factors = list(lora_a.shape[2:]), (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if _is_linear(kernel, stride, padding):
+    if is_linear(kernel, stride, padding):
         grads = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(
-            _pixels(grad_output), _pixels(x), *factors, REGIMES["auto"]
+            pixels(grad_output), pixels(x), *factors, REGIMES["auto"]
         )
     else:
         gradient = _conv2d_weight_gradient(grad_output, x, kernel, stride, padding, dilation)
@@ -385,7 +387,8 @@ def _masked_values_conv2d_cpu(
 ) -> Tensor:
     wide = _wide(x)
     effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (x.shape[1], *kernel_size))
-    return torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation).to(x.dtype)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    return reference.in_layout_of(x, y.to(x.dtype))
 
 
 def _masked_values_conv2d_input_gradient_cpu(
@@ -403,7 +406,7 @@ def _masked_values_conv2d_input_gradient_cpu(
     wide = _wide(grad_output)
     effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (input_size[1], *kernel_size))
     gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
-    return gradient.to(grad_output.dtype)
+    return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
 def _masked_values_conv2d_gradient_cpu(
@@ -417,21 +420,24 @@ def _masked_values_conv2d_gradient_cpu(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    if _is_linear(kernel_size, stride, padding):
+    if is_linear(kernel_size, stride, padding):
         return torch.ops.fade_kernels.masked_values_linear_gradient(
-            _pixels(grad_output), _pixels(x), values, mask_words, scale, REGIMES["auto"]
+            pixels(grad_output), pixels(x), values, mask_words, scale, REGIMES["auto"]
         )
     gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation)
     gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel())
     return (scale.to(gathered.dtype) * gathered).to(values.dtype)
 
 
-for _name, _kernel in (
+_CPU_KERNELS = (
     ("masked_lora_conv2d", _masked_lora_conv2d_cpu),
     ("masked_lora_conv2d_input_gradient", _masked_lora_conv2d_input_gradient_cpu),
     ("masked_lora_conv2d_factor_gradients", _masked_lora_conv2d_factor_gradients_cpu),
     ("masked_values_conv2d", _masked_values_conv2d_cpu),
     ("masked_values_conv2d_input_gradient", _masked_values_conv2d_input_gradient_cpu),
     ("masked_values_conv2d_gradient", _masked_values_conv2d_gradient_cpu),
-):
-    _ops.implement(_name, _kernel, "CPU")
+)
+
+if FORCED != "reference" and not INTERPRETED:
+    for _name, _kernel in _CPU_KERNELS:
+        _ops.implement(_name, _kernel, "CPU")

@@ -297,6 +297,17 @@ def effective_weight_from_values_out(
     out.copy_(delta if weight is None else weight.to(delta.dtype) + delta)
 
 
+def image_layout(images: Tensor) -> torch.memory_format:
+    """Channels-last where only that is contiguous; what a convolution answers in."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def in_layout_of(images: Tensor, output: Tensor) -> Tensor:
+    """The output in the memory layout of `images`, as the fakes of the operators promise."""
+    return output.contiguous(memory_format=image_layout(images))
+
+
 def _conv2d(
     x: Tensor,
     weight: Tensor | None,
@@ -312,7 +323,7 @@ def _conv2d(
         y = torch.nn.functional.conv2d(wide, weight.to(delta.dtype), None, stride, padding, dilation) + y
     if bias is not None:
         y = y + bias.to(delta.dtype).reshape(-1, 1, 1)
-    return y.to(x.dtype)
+    return in_layout_of(x, y.to(x.dtype))
 
 
 def _conv2d_input_gradient(
@@ -329,7 +340,7 @@ def _conv2d_input_gradient(
     if weight is not None:
         frozen = weight.to(delta.dtype)
         gradient = torch.nn.grad.conv2d_input(input_size, frozen, wide, stride, padding, dilation) + gradient
-    return gradient.to(grad_output.dtype)
+    return in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
 def _conv2d_weight_gradient(

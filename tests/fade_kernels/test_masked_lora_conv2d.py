@@ -165,16 +165,18 @@ def test_weight_and_bias_that_are_not_frozen_get_their_gradients() -> None:
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels last"])
 @pytest.mark.parametrize("weight", [True, False])
-def test_opcheck(weight: bool) -> None:
+def test_opcheck(weight: bool, layout: torch.memory_format) -> None:
     layer = Convolution(WINDOWS[0], 0.3, torch.float32, torch.float32)
-    x, a, b, values = (t.requires_grad_() for t in (layer.x, layer.lora_a, layer.lora_b, layer.values))
+    images = layer.x.contiguous(memory_format=layout)
+    x, a, b, values = (t.requires_grad_() for t in (images, layer.lora_a, layer.lora_b, layer.values))
     frozen = layer.weight if weight else None
     words, scale, window = layer.mask.words, torch.tensor(0.7), ([1, 1], [1, 1], [1, 1])
     opcheck(OPS.masked_lora_conv2d, (x, frozen, layer.bias, a, b, words, scale, *window))
     opcheck(OPS.masked_values_conv2d, (x, frozen, layer.bias, values, words, scale, [3, 3], *window))
     x, a, b, values = (t.detach() for t in (x, a, b, values))
-    dy = torch.randn(2, 5, 7, 6)
+    dy = torch.randn(2, 5, 7, 6).contiguous(memory_format=layout)
     opcheck(OPS.masked_lora_conv2d_input_gradient, (dy, frozen, a, b, words, scale, list(x.shape), *window))
     opcheck(OPS.masked_lora_conv2d_factor_gradients, (dy, x, a, b, words, scale, *window))
     opcheck(OPS.masked_values_conv2d_input_gradient, (dy, frozen, values, words, scale, list(x.shape), [3, 3], *window))
