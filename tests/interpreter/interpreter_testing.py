@@ -28,7 +28,7 @@ def strided_rows(matrix: Tensor) -> Tensor:
 
 
 def frobenius_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; where the expected is all zero, the largest error; NaN counts as infinite."""
+    """||actual - expected|| / ||expected||, or where expected is 0 the sum of errors; NaN counts as infinite."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = actual.double() - expected.double()
     norm = expected.double().norm()
