@@ -232,7 +232,8 @@ def masked_lora_factor_gradients(
     tile_n, tile_k = tiling.blocks["BN"], tiling.blocks["BK"]
     tiles_n, tiles_k = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)
     tiles = tiles_n * tiles_k
-    split = split_rows(rows, tiling.blocks["BT"], tiles, dy.device, MOST_SPLITS, splits)
+    step = tiling.blocks["BT"]
+    split = split_rows(rows, step, step, tiles, dy.device, MOST_SPLITS, splits)
     if atomics:
         occupied = mask_words
         partial_a = torch.zeros(rank, k, dtype=torch.float32, device=dy.device)

@@ -15,7 +15,7 @@ ASSUMED_MULTIPROCESSORS = 132
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """So many 128 x 128 tiles in registers fit into one: below it, splitting adds programs that run at the same time."""
 
-LEAST_BLOCKS = 4
+LEAST_STEPS = 4
 """A split shorter than this many steps of the loop spends its time filling the pipeline and writing its partials."""
 
 
@@ -27,8 +27,13 @@ class Split:
     rows: int
 
 
-def split_rows(total: int, block: int, tiles: int, device: torch.device, most: int, asked: int | None = None) -> Split:
-    """Divides `total` > 0 rows, a multiple of `block` rows to each split, at most `most` (or exactly `asked`) splits.
+def split_rows(
+    total: int, block: int, step: int, tiles: int, device: torch.device, most: int, asked: int | None = None
+) -> Split:
+    """Divides `total` > 0 rows for `tiles` tiles: a multiple of `block` rows to each split, at most `most` splits.
+
+    `step` is the number of rows that the kernel's loop takes at a time. With `asked`, so many splits, or as many as
+    there are blocks.
 
     Depends on shapes and the device alone, so that the order of summation, and with it every bit of the result, is the
     same in every run.
@@ -39,7 +44,7 @@ def split_rows(total: int, block: int, tiles: int, device: torch.device, most: i
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         useful = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * processors, max(tiles, 1))
-        asked = min(useful, blocks // LEAST_BLOCKS, most)
+        asked = min(useful, total // (LEAST_STEPS * step), most)
     elif asked < 1:
         raise ValueError(f"splits must be at least 1, not {asked}")
     rows = triton.cdiv(blocks, max(1, min(asked, blocks))) * block
