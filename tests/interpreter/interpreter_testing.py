@@ -1,4 +1,6 @@
-"""What the interpreter tests share: random masks, errors relative to the reference, rows with gaps between them."""
+"""What the interpreter tests share: random problems and masks, rows with gaps, errors relative to the reference."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +36,30 @@ def frobenius_error(actual: Tensor, expected: Tensor) -> float:
     norm = expected.double().norm()
     error = difference.norm() / norm if norm > 0 else difference.abs().sum()
     return float("inf") if torch.isnan(error) else float(error)
+
+
+def linear_problem(
+    T: int, N: int, K: int, R: int, kind: str, dtype: torch.dtype, rng: torch.Generator, delta_scale: float = 1.0
+) -> dict[str, Any]:
+    """Random arguments of the masked-LoRA linear; W about 1/sqrt(K), B A about `delta_scale` times as large."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    return {
+        "x": normal(T, K).to(dtype),
+        "weight": (normal(N, K) / K**0.5).to(dtype),
+        "bias": normal(N).to(dtype),
+        "lora_a": (normal(R, K) / R**0.5).to(dtype),
+        "lora_b": (normal(N, R) * delta_scale / K**0.5).to(dtype),
+        "mask_words": random_mask(N, K, kind, rng),
+        "scale": torch.tensor(1.5),
+    }
+
+
+def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same rounded values in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter_testing import frobenius_error, random_mask, strided_rows
+from interpreter_testing import frobenius_error, linear_problem, strided_rows, wide
 
 from fade_kernels import reference
 from fade_kernels.triton_kernels import masked_lora_forward as kernel
@@ -13,33 +13,6 @@ from fade_kernels.triton_kernels.launch import Tiling
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
 SMALL = Tiling({"BT": 16, "BN": 16, "BK": 32})
-
-
-def make_problem(
-    T: int, N: int, K: int, R: int, kind: str, dtype: torch.dtype, rng: torch.Generator, delta_scale: float = 1.0
-) -> dict[str, Any]:
-    """Random arguments of the forward; W about 1/sqrt(K), B A about `delta_scale` times as large."""
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    return {
-        "x": normal(T, K).to(dtype),
-        "weight": (normal(N, K) / K**0.5).to(dtype),
-        "bias": normal(N).to(dtype),
-        "lora_a": (normal(R, K) / R**0.5).to(dtype),
-        "lora_b": (normal(N, R) * delta_scale / K**0.5).to(dtype),
-        "mask_words": random_mask(N, K, kind, rng),
-        "scale": torch.tensor(1.5),
-    }
-
-
-def wide(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same rounded values in float64."""
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
 
 
 def forward_error(module: ModuleType, arguments: dict[str, Any], **options: Any) -> float:
@@ -66,7 +39,7 @@ def forward_error(module: ModuleType, arguments: dict[str, Any], **options: Any)
 def test_matches_the_definition(
     T: int, N: int, K: int, R: int, kind: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
-    arguments = make_problem(T, N, K, R, kind, dtype, rng)
+    arguments = linear_problem(T, N, K, R, kind, dtype, rng)
     assert forward_error(kernel, arguments, tiling=SMALL) <= TOLERANCE[dtype]
     assert forward_error(kernel, arguments | {"bias": None}, tiling=SMALL, skip_empty=False) <= TOLERANCE[dtype]
     assert forward_error(kernel, arguments | {"weight": None}) <= TOLERANCE[dtype]
@@ -74,7 +47,7 @@ def test_matches_the_definition(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_default_tiling_and_output(dtype: torch.dtype, rng: torch.Generator) -> None:
-    arguments = make_problem(150, 130, 200, 8, "random", dtype, rng)
+    arguments = linear_problem(150, 130, 200, 8, "random", dtype, rng)
     y = kernel.masked_lora_forward(**arguments)
     assert y.dtype == dtype and y.is_contiguous()
     assert frobenius_error(y, reference.masked_lora_linear(**wide(arguments))) <= TOLERANCE[dtype]
@@ -82,12 +55,12 @@ def test_default_tiling_and_output(dtype: torch.dtype, rng: torch.Generator) -> 
 
 @pytest.mark.parametrize("tiling", kernel.TILINGS, ids=str)
 def test_every_tiling(tiling: Tiling, rng: torch.Generator) -> None:
-    arguments = make_problem(130, 70, 100, 5, "random", torch.float16, rng)
+    arguments = linear_problem(130, 70, 100, 5, "random", torch.float16, rng)
     assert forward_error(kernel, arguments, tiling=tiling) <= TOLERANCE[torch.float16]
 
 
 def test_strided_and_transposed_arguments(rng: torch.Generator) -> None:
-    arguments = make_problem(21, 37, 70, 6, "random", torch.float32, rng)
+    arguments = linear_problem(21, 37, 70, 6, "random", torch.float32, rng)
     for name in ("x", "weight", "lora_a", "lora_b"):
         strided = arguments | {name: strided_rows(arguments[name])}
         assert forward_error(kernel, strided, tiling=SMALL) <= 1e-5, name
@@ -102,7 +75,7 @@ def test_strided_and_transposed_arguments(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("factors", [torch.float32, torch.float16], ids=["fp32 A", "fp16 A"])
 def test_fp32_factors_beside_fp16_rows(factors: torch.dtype, rng: torch.Generator) -> None:
     # Values of B below the subnormals of fp16: cast to it, they would be gone.
-    arguments = make_problem(20, 40, 64, 4, "random", torch.float16, rng) | {"weight": None, "bias": None}
+    arguments = linear_problem(20, 40, 64, 4, "random", torch.float16, rng) | {"weight": None, "bias": None}
     arguments["lora_a"] = (arguments["lora_a"].double() * 1e3).to(factors)
     arguments["lora_b"] = arguments["lora_b"].float() * 1e-8
     arguments["scale"] = torch.tensor(100.0)
@@ -111,7 +84,7 @@ def test_fp32_factors_beside_fp16_rows(factors: torch.dtype, rng: torch.Generato
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_nothing_to_do(shape: tuple[int, int], rng: torch.Generator) -> None:
-    arguments = make_problem(*shape, 40, 2, "full", torch.float32, rng)
+    arguments = linear_problem(*shape, 40, 2, "full", torch.float32, rng)
     assert kernel.masked_lora_forward(**arguments).shape == shape
     y = torch.zeros(shape)
     assert kernel.add_masked_lora(y, *(arguments[n] for n in ("x", "lora_a", "lora_b", "mask_words", "scale"))) is y
@@ -129,12 +102,12 @@ def contract_error(module: ModuleType, arguments: dict[str, Any]) -> float:
 
 def test_numerics_contract(rng: torch.Generator) -> None:
     # Delta 1000 times smaller than W: in fp16 W + Delta would round most of it away.
-    arguments = make_problem(64, 48, 160, 4, "random", torch.float16, rng, delta_scale=1e-3)
+    arguments = linear_problem(64, 48, 160, 4, "random", torch.float16, rng, delta_scale=1e-3)
     assert contract_error(kernel, arguments) <= 3e-3
 
 
 def test_numerics_contract_fails_where_the_terms_share_a_rounding(rng: torch.Generator, mutate: Any) -> None:
-    arguments = make_problem(64, 48, 160, 4, "random", torch.float16, rng, delta_scale=1e-3)
+    arguments = linear_problem(64, 48, 160, 4, "random", torch.float16, rng, delta_scale=1e-3)
     merged = mutate(
         kernel,
         "tl.dot(b_delta.to(x.dtype.element_ty), b_x,",
@@ -147,7 +120,7 @@ def test_numerics_contract_fails_where_the_terms_share_a_rounding(rng: torch.Gen
 @pytest.mark.parametrize("kind", ["empty", "full", "random", "block"])
 @pytest.mark.parametrize("y_dtype", [torch.float32, None], ids=["fp32 y", "own y"])
 def test_add_in_place(kind: str, dtype: torch.dtype, y_dtype: torch.dtype | None, rng: torch.Generator) -> None:
-    arguments = make_problem(35, 70, 104, 5, kind, dtype, rng)
+    arguments = linear_problem(35, 70, 104, 5, kind, dtype, rng)
     exact = wide(arguments)
     y = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"]).to(y_dtype or dtype)
     expected = y.double() + reference.masked_lora_linear(**(exact | {"weight": None, "bias": None}))
@@ -157,7 +130,7 @@ def test_add_in_place(kind: str, dtype: torch.dtype, y_dtype: torch.dtype | None
 
 
 def test_add_leaves_empty_strips_alone(rng: torch.Generator) -> None:
-    arguments = make_problem(20, 64, 64, 4, "block", torch.float32, rng)
+    arguments = linear_problem(20, 64, 64, 4, "block", torch.float32, rng)
     delta = {name: arguments[name] for name in ("x", "lora_a", "lora_b", "mask_words", "scale")}
     y = torch.full((20, 64), float("nan"))
     y[:, 48:] = 0.0
@@ -177,12 +150,12 @@ def test_add_leaves_empty_strips_alone(rng: torch.Generator) -> None:
     ids=["mask ignored", "last word lost", "scale lost"],
 )
 def test_check_fails_on_a_mutant(old: str, new: str, rng: torch.Generator, mutate: Any) -> None:
-    arguments = make_problem(33, 40, 72, 3, "random", torch.float32, rng)
+    arguments = linear_problem(33, 40, 72, 3, "random", torch.float32, rng)
     assert forward_error(mutate(kernel, old, new), arguments, tiling=SMALL) > TOLERANCE[torch.float32]
 
 
 def test_refuses_what_the_kernel_does_not_take(rng: torch.Generator) -> None:
-    arguments = make_problem(4, 8, 32, 2, "full", torch.float32, rng)
+    arguments = linear_problem(4, 8, 32, 2, "full", torch.float32, rng)
     with pytest.raises(TypeError, match="float64"):
         kernel.masked_lora_forward(**wide(arguments))
     with pytest.raises(ValueError, match="input_precision"):
