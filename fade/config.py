@@ -83,8 +83,8 @@ class OverwriteConfig:
     """Rank r of the factors."""
     alpha: float = 16.0
     """LoRA alpha; the adapter's scale is alpha / rank. Values are scaled by 1."""
-    steps: int = 100
-    """Optimiser steps."""
+    steps: int = 200
+    """Optimiser steps. 100 forget as much in half the time, and disturb the rest a little more."""
     batch_size: int = 8
     """Forget latents per step."""
     retain_batch_size: int = 8

@@ -13,7 +13,7 @@ step on the forget and the retain half together.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fade.config import OverwriteConfig
 from fade.errors import DivergedError, FadeError
 from fade.files import atomic_write
 from fade.latents import Latents
+from fade.layers import MaskedLoraLayer
 from fade.noise import epoch_order, forget_timesteps, step_generator, uniform_timesteps
 from fade.progress import progress_bar
 
@@ -64,6 +65,7 @@ def overwrite(
     sample_forget = forget_timesteps(config, backbone, latents.forget[:16], forget[:16], surrogate[:16], seed)
     sample_retain = uniform_timesteps(backbone.num_timesteps)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
+    layers = list(adapter.layers.values())
 
     def batch_losses(batch: int) -> tuple[Tensor, Tensor]:
         i_f = epoch_order(seed, "overwrite forget", len(latents.forget), batch, halves[0])
@@ -73,7 +75,7 @@ def overwrite(
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         timesteps = torch.cat([sample_forget(halves[0], generator), sample_retain(halves[1], generator)]).to(device)
         noised = backbone.add_noise(clean, noise, timesteps)
-        with torch.inference_mode(), _adapters_off(adapter):
+        with torch.inference_mode(), _adapters_off(layers):
             taught = backbone.predict(noised, timesteps, torch.cat([surrogate[i_f], retain[i_r]]))
         # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
         target_forget, target_retain = taught.float().clone().split(halves)
@@ -129,9 +131,8 @@ def _cosine_with_warmup(step: int, config: OverwriteConfig) -> float:
 
 
 @contextlib.contextmanager
-def _adapters_off(adapter: Adapter) -> Iterator[None]:
+def _adapters_off(layers: Sequence[MaskedLoraLayer]) -> Iterator[None]:
     """The frozen model: the flag that `disable_adapters` sets, without its walk over the whole model."""
-    layers = list(adapter.layers.values())
     for layer in layers:
         layer._disable_adapters = True
     try:

@@ -27,19 +27,46 @@ from fade_kernels import (
 
 
 class MaskBuffer(nn.Module):
-    """A BitMask that moves with its module and is part of the state dict (`words`, int32 [N, ceil(K/32)])."""
+    """A BitMask that moves with its module and is part of the state dict (`words`, int32 [N, ceil(K/32)]).
 
-    def __init__(self, mask: BitMask) -> None:
+    Beside it the adapter's scale as a 0-d tensor, float32 whatever the model is cast to: under torch.compile and in a
+    captured CUDA graph another scale is then another input, and nothing is compiled or captured again.
+    """
+
+    def __init__(self, mask: BitMask, scale: float) -> None:
         super().__init__()
         self.shape = mask.shape
         self.register_buffer("words", mask.words)
-        self._mask = mask
+        self.register_buffer("scale", torch.tensor(scale, device=mask.device), persistent=False)
+        self._mask, self._exact_scale = mask, scale
+
+    def set_scale(self, scale: float) -> None:
+        self._exact_scale = scale
+        self.scale.fill_(scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskBuffer":
+        super()._apply(fn, recurse)
+        self.scale = torch.tensor(self._exact_scale, device=self.scale.device)
+        return self
 
     @property
     def mask(self) -> BitMask:
         if self._mask.words is not self.words:
             self._mask = BitMask.from_words(self.words, self.shape)
         return self._mask
+
+
+class _Scaling(dict[str, float]):
+    """PEFT's `scaling` of a layer, which writes every change through to the adapter's scale tensor."""
+
+    def __init__(self, scaling: dict[str, float], masks: nn.ModuleDict) -> None:
+        super().__init__(scaling)
+        self._masks = masks
+
+    def __setitem__(self, adapter: str, scale: float) -> None:
+        super().__setitem__(adapter, scale)
+        if adapter in self._masks:
+            self._masks[adapter].set_scale(scale)
 
 
 # In a state dict a masked adapter's factors have names of their own: under PEFT's, diffusers' `save_lora_weights` would
@@ -78,6 +105,7 @@ class MaskedLoraLayer:
     def _add_mask_storage(self) -> None:
         self.lora_mask = nn.ModuleDict()
         self.lora_values = nn.ParameterDict()
+        self.scaling = _Scaling(self.scaling, self.lora_mask)
         self._overwritten: list[tuple[str, Tensor, Tensor | None]] = []
         self._register_state_dict_hook(_name_masked_factors)
         self.register_load_state_dict_pre_hook(_unname_masked_factors)
@@ -95,7 +123,7 @@ class MaskedLoraLayer:
         expected = (weight.shape[0], weight[0].numel())
         if mask.shape != expected:
             raise FadeError(f"mask of shape {mask.shape} does not fit a weight seen as {expected}")
-        self.lora_mask[adapter_name] = MaskBuffer(mask.to(weight.device))
+        self.lora_mask[adapter_name] = MaskBuffer(mask.to(weight.device), self.scaling.get(adapter_name, 1.0))
 
     def set_values(self, adapter_name: str, mask: BitMask, values: Tensor) -> None:
         """Gives an adapter the values form: `values` [nnz] at the mask's positions in row-major order, no factors."""
@@ -203,7 +231,7 @@ class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
     """Masked LoRA on an `nn.Linear`; factors A [r, K] and B [N, r], mask [N, K]."""
 
     def _masked_forward(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        mask, scale = self.lora_mask[name].mask, self.scaling[name]
+        mask, scale = self.lora_mask[name].mask, self.lora_mask[name].scale
         if name in self.lora_values:
             return masked_values_linear(x, weight, bias, self.lora_values[name], mask, scale)
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -214,7 +242,7 @@ class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
     """Masked LoRA on an `nn.Conv2d`; factors A [r, C_in, kh, kw] and B [C_out, r, 1, 1], mask [C_out, C_in·kh·kw]."""
 
     def _masked_forward(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        base, mask, scale = self.get_base_layer(), self.lora_mask[name].mask, self.scaling[name]
+        base, mask, scale = self.get_base_layer(), self.lora_mask[name].mask, self.lora_mask[name].scale
         geometry = (base.stride, base.padding, base.dilation, base.groups)
         if name in self.lora_values:
             return masked_values_conv2d(
