@@ -1,4 +1,4 @@
-"""The FADE authors' procedure, sparse per weight, in plain eager PyTorch: the baseline of `bench_stages`.
+"""The FADE authors' procedure, sparse per weight, in plain eager PyTorch: the baseline of the stage benchmarks.
 
 Written from the description of their package (arXiv 2602.07058 and its public code), not from its text: a saliency pass
 that keeps a gradient and an accumulator for every parameter of the denoiser, a threshold by `kthvalue` over their
@@ -25,8 +25,8 @@ class NaiveMaskedLora(nn.Module):
         super().__init__()
         self.base, self.scale, self.on = base, alpha / rank, True
         self.register_buffer("mask", mask)
-        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features) / rank)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.lora_a = nn.Parameter(torch.randn(rank, base.in_features).to(base.weight) / rank)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank).to(base.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
@@ -55,7 +55,7 @@ def locate(
         for start in range(0, len(images), batch):
             latents, text = encode(pipeline, images[start : start + batch], prompts[start : start + batch])
             noise = torch.randn_like(latents)
-            t = torch.randint(schedule.config.num_train_timesteps, (len(latents),))
+            t = torch.randint(schedule.config.num_train_timesteps, (len(latents),), device=latents.device)
             unet.zero_grad(set_to_none=True)
             F.mse_loss(unet(schedule.add_noise(latents, noise, t), t, text).sample, noise).backward()
             for name, parameter in unet.named_parameters():
@@ -82,14 +82,12 @@ def overwrite(
     alpha: float,
     learning_rate: float,
 ) -> list[float]:
-    """Trains the adapters and returns the losses. `forget` is images, prompts and surrogate prompts."""
+    """Trains the adapters, removes them and returns the losses. `forget` is images, prompts and surrogate prompts."""
     unet, schedule = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
-    layers = []
-    for name, mask in masks.items():
-        parent, _, child = name.rpartition(".")
-        layer = NaiveMaskedLora(unet.get_submodule(name), mask, rank, alpha)
-        setattr(unet.get_submodule(parent), child, layer)
-        layers.append(layer)
+    wrapped = {name: NaiveMaskedLora(unet.get_submodule(name), mask, rank, alpha) for name, mask in masks.items()}
+    layers = list(wrapped.values())
+    for name, layer in wrapped.items():
+        unet.set_submodule(name, layer)
     parameters = [p for layer in layers for p in (layer.lora_a, layer.lora_b)]
     optimizer = torch.optim.AdamW(parameters, learning_rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / steps)))
@@ -100,7 +98,7 @@ def overwrite(
             chosen = torch.randint(len(images), (batch,))
             latents, text = encode(pipeline, images[chosen], [prompts[i] for i in chosen])
             _, teacher_text = encode(pipeline, images[:1], [taught[i] for i in chosen])
-            t = torch.randint(schedule.config.num_train_timesteps, (batch,))
+            t = torch.randint(schedule.config.num_train_timesteps, (batch,), device=latents.device)
             noised = schedule.add_noise(latents, torch.randn_like(latents), t)
             with torch.no_grad(), adapters_off(layers):
                 target = unet(noised, t, teacher_text).sample
@@ -111,12 +109,14 @@ def overwrite(
         rate.step()
         optimizer.zero_grad()
         losses.append(total.item())
+    for name, layer in wrapped.items():
+        unet.set_submodule(name, layer.base)
     return losses
 
 
 @torch.no_grad()
 def encode(pipeline: Any, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Latents of images [n, 3, H, W] in [0, 1] and embeddings of prompts."""
-    posterior = pipeline.vae.encode(images * 2 - 1).latent_dist
-    text, _ = pipeline.encode_prompt(list(prompts), "cpu", 1, do_classifier_free_guidance=False)
+    posterior = pipeline.vae.encode((images * 2 - 1).to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
+    text, _ = pipeline.encode_prompt(list(prompts), pipeline.unet.device, 1, do_classifier_free_guidance=False)
     return posterior.sample() * pipeline.vae.config.scaling_factor, text

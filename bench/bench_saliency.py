@@ -10,7 +10,7 @@ backward alone, and one without any weight gradient, the floor. The saliency of 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,29 +40,40 @@ class Block(nn.Module):
 
 
 class Projections(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, levels: Sequence[tuple[int, int, int]] = LEVELS) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(nn.ModuleList(Block(width) for _ in range(count)) for width, _, count in LEVELS)
+        self.levels = nn.ModuleList(nn.ModuleList(Block(width) for _ in range(count)) for width, _, count in levels)
 
     def forward(self, inputs: list[Tensor], text: Tensor) -> Tensor:
-        loss = text.new_zeros(())
+        loss = text.new_zeros((), dtype=torch.float32)
         for blocks, x in zip(self.levels, inputs, strict=True):
             for block in blocks:
                 x = block(x, text)
-            loss = loss + x.square().mean()
+            loss = loss + x.float().square().mean()
         return loss
 
 
 class Pass:
     """One saliency pass in each of its forms, on the same network and inputs."""
 
-    def __init__(self, divide_tokens: int) -> None:
+    def __init__(
+        self,
+        divide_tokens: int,
+        *,
+        levels: Sequence[tuple[int, int, int]] = LEVELS,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         torch.manual_seed(0)
-        self.network = Projections().requires_grad_(False)
+        self.network = Projections(levels).requires_grad_(False).to(device, dtype)
         self.layers = {name: m for name, m in self.network.named_modules() if isinstance(m, nn.Linear)}
-        self.inputs = [torch.randn(1, tokens // divide_tokens, width) for width, tokens, _ in LEVELS]
-        self.text = torch.randn(1, *TEXT)
+        self.inputs = [
+            torch.randn(batch, tokens // divide_tokens, width).to(device, dtype) for width, tokens, _ in levels
+        ]
+        self.text = torch.randn(batch, *TEXT).to(device, dtype)
         self.accumulators: dict[str, Tensor] = {}
+        self.watch: GradientMagnitude | None = None
 
     def _backward(self, weights: bool) -> None:
         self.network.requires_grad_(weights)
@@ -85,7 +96,9 @@ class Pass:
     def kept_then_added(self) -> None:
         """The same, then `S += grad.abs()` for each weight."""
         if not self.accumulators:
-            self.accumulators = {name: torch.zeros_like(layer.weight) for name, layer in self.layers.items()}
+            self.accumulators = {
+                name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in self.layers.items()
+            }
         self._backward(weights=True)
         for name, layer in self.layers.items():
             self.accumulators[name].add_(layer.weight.grad.abs())
@@ -94,8 +107,9 @@ class Pass:
 
     def streamed(self) -> None:
         """With GradientMagnitude, whose hooks stay on this network from the first call on."""
-        if not self.accumulators:
-            self.accumulators = GradientMagnitude(self.layers).__enter__().saliency
+        if self.watch is None:
+            self.watch = GradientMagnitude(self.layers).__enter__()
+            self.accumulators = self.watch.saliency
         self.network(self.inputs, self.text).backward()
 
 
@@ -107,9 +121,16 @@ def measure_memory(form: str, divide_tokens: int) -> dict[str, int]:
     return {"extra_bytes": peak.extra}
 
 
-def layer_candidates(width: int, columns: int, tokens: int) -> dict[str, Callable[[], object]]:
+def layer_candidates(
+    width: int,
+    columns: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Callable[[], object]]:
     """One layer's weight gradient alone: streamed into the accumulator, against made whole and added."""
-    dy, x, saliency = torch.randn(1, tokens, width), torch.randn(1, tokens, columns), torch.zeros(width, columns)
+    dy, x = (torch.randn(1, tokens, size, device=device).to(dtype) for size in (width, columns))
+    saliency = torch.zeros(width, columns, device=device)
     return {
         "matmul + abs().add_": lambda: saliency.add_((dy[0].T @ x[0]).abs()),
         "fade_kernels": lambda: accumulate_linear_gradient_magnitude_(saliency, dy, x),

@@ -9,7 +9,7 @@ The opponents find only the threshold (concatenate + kthvalue, as the FADE autho
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,22 +24,28 @@ TOPK_KEEP = 0.1  # topk is slow: it is timed at one fraction only
 BLOCKS = ((320, 5), (640, 5), (1280, 6))
 
 
-def saliency(values: int) -> list[Tensor]:
+ATTENTION_SHAPES = tuple(
+    shape for width, count in BLOCKS for _ in range(count) for shape in 6 * [(width, width)] + 2 * [(width, 768)]
+)
+
+
+def saliency(
+    values: int,
+    shapes: Sequence[tuple[int, int]] = ATTENTION_SHAPES,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
     """Accumulators in the shapes of SD 1.5's attention projections, repeated until there are enough values.
 
     Magnitudes of normal numbers, with a scale of its own for each layer, as real gradients have.
     """
-    generator = torch.Generator().manual_seed(0)
-    shapes = [
-        shape for width, count in BLOCKS for _ in range(count) for shape in 6 * [(width, width)] + 2 * [(width, 768)]
-    ]
+    generator = torch.Generator(device).manual_seed(0)
     tensors: list[Tensor] = []
     total = 0
     while total < values:
         rows, columns = shapes[len(tensors) % len(shapes)]
         rows = min(rows, -(-(values - total) // columns))
-        scale = torch.randn((), generator=generator).mul(1.5).exp()
-        tensors.append(torch.randn(rows, columns, generator=generator).abs_().mul_(scale))
+        scale = torch.randn((), generator=generator, device=device).mul(1.5).exp()
+        tensors.append(torch.randn(rows, columns, generator=generator, device=device).abs_().mul_(scale))
         total += rows * columns
     return tensors
 

@@ -1,0 +1,274 @@
+"""Every benchmark behind one command.
+
+    python -m bench --output FILE.json          on a CUDA machine: build, test, measure everything
+    python -m bench --device cpu --output FILE  the tables of the CPU kernels
+    python -m bench model [--chip h200]         what the roofline model predicts; nothing is measured
+    python -m bench plot FILE... [--output PNG] draw results, predictions beside measurements
+    python -m bench compare A B                 what differs between two results
+
+A GPU run ends within its budget by making fewer repetitions, never by leaving a table out, and writes its file after
+every row. Measuring happens in a process of its own: one that crashes or hangs loses one row.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from bench import checks, gpu_tables, targets
+from bench.harness import ROOT, DeviceLostError, environment
+from bench.plans import Budget, Plan, run_plans
+from bench.results_file import BadResultsError, Results, Table, show
+from bench.roofline import CHIPS, Chip
+
+NO_GPU = """There is no CUDA device here, so the GPU tables cannot be measured.
+  python -m bench --device cpu --output FILE.json   measures the CPU kernels
+  python -m bench model                             prints what is predicted for a GPU"""
+EXIT_NO_GPU, EXIT_RED = 2, 1
+
+# Shares of the budget that a step may take at most.
+MOST_BUILD, MOST_TESTS, MOST_SANITIZER = 0.35, 0.3, 0.08
+HANGING = 120.0  # seconds without a candidate's first result after which the measuring process is ended
+MOST_RESTARTS = 8
+RESERVE = 6.0  # seconds kept for the end of the run
+
+
+def gpu_plans(toy: bool) -> list[Plan]:
+    """Every table of a GPU run; the stages where diffusers is there to make a model."""
+    plans = gpu_tables.plans(gpu_tables.TOY if toy else gpu_tables.FULL)
+    if find_spec("diffusers") is not None:
+        from bench import bench_gpu_stages as stages
+
+        last = next(i for i, plan in enumerate(plans) if plan.name == "selection")
+        plans.insert(last, stages.plan(stages.TOY) if toy else stages.plan())
+    return plans
+
+
+def measure(results: Results, device: torch.device, seconds: float, plans: Sequence[Plan]) -> None:
+    """Measures in this process what the results lack; the chip's own ceilings enter the predictions."""
+    budget, chip = Budget(seconds), CHIPS["h200"]
+    ceilings = [plan for plan in plans if plan.name == "ceilings"]
+    rest = [plan for plan in plans if plan.name != "ceilings"]
+    if ceilings:
+        run_plans(ceilings, results, device, chip, Budget(min(seconds, 10.0)))
+        chip = gpu_tables.measured_chip(results.table("ceilings"), chip)
+        results.payload["chip"] = vars(replace(chip, name=str(results.payload["environment"].get("gpu"))))
+    run_plans(rest, results, device, chip, budget)
+
+
+def supervise(path: Path, budget: Budget, device: str, toy: bool, hanging: float = HANGING) -> list[str]:
+    """Lets worker processes fill the file at `path` until it is complete; returns what went wrong on the way.
+
+    A worker that dies, or gives no sign for `hanging` seconds, is ended; its row is recorded as failed and another
+    worker goes on after it.
+    """
+    troubles: list[str] = []
+    for _ in range(MOST_RESTARTS):
+        seconds = max(0.0, budget.remaining() - RESERVE)
+        command = [sys.executable, "-m", "bench", "--worker", "--output", str(path), "--device", device]
+        command += ["--budget", str(seconds), *(["--toy"] if toy else [])]
+        worker = subprocess.Popen(command, cwd=ROOT)
+        try:
+            reason = _wait(worker, path, hanging)
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        if reason is None:
+            return troubles
+        results = Results.load(path)
+        current = results.payload.pop("current", None)
+        if current is None:
+            troubles.append(f"the measuring process {reason} before its first row")
+            return troubles
+        troubles.append(f"{current['table']}, {current['row']}: the measuring process {reason}")
+        table = results.table(current["table"])
+        results.add_row(table, current["row"], 0, {table["base"]: {"error": f"the process {reason}"}})
+    return troubles
+
+
+def _wait(worker: subprocess.Popen, path: Path, hanging: float) -> str | None:
+    """None when the worker is done; else what became of it."""
+    started = time.time()
+    while True:
+        try:
+            code = worker.wait(timeout=0.5)
+            return None if code == 0 else f"ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            if time.time() - max(path.stat().st_mtime, started) > hanging:
+                return f"gave no sign for {hanging:g} s"
+
+
+def run_steps(results: Results, budget: Budget, seconds: float, arguments: argparse.Namespace) -> None:
+    """Builds and tests, as far as asked for, and records every step."""
+    steps = results.payload["steps"]
+
+    def record(name: str, step: checks.Step) -> None:
+        steps[name] = step
+        results.save()
+        extra = f" ({'; '.join(step['summary'])})" if step.get("summary") else ""
+        print(f"{name}: {step['status']} in {step['seconds']:.1f} s{extra}", flush=True)
+        if step["status"] in ("failed", "unfinished"):
+            print("  " + "\n  ".join(step["output"].strip().splitlines()[-15:]))
+
+    if arguments.build:
+        record("build", checks.build(min(MOST_BUILD * seconds, budget.remaining())))
+    if arguments.tests:
+        record("tests", checks.gpu_tests(min(MOST_TESTS * seconds, budget.remaining())))
+        for tool in ("memcheck", "racecheck"):
+            record(f"sanitizer {tool}", checks.sanitizer(tool, min(MOST_SANITIZER * seconds, budget.remaining())))
+
+
+def finish(results: Results, speedups: bool) -> None:
+    """Prints every table and, with `speedups`, ratios and targets; completes the file."""
+    for table in results.tables:
+        if table["name"] == "ceilings":
+            _show_ceilings(table)
+        else:
+            show(table, speedups)
+        for row in table["rows"]:
+            for column, cell in row["cells"].items():
+                if "error" in cell:
+                    print(f"  {row['row']}: {column}: {cell['error'].splitlines()[0][:150]}")
+    found = targets.evaluate(results) if speedups else []
+    results.payload |= {"targets": found, "speedups": speedups, "complete": True}
+    if found:
+        targets.show(found)
+    results.save()
+
+
+def _show_ceilings(table: Table) -> None:
+    chip: Chip = gpu_tables.measured_chip(table, CHIPS["h200"])
+    print(
+        f"\nceilings here: {chip.bandwidth / 1e12:.2f} TB/s copied, {chip.matrix / 1e12:.0f} TFLOP/s in a large product"
+    )
+
+
+def run_gpu(arguments: argparse.Namespace) -> int:
+    budget = Budget(arguments.budget)
+    results = Results(arguments.output, {"kind": "gpu", "budget": arguments.budget})
+    results.payload["environment"] = {}
+    results.save()
+    run_steps(results, budget, arguments.budget, arguments)
+    troubles = supervise(results.path, budget, arguments.device, arguments.toy)
+    results = Results.load(results.path)
+    results.payload["troubles"] = troubles
+    results.payload["seconds"] = arguments.budget - (budget.end - time.perf_counter())
+    passed = checks.green(results.payload["steps"])
+    finish(results, speedups=passed and not arguments.toy)
+    for trouble in troubles:
+        print(f"trouble: {trouble}")
+    if not passed:
+        print("\nThe GPU tests have not passed, so times are recorded but no speed-up is printed.")
+    print(f"written to {results.path} after {results.payload['seconds']:.0f} s")
+    return 0 if passed and not troubles else EXIT_RED
+
+
+def run_worker(arguments: argparse.Namespace) -> int:
+    """The process that measures: fills the file it is given."""
+    results = Results.load(arguments.output)
+    results.payload["environment"] = results.payload["environment"] or environment()
+    try:
+        measure(results, torch.device(arguments.device), arguments.budget, gpu_plans(arguments.toy))
+    except DeviceLostError as error:
+        print(f"the device is lost to this process: {error}", file=sys.stderr)
+        return EXIT_RED
+    return 0
+
+
+def run_cpu(arguments: argparse.Namespace) -> int:
+    from bench import cpu_tables
+
+    results = Results(arguments.output, {"kind": "cpu", "budget": arguments.budget, "environment": environment()})
+    results.save()
+    budget = Budget(arguments.budget)
+    run_plans(cpu_tables.plans(arguments.toy), results, torch.device("cpu"), CHIPS["h200"], budget, _progress)
+    finish(results, speedups=not arguments.toy)
+    if results.path is not None:
+        print(f"written to {results.path}")
+    return 0
+
+
+def _progress(table: Table) -> None:
+    print(f"measured: {table['name']}", flush=True)
+
+
+def _measuring_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--no-build", dest="build", action="store_false", help="take the extension as it is")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="no tests, and so no speed-ups")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes: a test of this program, not of speed")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _command(name: str, rest: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}")
+    if name == "model":
+        from bench import model
+
+        parser.add_argument("--chip", choices=CHIPS, default="h200")
+        parser.add_argument("--bandwidth", type=float, help="TB/s, instead of the chip's")
+        parser.add_argument("--matrix", type=float, help="PFLOP/s of large bf16 products, instead of the chip's")
+        parser.add_argument("--launch", type=float, help="microseconds a launch, instead of the chip's")
+        parser.add_argument("--output", type=Path, help="JSON file to write")
+        arguments = parser.parse_args(rest)
+        given = {"bandwidth": (arguments.bandwidth, 1e12), "matrix": (arguments.matrix, 1e15),
+                 "launch": (arguments.launch, 1e-6)}  # fmt: skip
+        changes = {field: value * unit for field, (value, unit) in given.items() if value is not None}
+        model.main(replace(CHIPS[arguments.chip], **changes), arguments.output)
+    elif name == "plot":
+        from bench import plots
+
+        parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+        parser.add_argument("--output", type=Path, help="PNG to write (default: the first file's name with .png)")
+        arguments = parser.parse_args(rest)
+        print(plots.draw(arguments.files, arguments.output))
+    else:
+        from bench import compare
+
+        parser.add_argument("before", type=Path)
+        parser.add_argument("after", type=Path)
+        parser.add_argument("--all", action="store_true", help="also what did not change beyond the quantiles")
+        arguments = parser.parse_args(rest)
+        compare.main(arguments.before, arguments.after, arguments.all)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("model", "plot", "compare"):
+        try:
+            return _command(argv[0], argv[1:])
+        except BadResultsError as error:
+            print(error, file=sys.stderr)
+            return EXIT_RED
+    arguments = _measuring_parser().parse_args(argv)
+    if arguments.worker:
+        return run_worker(arguments)
+    # The measuring process must end with this one, also when this one is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_RED))
+    if arguments.device == "cpu":
+        return run_cpu(arguments)
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return EXIT_NO_GPU
+    if arguments.output is None:
+        arguments.output = ROOT / "bench" / "results" / "gpu.json"
+    return run_gpu(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

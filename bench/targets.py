@@ -1,0 +1,161 @@
+"""The speed and memory targets of this project, read off the tables of a run: met or missed, with the ratio.
+
+A target is a ratio of weighted totals within one run. It is evaluated where its tables have the numbers, from measured
+seconds or from the model's, and left out where they have not.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from bench.gpu_tables import FORCED, SCRATCH, TEN
+from bench.gpu_tables import ONE as VERY_SPARSE
+from bench.masked_layer import FROZEN, MERGED, NAIVE_ONE, NAIVE_TWO, PEFT, PEFT_DEFAULT, Provider
+from bench.results_file import Results, Table, columns, ratio, total, wrong
+
+Measure = Callable[[Results], float | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`limit`: the largest ratio that meets it, or the smallest where `least`; None: shown without a verdict."""
+
+    what: str
+    limit: float | None
+    measure: Measure
+    least: bool = False
+
+    def evaluate(self, results: Results) -> dict[str, object] | None:
+        """The target with its ratio and whether it is met; None where the results lack a number."""
+        found = self.measure(results)
+        if found is None:
+            return None
+        met = None if self.limit is None else (found >= self.limit if self.least else found <= self.limit)
+        return {"what": self.what, "limit": self.limit, "least": self.least, "ratio": found, "met": met}
+
+
+def _ours(mask: str, regime: str = "auto") -> str:
+    return Provider("ours", mask, regime).name
+
+
+def _sound(table: Table | None, *names: str) -> bool:
+    """Whether a table is there and none of the columns was found wrong."""
+    return table is not None and not set(names) & set(wrong(table))
+
+
+def _columns(table: str, ours: str, base: str, field: str = "median") -> Measure:
+    def measure(results: Results) -> float | None:
+        found = results.table(table)
+        return ratio(found, ours, base, field) if _sound(found, ours, base) else None
+
+    return measure
+
+
+def _best(table: str, ours: Iterable[str], base: str) -> Measure:
+    """The fastest of several columns."""
+
+    def measure(results: Results) -> float | None:
+        found = results.table(table)
+        if found is None:
+            return None
+        ratios = [ratio(found, name, base) for name in ours if name in columns(found) and _sound(found, name, base)]
+        return min((r for r in ratios if r is not None), default=None)
+
+    return measure
+
+
+def _extra_memory(table: str, ours: str, other: str) -> Measure:
+    """What ours takes beyond the frozen layer over what the other takes beyond it, layers added up."""
+
+    def measure(results: Results) -> float | None:
+        found = results.table(table)
+        taken = [total(found, name, "extra_bytes") for name in (ours, other, FROZEN.name)]
+        if any(t is None for t in taken) or taken[1] <= taken[2]:
+            return None
+        return max(0.0, taken[0] - taken[2]) / (taken[1] - taken[2])
+
+    return measure
+
+
+def _inverse(measure: Measure) -> Measure:
+    return lambda results: (lambda found: 1 / found if found else None)(measure(results))
+
+
+def gpu_targets() -> list[Target]:
+    targets = []
+    for model, batch, limits, best in (
+        ("SD 1.5", "batch 8, 512 px", (0.55, 0.35, 0.5), False),
+        ("SDXL", "batch 4, 1024 px", (0.8, 0.5, 0.5), False),
+        ("FLUX.1", "batch 2, 1024 px", (1.1, 0.85, 0.6), True),
+    ):
+        table = f"linear / {model} / attention / training"
+        names = [_ours(TEN.name), *((_ours(TEN.name, regime) for regime in (*FORCED, SCRATCH)) if best else ())]
+        mode = "best mode" if best else "exact mode"
+        for base, limit in zip((PEFT, PEFT_DEFAULT, NAIVE_TWO), limits, strict=True):
+            what = f"{model} attention, {batch}, keep 10 %, {mode}, forward + backward / {base.name}"
+            targets.append(Target(what, limit, _best(table, names, base.name)))
+        what = f"{model} attention, keep 10 %, forward + backward / {NAIVE_ONE.name}"
+        targets.append(Target(what, None, _best(table, names, NAIVE_ONE.name)))
+        for other in (NAIVE_TWO, NAIVE_ONE):
+            what = f"{model} attention, keep 10 %, memory beyond the frozen layer's / {other.name}"
+            limit = 0.25 if other == NAIVE_TWO else None
+            targets.append(Target(what, limit, _extra_memory(table, _ours(TEN.name), other.name)))
+    table = "linear / SD 1.5 / attention / training"
+    sparse = _ours(VERY_SPARSE.name)
+    what = "SD 1.5 attention, keep 1 %, forward + backward / "
+    kept = "backward with all weight gradients"
+    targets += [
+        Target(what + FROZEN.name, 1.15, _columns(table, sparse, FROZEN.name)),
+        Target(what + PEFT.name, 0.4, _columns(table, sparse, PEFT.name)),
+        Target(
+            "fused forward at T = 4096, speed against the library on a merged weight, keep 10 %",
+            0.75,
+            _inverse(_best("forward at 4096", (_ours(TEN.name), _ours(TEN.name, "whole")), MERGED.name)),
+            least=True,
+        ),
+        Target(f"saliency pass / {kept}", 1.05, _columns("saliency pass", "streamed", "kept")),
+        Target(
+            "saliency pass, memory / gradients kept and accumulators",
+            0.55,
+            _columns("saliency pass", "streamed", "kept_then_added", "extra_bytes"),
+        ),
+        Target("selection / reading four times", 1.5, _columns("selection", "fade_kernels", "read four times")),
+        Target("selection / cat + kthvalue", None, _columns("selection", "fade_kernels", "cat + kthvalue")),
+        Target("both stages / authors' procedure, time", 0.33, _columns("stages", "ours", "authors")),
+        Target("both stages / authors' procedure, memory", 0.5, _columns("stages", "ours", "authors", "extra_bytes")),
+    ]  # fmt: skip
+    return targets
+
+
+def cpu_targets() -> list[Target]:
+    table = "linear / SD 1.5 / attention / training, CPU"
+    sparse, ten, tiles = (_ours(name) for name in (VERY_SPARSE.name, TEN.name, "tiles 20 %"))
+    what = "CPU, SD 1.5 attention, forward + backward, "
+    return [
+        Target(f"{what}keep 10 % / {NAIVE_TWO.name}", 0.55, _columns(table, ten, NAIVE_TWO.name)),
+        Target(f"{what}keep 10 % / {NAIVE_ONE.name}", None, _columns(table, ten, NAIVE_ONE.name)),
+        Target(f"{what}keep 10 % / {PEFT.name}", 1.35, _columns(table, ten, PEFT.name)),
+        Target(f"{what}tiles 20 % / {NAIVE_TWO.name}", 0.5, _columns(table, tiles, NAIVE_TWO.name)),
+        Target(f"{what}tiles 20 % / {PEFT.name}", 1.0, _columns(table, tiles, PEFT.name)),
+        Target(f"{what}keep 1 % / {FROZEN.name}", 1.15, _columns(table, sparse, FROZEN.name)),
+        Target(f"{what}keep 1 % / {PEFT.name}", 0.95, _columns(table, sparse, PEFT.name)),
+        Target("CPU, selection / cat + kthvalue", 0.5, _columns("selection, CPU", "fade_kernels", "cat + kthvalue")),
+        Target("CPU, saliency pass / backward with all weight gradients", 1.05,
+               _columns("saliency pass, CPU", "streamed", "kept")),
+        Target("CPU, saliency pass, memory / gradients kept and accumulators", 0.55,
+               _columns("saliency pass, CPU", "streamed", "kept_then_added", "extra_bytes")),
+    ]  # fmt: skip
+
+
+def evaluate(results: Results) -> list[dict[str, object]]:
+    """Every target that the results can answer."""
+    found = (target.evaluate(results) for target in (*gpu_targets(), *cpu_targets()))
+    return [target for target in found if target is not None]
+
+
+def show(targets: Iterable[dict[str, object]], predicted: bool = False) -> None:
+    """Prints the targets, one a line: verdict, ratio, limit."""
+    print("\ntargets" + (" (predicted by the roofline model, not measured)" if predicted else ""))
+    for target in targets:
+        verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
+        limit = "" if target["limit"] is None else f"{'>=' if target['least'] else '<='} {target['limit']:g}"
+        print(f"  {verdict:6}  {target['ratio']:7.3f}  {limit:8}  {target['what']}")
