@@ -224,6 +224,9 @@ def attach(
             module.set_values(name, mask, torch.zeros(mask.count))
         else:
             module.set_mask(name, mask)
+            # PEFT makes them in the weight's dtype; a step of training is smaller than half an ulp of 16 bits.
+            for factor in module.adapter_parameters(name):
+                factor.data = factor.data.float()
     denoiser.requires_grad_(False)
     return adapter
 

@@ -30,7 +30,7 @@ from fade.errors import DivergedError, FadeError
 from fade.files import atomic_write
 from fade.latents import Latents
 from fade.layers import MaskedLoraLayer
-from fade.noise import epoch_order, forget_timesteps, step_generator, uniform_timesteps
+from fade.noise import epoch_order, forget_timesteps, loss_scale, step_generator, uniform_timesteps
 from fade.progress import progress_bar
 
 
@@ -66,6 +66,7 @@ def overwrite(
     sample_retain = uniform_timesteps(backbone.num_timesteps)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
     layers = list(adapter.layers.values())
+    scale = loss_scale(backbone.dtype, sum(halves) * latents.forget[0].numel())
 
     def batch_losses(batch: int) -> tuple[Tensor, Tensor]:
         i_f = epoch_order(seed, "overwrite forget", len(latents.forget), batch, halves[0])
@@ -100,7 +101,7 @@ def overwrite(
             for micro in range(config.accumulation):
                 loss_forget, loss_retain = batch_losses(step * config.accumulation + micro)
                 loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
-                (loss / config.accumulation).backward()
+                (scale * loss / config.accumulation).backward()
                 sums += torch.stack([loss_forget, loss_retain]).detach().cpu() / config.accumulation
             if not torch.isfinite(sums).all():
                 kept = f"; the last checkpoint is in {checkpoint}" if checkpoint and checkpoint.is_file() else ""
@@ -108,6 +109,8 @@ def overwrite(
                     f"the loss became {sums.sum().item()} at step {step + 1}{kept}. Lower the learning rate "
                     f"(now {config.learning_rate})"
                 )
+            if scale != 1.0:
+                torch._foreach_div_([p.grad for p in parameters], scale)
             torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             schedule.step()

@@ -77,3 +77,12 @@ def forget_timesteps(
         return targeted_timesteps(backbone, clean, prompts, surrogates, seed)
     low, high = config.timestep_band if config.timesteps == "band" else (0.0, 1.0)
     return uniform_timesteps(backbone.num_timesteps, low, high)
+
+
+def loss_scale(dtype: torch.dtype, predictions: int) -> float:
+    """What a loss averaged over this many numbers is multiplied by before its backward pass, and gradients divided by.
+
+    A mean over 10^5 numbers has gradients of 10^-5 times the error, and fp16 ends at 6e-8. With a power of two near
+    that count they have the error's own size. Other dtypes have fp32's range and need none: 1.
+    """
+    return 2.0 ** (predictions.bit_length() - 1) if dtype == torch.float16 else 1.0

@@ -24,7 +24,7 @@ from fade.backbones import Backbone
 from fade.config import LocateConfig
 from fade.errors import FadeError
 from fade.latents import Latents
-from fade.noise import epoch_order, step_generator
+from fade.noise import epoch_order, loss_scale, step_generator
 from fade.progress import progress_bar
 from fade_kernels import BitMask, GradientMagnitude, select_top_fraction
 
@@ -88,12 +88,15 @@ def measure_saliency(
     with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
 
         def accumulate(part: str, clean: Tensor, prompts: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
+            scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
             with GradientMagnitude(layers, per_sample=config.per_sample) as magnitude:
                 for batch in range(batches):
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
-                    _backward(backbone, clean[index], prompts[index], surrogates, index, generator)
+                    _backward(backbone, clean[index], prompts[index], surrogates, index, generator, scale)
                     advance()
+            for value in magnitude.saliency.values():
+                value.div_(scale)
             return magnitude.saliency
 
         forget, surrogates = stack(latents.forget_prompts), stack(latents.surrogate_prompts)
@@ -113,8 +116,9 @@ def _backward(
     surrogates: Tensor | None,
     index: Tensor,
     generator: torch.Generator,
+    scale: float,
 ) -> None:
-    """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss."""
+    """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss, times `scale`."""
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     timesteps = torch.randint(backbone.num_timesteps, (len(clean),), generator=generator).to(clean.device)
     noised = backbone.add_noise(clean, noise, timesteps)
@@ -123,7 +127,8 @@ def _backward(
     else:
         with torch.no_grad():
             target = backbone.predict(noised, timesteps, surrogates[index])
-    F.mse_loss(backbone.predict(noised, timesteps, prompts).float(), target.float()).backward()
+    loss = F.mse_loss(backbone.predict(noised, timesteps, prompts).float(), target.float())
+    (scale * loss).backward()
 
 
 def _stacker(embeddings: Mapping[str, Tensor]):

@@ -1,5 +1,7 @@
 """Stage 1 against plain autograd: what is accumulated, what is held in memory, what the settings mean."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +165,19 @@ def test_no_more_than_one_weight_gradient_is_ever_alive(backbone: Backbone, quic
         measure_saliency(backbone, layers, latents, embeddings, quick.locate, 0)
     assert seen >= 2 * len(layers)
     assert most == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_saliency_of_a_16_bit_model(pipeline: StableDiffusionPipeline, quick: Config, dtype: torch.dtype) -> None:
+    pipeline.unet.requires_grad_(False)
+    backbone = backbone_for(pipeline)
+    latents, embeddings = prepared(backbone, quick)
+    layers = target_layers(backbone.denoiser, ATTENTION)
+    exact = measure_saliency(backbone, layers, latents, embeddings, quick.locate, seed=0)
+    pipeline.unet.to(dtype)
+    rounded_latents = dataclasses.replace(latents, forget=latents.forget.to(dtype), retain=latents.retain.to(dtype))
+    rounded = measure_saliency(
+        backbone, layers, rounded_latents, {p: e.to(dtype) for p, e in embeddings.items()}, quick.locate, seed=0
+    )
+    error = sum((rounded[n] - exact[n]).square().sum() for n in exact) / sum(v.square().sum() for v in exact.values())
+    assert error.sqrt() < (0.02 if dtype == torch.float16 else 0.15)

@@ -250,3 +250,16 @@ def test_overwriting_keeps_the_old_adapter_until_the_new_one_is_whole(
     assert (out / "adapter.safetensors").read_bytes() == old
     fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=quick.replace(seed=1), output=out, overwrite=True)
     assert (out / "adapter.safetensors").read_bytes() != old
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_16_bit_model_learns_the_surrogate_too(
+    pipeline: StableDiffusionPipeline, quick: Config, dtype: torch.dtype
+) -> None:
+    pipeline.to(dtype)
+    config = quick.replace(overwrite__steps=40, locate__keep=0.3)
+    words = {"templates": ["{}"], "retain": ["a house"]}
+    adapter = fade.unlearn(pipeline, "cat", "dog", config=config, progress=False, **words)
+    losses = adapter.run["losses"]["forget"]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
