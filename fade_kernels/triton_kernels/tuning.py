@@ -10,7 +10,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,21 +50,25 @@ def tiling_name(tiling: Tiling) -> str:
 _choices: dict[Path, dict[str, str]] = {}
 
 
+def _read(path: Path) -> dict[str, str] | None:
+    """The choices in a cache file, none if it does not exist; None if it is damaged."""
+    try:
+        entries = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(entries, dict) and all(isinstance(value, str) for value in entries.values())
+    return entries if sound else None
+
+
 def _load(path: Path) -> dict[str, str]:
     """The choices of a cache file, read once per process; a damaged one counts as empty, with a warning."""
     if path not in _choices:
-        entries: object = {}
-        with suppress(FileNotFoundError):
-            try:
-                entries = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                entries = None
-        if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        entries = _read(path)
+        if entries is None:
             warnings.warn(f"{path} is not a readable tiling cache: ignored and measured anew", stacklevel=4)
-            entries = {}
-        _choices[path] = entries
+        _choices[path] = entries or {}
     return _choices[path]
 
 
@@ -106,11 +109,10 @@ def measured_choice(
     best = min(times, key=times.__getitem__)
     if times[best] == float("inf"):
         raise RuntimeError(f"no tiling of {', '.join(times)} could run for {key}")
+    _choices[path][key] = best
     # Read again: other processes may have added theirs since.
-    _choices.pop(path, None)
-    entries = _load(path)
-    entries[key] = best
-    _save(path, entries)
+    _choices[path] = (_read(path) or {}) | _choices[path]
+    _save(path, _choices[path])
     return by_name[best]
 
 

@@ -1,0 +1,126 @@
+"""Every kernel that ships compiles for GPUs that are not here, within their limits."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fade_kernels import compile_report
+from fade_kernels.compile_report import Row, check, count_matrix_instructions, parse_ptxas, resource_usage
+
+FAR_OVER = 300 * 1024
+
+CUOBJDUMP = """
+Fatbin elf code:
+arch = sm_90
+ Function masked_kernel:
+  REG:168 STACK:24 SHARED:1024 LOCAL:8 CONSTANT[0]:656 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4packPKbPii' for 'sm_90'
+ptxas info    : Function properties for _Z4packPKbPii
+    16 bytes stack frame, 8 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 16 bytes cumulative stack size, 8192 bytes smem
+ptxas info    : Compile time = 3.1 ms
+ptxas info    : Compiling entry function '_Z5countv' for 'sm_90'
+ptxas info    : Function properties for _Z5countv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers
+"""
+
+WGMMA = """
+wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2,%r3,%r4}, %rd1, p, 1, 1, 0;
+wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1,%f2}, %rd7, %rd1, p, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
+"""
+
+
+def test_reads_resource_usage() -> None:
+    assert resource_usage(CUOBJDUMP) == (168, 32)
+    with pytest.raises(ValueError, match="nothing about registers"):
+        resource_usage("no device code")
+
+
+def test_reads_what_ptxas_says() -> None:
+    assert list(parse_ptxas(PTXAS)) == [("_Z4packPKbPii", 32, 16, 8192), ("_Z5countv", 10, 0, 0)]
+
+
+def test_counts_matrix_instructions() -> None:
+    assert count_matrix_instructions(WGMMA, 90) == (2, 1)
+    assert count_matrix_instructions("mma.sync.aligned.m16n8k16 ...;", 90) == (0, 0)
+    assert count_matrix_instructions("mma.sync.aligned.m16n8k16 ...;\nmma.sync.aligned ...;", 80) == (2, None)
+    assert count_matrix_instructions("tcgen05.mma.cta_group::1.kind::f16 ...;\ntcgen05.commit ...;", 100) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "arch", "says"),
+    [
+        (Row("k", "c", "sm_90", 255, 8, 0, 4, 4), 90, ["spills 8 bytes"]),
+        (Row("k", "c", "sm_80", 255, 8, 0, 4), 80, []),
+        (Row("k", "c", "sm_90", 9, 0, FAR_OVER, 4, 4), 90, ["needs 307200 bytes of shared memory, sm_90 has 232448"]),
+        (Row("k", "c", "sm_90", 9, 0, 0, 0, 0), 90, ["has no wgmma instructions"]),
+        (Row("k", "c", "sm_80", 9, 0, 0, 0), 80, ["has no tensor-core instructions"]),
+        (Row("k", "c", "sm_90", 9, 0, 227 * 1024, 4, 4), 90, []),
+    ],
+)
+def test_finds_violations(row: Row, arch: int, says: list[str]) -> None:
+    check(row, arch, tensor_cores=True)
+    assert row.violations == says
+
+
+def test_command_fails_on_a_violation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("good", "bf16 BT64", "sm_90", 9, 0, 64, 1, 1), Row("bad", "bf16 BT256", "sm_90", violations=["spills"])]
+    monkeypatch.setattr(compile_report, "compile_all", lambda *_, **__: rows)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert compile_report.main(["--json", str(tmp_path / "new" / "report.json")]) == 1
+    out, err = capsys.readouterr()
+    assert "violation: bad, bf16 BT256, sm_90: spills" in err and "violation: good" not in err
+    assert [line.split()[-1] for line in out.splitlines()[1:]] == ["1", "FAILS"]
+    written = json.loads((tmp_path / "new" / "report.json").read_text())
+    keys = {"kernel", "configuration", "architecture", "registers", "spill_bytes", "shared_bytes", "tensor_core"}
+    assert all(keys <= row.keys() for row in written)
+    monkeypatch.setattr(compile_report, "compile_all", lambda *_, **__: rows[:1])
+    assert compile_report.main([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--jobs", "0"], "--jobs"), (["--kernel", "no such kernel"], "no such kernel"), (["--arch", "x"], "--arch")],
+)
+def test_command_refuses_wrong_calls(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        compile_report.main(arguments)
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_broken_sources_are_violations(tmp_path: Path) -> None:
+    source = tmp_path / "csrc" / "cuda" / "broken.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text("__global__ void kernel() { undeclared; }\n")
+    (row,) = compile_report.compile_cuda_file(source, 90)
+    assert row.violations and "undeclared" in row.violations[0]
+
+
+def test_every_kernel_compiles_within_the_limits() -> None:
+    # All for sm_90, one of each kernel for the others: `python -m fade_kernels.compile_report` compiles everything.
+    rows = compile_report.compile_all((90,), workers=min(4, os.cpu_count() or 1), one_of_each=(80, 100))
+    assert {row.architecture for row in rows} >= {"sm_80", "sm_90", "sm_100"}
+    failed = [f"{row.kernel}, {row.configuration}, {row.architecture}: {row.violations}" for row in rows]
+    assert not any(row.violations for row in rows), "\n".join(line for line in failed if not line.endswith("[]"))
+    for row in rows:
+        made_in_registers = row.kernel.startswith(("masked_lora_forward", "masked_lora_input_gradient"))
+        if made_in_registers and row.architecture == "sm_90" and row.tensor_core:
+            assert row.register_form, f"{row.kernel}, {row.configuration}: the delta goes through shared memory"
