@@ -1,0 +1,462 @@
+"""Effective weight W + s M o (B A), or the delta alone, in one pass; many layers in one launch.
+
+For merging, for fp32 forwards by one library GEMM, and with stochastic rounding for 16-bit scratch weights in training.
+A program owns one BN x BK tile: rank-R product of the factors' rows and columns in fp32, mask bits from words, one fp32
+addition, one rounding. Where the tile's words are all zero there is no product, and in place there is nothing to do.
+Traffic: the weight read and written once, 1/32 word per element and the factors beside it.
+
+Stochastic rounding takes v to one of its two neighbours with probabilities that make the mean v: with d the bits of
+fp32 that the 16-bit format lacks at v's magnitude, a uniform integer in [0, 2^d) is added to v's bits and the low d
+bits are cleared; a carry runs into the exponent as it should. d is 16 for bf16, 13 for fp16 and one more for each power
+of two below 2^-14; below 2^-24, fp16's smallest number, v becomes it with probability |v| / 2^-24. Representable
+values, infinities and NaN stay. The integers are a hash of seed, layer and element: independent of tiling and device.
+
+One launch for many layers reads a table of int64: addresses, sizes and first tile of each layer (`LayerTable`). A
+program finds its layer by counting the first tiles that are not after it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fade_kernels.triton_kernels.blocks import any_nonzero, expand_rows
+from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, as_scale, on_device
+
+TABLE_FIELDS = tl.constexpr(12)
+"""Columns of a `LayerTable`: addresses of out, weight, A, B, mask words, scale; N, K, R, row strides of weight and out,
+first tile."""
+
+SEEDS = 2**31
+"""Seeds are taken modulo this."""
+
+
+@triton.jit
+def hash_bits(b_bits):
+    """A bijection of uint32 in which every input bit changes every output bit about half the time."""
+    b_bits = (b_bits ^ (b_bits >> 16)) * 0x7FEB352D
+    b_bits = (b_bits ^ (b_bits >> 15)) * 0x846CA68B
+    return b_bits ^ (b_bits >> 16)
+
+
+@triton.jit
+def round_stochastically(b_v, b_random, FP16: tl.constexpr):
+    """fp32 -> fp32 that bf16 (or fp16) represents, by random bits (uint32) of the same shape."""
+    b_bits = b_v.to(tl.uint32, bitcast=True)
+    b_exponent = (b_bits >> 23) & 0xFF
+    if FP16:
+        b_dropped = 13 + tl.minimum(tl.maximum(113 - b_exponent.to(tl.int32), 0), 10)
+        b_low = (1 << b_dropped).to(tl.uint32) - 1
+    else:
+        b_low = tl.full(b_bits.shape, 0xFFFF, dtype=tl.uint32)
+    b_rounded = (b_bits + (b_random & b_low)) & ~b_low
+    if FP16:
+        # Of 2^-24, the fraction |v| 2^24 in units of 2^-24: the hash's upper 24 bits, exact in fp32.
+        b_up = (b_random >> 8).to(tl.float32) < tl.abs(b_v) * 281474976710656.0
+        b_least = tl.where(b_up, 0x33800000, 0).to(tl.uint32) | (b_bits & 0x80000000)
+        b_rounded = tl.where(b_exponent < 103, b_least, b_rounded)
+    b_rounded = tl.where(b_exponent == 255, b_bits, b_rounded)
+    return b_rounded.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def effective_weight_tile(
+    out,
+    weight,
+    lora_a,
+    lora_b,
+    mask_words,
+    b_scale,
+    key,
+    i_tile,
+    N,
+    K,
+    R,
+    stride_weight,
+    stride_out,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """One tile of one layer; `key` (uint32) seeds its random bits."""
+    i_n = i_tile // tl.cdiv(K, BK)
+    i_k = i_tile % tl.cdiv(K, BK)
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_n = o_n < N
+    m_k = o_k < K
+    WORDS = tl.cdiv(K, 32)
+    o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * WORDS + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word < WORDS)[None, :], other=0)  # [BN, BK/32]
+    is_occupied = any_nonzero(b_words)
+    if is_occupied or not IN_PLACE:
+        m_out = m_n[:, None] & m_k[None, :]
+        if HAS_WEIGHT:
+            p_weight = weight + o_n.to(tl.int64)[:, None] * stride_weight + o_k[None, :]
+            b_out = tl.load(p_weight, mask=m_out, other=0.0).to(tl.float32)  # [BN, BK]
+        else:
+            b_out = tl.zeros((BN, BK), dtype=tl.float32)
+        if is_occupied:
+            b_delta = tl.zeros((BN, BK), dtype=tl.float32)
+            for i_r in range(0, R, BR):
+                o_r = i_r + tl.arange(0, BR)
+                m_r = o_r < R
+                p_a = lora_a + o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+                p_b = lora_b + o_n.to(tl.int64)[:, None] * R + o_r[None, :]
+                b_a = tl.load(p_a, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
+                b_b = tl.load(p_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+                # [BN, BR] @ [BR, BK] -> [BN, BK]
+                b_delta = tl.dot(b_b, b_a, b_delta, input_precision="ieee")
+            b_out += tl.where(expand_rows(b_words, BN, BK) != 0, b_delta * b_scale, 0.0)  # [BN, BK]
+        if STOCHASTIC:
+            o_element = o_n.to(tl.uint32)[:, None] * K + o_k.to(tl.uint32)[None, :]
+            b_random = hash_bits(hash_bits(o_element) + hash_bits(key))  # [BN, BK]
+            b_out = round_stochastically(b_out, b_random, out.dtype.element_ty == tl.float16)
+        p_out = out + o_n.to(tl.int64)[:, None] * stride_out + o_k[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def effective_weight_kernel(
+    out,
+    weight,
+    lora_a,
+    lora_b,
+    mask_words,
+    scale,
+    seed,
+    N,
+    K,
+    R,
+    stride_weight,
+    stride_out,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SCALE_POINTER: tl.constexpr,
+):
+    b_scale = tl.load(scale) if SCALE_POINTER else scale
+    effective_weight_tile(
+        out, weight, lora_a, lora_b, mask_words, b_scale, seed.to(tl.uint32), tl.program_id(0), N, K, R,
+        stride_weight, stride_out, BN, BK, BR, HAS_WEIGHT, IN_PLACE, STOCHASTIC,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_field(p_row, i_field: tl.constexpr, ALIGNED: tl.constexpr):
+    """An int64 of the table; ALIGNED: known to be a multiple of 16, which is what lets loads be 16 bytes wide."""
+    field = tl.load(p_row + i_field)
+    return tl.multiple_of(field, [16]) if ALIGNED else field
+
+
+@triton.jit
+def load_pointer(p_row, i_field: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """An address of the table as a pointer to TYPE."""
+    pointer = tl.load(p_row + i_field).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, [16]) if ALIGNED else pointer
+
+
+@triton.jit(do_not_specialize=["seed"])
+def effective_weights_kernel(
+    table,
+    seed,
+    LAYERS,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BL: tl.constexpr,
+    OUT_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    FACTOR_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    o_layer = tl.arange(0, BL)
+    p_first = table + o_layer * TABLE_FIELDS + 11
+    b_first = tl.load(p_first, mask=o_layer < LAYERS, other=0x7FFFFFFF)  # [BL]
+    i_layer = tl.sum((b_first <= tl.program_id(0)).to(tl.int32), axis=0) - 1
+    p_row = table + i_layer * TABLE_FIELDS
+    key = hash_bits(i_layer.to(tl.uint32)) + seed.to(tl.uint32)
+    effective_weight_tile(
+        load_pointer(p_row, 0, OUT_TYPE, ALIGNED),
+        load_pointer(p_row, 1, WEIGHT_TYPE, ALIGNED),
+        load_pointer(p_row, 2, FACTOR_TYPE, ALIGNED),
+        load_pointer(p_row, 3, FACTOR_TYPE, ALIGNED),
+        load_pointer(p_row, 4, tl.int32, ALIGNED),
+        tl.load(load_pointer(p_row, 5, tl.float32, False)),
+        key,
+        tl.program_id(0) - tl.load(p_row + 11).to(tl.int32),
+        load_field(p_row, 6, False).to(tl.int32),
+        load_field(p_row, 7, ALIGNED).to(tl.int32),
+        load_field(p_row, 8, False).to(tl.int32),
+        load_field(p_row, 9, ALIGNED),
+        load_field(p_row, 10, ALIGNED),
+        BN,
+        BK,
+        BR,
+        HAS_WEIGHT,
+        IN_PLACE,
+        STOCHASTIC,
+    )
+
+
+TILINGS = (Tiling({"BN": 64, "BK": 64, "BR": 16}, num_warps=4, num_stages=2),)
+"""The first is the default: bound by memory, so that any tile of whole words and sectors does."""
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Layer(NamedTuple):
+    """One layer of `effective_weights`; the arguments of `effective_weight`."""
+
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    mask_words: Tensor
+    scale: Tensor
+    out: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+
+class _Matrices(NamedTuple):
+    """A layer as the kernel takes it: rows of `out` and `weight` with stride 1 inside, factors contiguous and alike."""
+
+    result: Tensor
+    out: Tensor
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    mask_words: Tensor
+    scale: Tensor
+
+    @property
+    def in_place(self) -> bool:
+        out, weight = self.out, self.weight
+        return (
+            weight is not None
+            and (out.data_ptr(), out.stride(), out.dtype) == (weight.data_ptr(), weight.stride(), weight.dtype)
+        )  # fmt: skip
+
+
+def _matrices(layer: Layer) -> _Matrices:
+    """Flattens convolutions, allocates the result and brings factors to one dtype."""
+    weight, out = layer.weight, layer.out
+    lora_a, lora_b = layer.lora_a.flatten(1), layer.lora_b.flatten(1)
+    if lora_a.dtype != lora_b.dtype:
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    n, k = lora_b.shape[0], lora_a.shape[1]
+    if out is None:
+        dtype = layer.dtype or (lora_a.dtype if weight is None else weight.dtype)
+        shape = (n, *layer.lora_a.shape[1:])
+        out = torch.empty(shape, dtype=dtype, device=lora_a.device)
+    elif layer.dtype not in (None, out.dtype):
+        raise ValueError(f"out is {out.dtype}, but dtype is {layer.dtype}")
+    try:
+        rows = out.view(n, k)
+    except RuntimeError:
+        raise ValueError(f"out, strides {out.stride()}, must be a [{n}, {k}] matrix in memory") from None
+    if k > 1 and rows.stride(1) != 1:
+        raise ValueError(f"out, strides {out.stride()}, must have contiguous rows")
+    if weight is not None:
+        weight = weight.reshape(n, k)
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    return _Matrices(
+        out, rows, weight, lora_a.contiguous(), lora_b.contiguous(), layer.mask_words, layer.scale
+    )  # fmt: skip
+
+
+def effective_weight(
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """W + s M o (B A), added in fp32 and rounded once; without a weight the delta alone.
+
+    Args:
+        weight: [N, K] or a convolution's [N, C, kh, kw], fp32, fp16 or bf16, or None.
+        lora_a, lora_b: [R, K] and [N, R] (or PEFT's shapes for a convolution), fp32, fp16 or bf16.
+        mask_words: int32 [N, ceil(K/32)], contiguous.
+        scale: 0-d; read on the device where it lives there.
+        out: where to write, which may be the weight itself; None: new memory.
+        dtype: of the result; None: the one of `out`, the weight or, without either, the factors.
+        stochastic: rounds to fp16 or bf16 so that the mean over seeds is the exact value.
+        seed: modulo 2^31; the same seed gives the same bits.
+
+    Raises:
+        ValueError: `out` is no matrix with contiguous rows, or has another dtype than `dtype`.
+    """
+    layer = _matrices(Layer(weight, lora_a, lora_b, mask_words, scale, out, dtype))
+    (n, k), rank = layer.out.shape, layer.lora_a.shape[0]
+    if layer.out.numel() == 0:
+        return layer.result
+    tiling = tiling or TILINGS[0]
+    scale_argument, scale_pointer = as_scale(scale)
+    with on_device(layer.out):
+        effective_weight_kernel[(triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"]),)](
+            layer.out,
+            layer.out if layer.weight is None else layer.weight,
+            layer.lora_a,
+            layer.lora_b,
+            layer.mask_words,
+            scale_argument,
+            seed % SEEDS,
+            n,
+            k,
+            rank,
+            0 if layer.weight is None else layer.weight.stride(0),
+            layer.out.stride(0),
+            HAS_WEIGHT=layer.weight is not None,
+            IN_PLACE=layer.in_place,
+            STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
+            SCALE_POINTER=scale_pointer,
+            **tiling.blocks,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+    return layer.result
+
+
+class _Group(NamedTuple):
+    """Layers that one launch serves: of the same dtypes and alignment."""
+
+    table: Tensor
+    layers: list[_Matrices]
+    tiles: int
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Addresses and sizes of layers on their device, for repeated launches: build once, `effective_weights` often.
+
+    Holds on to the tensors. They may change their values, a scale on the device too, but not move.
+    """
+
+    groups: list[_Group]
+    results: list[Tensor]
+    tiling: Tiling
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], tiling: Tiling | None = None) -> "LayerTable":
+        """One group, so one launch, for each combination of device, dtypes and alignment."""
+        tiling = tiling or TILINGS[0]
+        matrices = [_matrices(layer) for layer in layers]
+        groups: dict[tuple[object, ...], list[_Matrices]] = {}
+        for layer in matrices:
+            if layer.out.numel() == 0:
+                continue
+            layer = layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32))
+            weight = layer.weight if layer.weight is not None else layer.out
+            aligned = _aligned(layer)
+            types = (layer.out.dtype, weight.dtype, layer.lora_a.dtype, layer.weight is None, layer.in_place)
+            groups.setdefault((layer.out.device, *types, aligned), []).append(layer)
+        built = []
+        for key, members in groups.items():
+            rows, tiles = [], 0
+            for layer in members:
+                rows.append(_row(layer, tiles))
+                n, k = layer.out.shape
+                tiles += triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"])
+            table = torch.tensor(rows, dtype=torch.int64).to(members[0].out.device)
+            built.append(_Group(table, members, tiles, bool(key[-1])))
+        return cls(built, [layer.result for layer in matrices], tiling)
+
+
+def _row(layer: _Matrices, first_tile: int) -> list[int]:
+    weight = layer.weight if layer.weight is not None else layer.out
+    tensors = (layer.out, weight, layer.lora_a, layer.lora_b, layer.mask_words, layer.scale)
+    sizes = (*layer.out.shape, layer.lora_a.shape[0], weight.stride(0), layer.out.stride(0))
+    return [*(t.data_ptr() for t in tensors), *sizes, first_tile]
+
+
+def _aligned(layer: _Matrices) -> bool:
+    row = _row(layer, 0)
+    return all(row[i] % 16 == 0 for i in (0, 1, 2, 3, 4, 7, 9, 10))
+
+
+def effective_weights(layers: Sequence[Layer] | LayerTable, *, stochastic: bool = False, seed: int = 0) -> list[Tensor]:
+    """`effective_weight` of every layer, in one launch where their dtypes agree; shapes and ranks may differ.
+
+    Each layer has random bits of its own. A `LayerTable` saves building and copying the table again.
+    """
+    table = layers if isinstance(layers, LayerTable) else LayerTable.build(layers)
+    tiling = table.tiling
+    for group in table.groups:
+        layer = group.layers[0]
+        weight = layer.weight if layer.weight is not None else layer.out
+        with on_device(layer.out):
+            effective_weights_kernel[(group.tiles,)](
+                group.table,
+                seed % SEEDS,
+                len(group.layers),
+                BL=triton.next_power_of_2(len(group.layers)),
+                OUT_TYPE=TRITON_TYPES[layer.out.dtype],
+                WEIGHT_TYPE=TRITON_TYPES[weight.dtype],
+                FACTOR_TYPE=TRITON_TYPES[layer.lora_a.dtype],
+                ALIGNED=group.aligned,
+                HAS_WEIGHT=layer.weight is not None,
+                IN_PLACE=layer.in_place,
+                STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
+                **tiling.blocks,
+                num_warps=tiling.num_warps,
+                num_stages=tiling.num_stages,
+            )
+    return table.results
+
+
+def compile_cases() -> list[CompileCase]:
+    """One layer and a table of 64, rounded to nearest and stochastically.
+
+    fp32 without TF32: the delta is added to a weight that has fp32's digits.
+    """
+    cases = []
+    for dtype, element in TRITON_DTYPES.items():
+        for stochastic in (False, True) if dtype.itemsize == 2 else (False,):
+            flags = {"HAS_WEIGHT": True, "IN_PLACE": False, "STOCHASTIC": stochastic}
+            types = dict.fromkeys(("OUT_TYPE", "WEIGHT_TYPE", "FACTOR_TYPE"), TRITON_TYPES[dtype])
+            pointers = dict.fromkeys(("out", "weight", "lora_a", "lora_b"), f"*{element}")
+            sizes = dict.fromkeys(("seed", "N", "K", "R", "stride_weight", "stride_out"), "i32")
+            one = CompileCase(
+                name=f"effective_weight{', stochastic' * stochastic}",
+                kernel=effective_weight_kernel,
+                dtype=element,
+                signature={**pointers, "mask_words": "*i32", "scale": "*fp32", **sizes},
+                constants={**TILINGS[0].blocks, **flags, "SCALE_POINTER": True},
+                tiling=TILINGS[0],
+                tensor_cores=dtype != torch.float32,
+                divisible_by_16=("N", "K", "R", "stride_weight", "stride_out"),
+            )
+            many = CompileCase(
+                name=f"effective_weights, table{', stochastic' * stochastic}",
+                kernel=effective_weights_kernel,
+                dtype=element,
+                signature={"table": "*i64", "seed": "i32", "LAYERS": "i32"},
+                constants={**TILINGS[0].blocks, "BL": 64, **types, "ALIGNED": True, **flags},
+                tiling=TILINGS[0],
+                tensor_cores=dtype != torch.float32,
+            )
+            for case in (one, many):
+                signature = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
+                cases.append(replace(case, signature=signature))
+    return cases
