@@ -1,1 +1,1 @@
-"""Benchmarks: one script per question, run as `python -m bench.<name> --output FILE`; results lie in bench/results."""
+"""Benchmarks: `python -m bench` measures everything; each script here also runs alone as `python -m bench.<name>`."""

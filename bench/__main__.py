@@ -34,7 +34,8 @@ NO_GPU = """There is no CUDA device here, so the GPU tables cannot be measured.
 EXIT_NO_GPU, EXIT_RED = 2, 1
 
 # Shares of the budget that a step may take at most.
-MOST_BUILD, MOST_TESTS, MOST_SANITIZER = 0.35, 0.3, 0.08
+MOST_BUILD, MOST_TESTS = 0.35, 0.3
+MOST_SANITIZER = {"memcheck": 0.12, "racecheck": 0.08}
 HANGING = 120.0  # seconds without a candidate's first result after which the measuring process is ended
 MOST_RESTARTS = 8
 RESERVE = 6.0  # seconds kept for the end of the run
@@ -122,8 +123,8 @@ def run_steps(results: Results, budget: Budget, seconds: float, arguments: argpa
         record("build", checks.build(min(MOST_BUILD * seconds, budget.remaining())))
     if arguments.tests:
         record("tests", checks.gpu_tests(min(MOST_TESTS * seconds, budget.remaining())))
-        for tool in ("memcheck", "racecheck"):
-            record(f"sanitizer {tool}", checks.sanitizer(tool, min(MOST_SANITIZER * seconds, budget.remaining())))
+        for tool, share in MOST_SANITIZER.items():
+            record(f"sanitizer {tool}", checks.sanitizer(tool, min(share * seconds, budget.remaining())))
 
 
 def finish(results: Results, speedups: bool) -> None:
@@ -223,10 +224,15 @@ def _command(name: str, rest: Sequence[str]) -> int:
         parser.add_argument("--bandwidth", type=float, help="TB/s, instead of the chip's")
         parser.add_argument("--matrix", type=float, help="PFLOP/s of large bf16 products, instead of the chip's")
         parser.add_argument("--launch", type=float, help="microseconds a launch, instead of the chip's")
+        parser.add_argument("--efficiency", type=float, help="share of the matrix rate that own kernels reach")
         parser.add_argument("--output", type=Path, help="JSON file to write")
         arguments = parser.parse_args(rest)
-        given = {"bandwidth": (arguments.bandwidth, 1e12), "matrix": (arguments.matrix, 1e15),
-                 "launch": (arguments.launch, 1e-6)}  # fmt: skip
+        given = {
+            "bandwidth": (arguments.bandwidth, 1e12),
+            "matrix": (arguments.matrix, 1e15),
+            "launch": (arguments.launch, 1e-6),
+            "efficiency": (arguments.efficiency, 1.0),
+        }
         changes = {field: value * unit for field, (value, unit) in given.items() if value is not None}
         model.main(replace(CHIPS[arguments.chip], **changes), arguments.output)
     elif name == "plot":

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from bench import bench_saliency, bench_selection, roofline
+from bench.harness import device_memory
 from bench.masked_layer import (
     FROZEN,
     MERGED,
     NAIVE_ONE,
     NAIVE_TWO,
+    PATHS,
     PEFT,
     PEFT_AUTOCAST,
     PEFT_DEFAULT,
@@ -37,8 +39,7 @@ SCALE = 2.0  # alpha / rank; not 1, so that nobody can leave the multiplication 
 KERNEL_TILE = 64  # tiles that the kernels skip when they are empty, and those of the tile masks here
 TEN, ONE = Mask(0.1), Mask(0.01)
 MASKS = (TEN, ONE, Mask(0.1, KERNEL_TILE), Mask(0.2, KERNEL_TILE))
-FORCED = tuple(name for name in REGIMES if name != "auto")
-SCRATCH = "scratch"  # one product with a rounded W + D: modelled whether or not it is a regime yet
+FORCED = (*(name for name in REGIMES if name != "auto"), *(path for path in PATHS if path not in REGIMES))
 BASELINES = (FROZEN, PEFT, PEFT_DEFAULT, PEFT_AUTOCAST, NAIVE_TWO, NAIVE_ONE)
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 KEEP = 0.1  # of selection
@@ -142,18 +143,16 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip, mode: str = "trai
     if provider in (NAIVE_TWO, NAIVE_ONE):
         return roofline.naive_masked(layer, RANK, provider == NAIVE_TWO)
     mask = next(mask for mask in MASKS if mask.name == provider.mask)
-    filled = occupancy(mask)
-
-    def dense(share: float) -> Cost:
-        exact = (roofline.fused(layer, RANK, share, chip), roofline.split(layer, RANK, share, chip))
-        return min(exact, key=lambda cost: cost.seconds(chip, mode))
-
-    sparse = roofline.gather(layer, RANK, mask.keep)
-    exact = {"gather": sparse, "tile": dense(filled), "whole": dense(1.0)}
-    if provider.regime == SCRATCH:
-        return roofline.scratch(layer, RANK)
+    exact = {
+        "gather": roofline.gather(layer, RANK, mask.keep),
+        "tile": roofline.fused(layer, RANK, occupancy(mask), chip),
+        "split": roofline.split(layer, RANK, occupancy(mask), chip),
+        "whole": roofline.whole(layer, RANK),
+    }
     if provider.regime in exact:
         return exact[provider.regime]
+    if provider.regime == "scratch":
+        return roofline.scratch(layer, RANK)
     return min(exact.values(), key=lambda cost: cost.seconds(chip, mode))
 
 
@@ -182,10 +181,7 @@ def _masked_row(
     def costs(chip: Chip) -> Mapping[str, Cost]:
         if not isinstance(layer, Linear) and layer.kernel > 1:
             return {}  # the model has no account of what convolutions read again
-        modelled = [*providers]
-        if Provider("ours", TEN.name, FORCED[0]) in providers:
-            modelled.append(Provider("ours", TEN.name, SCRATCH))
-        return {provider.name: linear_cost(provider, matrix, chip, mode) for provider in modelled}
+        return {provider.name: linear_cost(provider, matrix, chip, mode) for provider in providers}
 
     chip = CHIPS["h200"]
     step = sum(linear_cost(provider, matrix, chip, mode).seconds(chip, mode) for provider in providers)
@@ -210,6 +206,7 @@ def linear_plan(
 def forward_plan(work: Workload) -> Plan:
     providers = [MERGED, PEFT, NAIVE_ONE, *(Provider("ours", m.name) for m in MASKS)]
     providers += [Provider("ours", TEN.name, regime) for regime in FORCED]
+    providers.append(Provider("ours", MASKS[2].name, "tile"))
     rows = [_masked_row(layer, providers, "forward", work.dtype) for layer in work.forward_layers]
     return Plan("forward at 4096", "forward at T = 4096 against a merged weight", "forward", MERGED.name, rows)
 
@@ -232,17 +229,22 @@ def saliency_pass_plan(work: Workload) -> Plan:
     def prepare(device: torch.device) -> Prepared:
         settings = {"levels": work.levels, "batch": work.saliency_batch, "dtype": work.dtype, "device": device}
         plain, streamed = (bench_saliency.Pass(1, **settings) for _ in range(2))
+        once: dict[str, Tensor] = {}  # accumulators of the plain form after its first pass
 
         def error(name: str, _: object) -> float:
+            if name == "kept_then_added":
+                once.update({n: accumulator.clone() for n, accumulator in plain.accumulators.items()})
             if name != "streamed":
                 return 0.0
-            # Both have added one pass: the plain one in the call before, in bf16 from rounded gradients.
-            names = list(plain.accumulators)
-            return worst_error([streamed.accumulators[n] for n in names], [plain.accumulators[n] for n in names])
+            # The plain form adds gradients that were rounded to the layer's dtype.
+            return worst_error([streamed.accumulators[n] for n in once], list(once.values()))
+
+        def memory(name: str) -> int | None:
+            """Of a first pass, so that accumulators count."""
+            return device_memory(device, getattr(bench_saliency.Pass(1, **settings), name))
 
         calls = {form: getattr(streamed if form == "streamed" else plain, form) for form in SALIENCY_FORMS}
-        once = _first_call_counts(calls, plain, streamed)
-        return Prepared(once, error, 5 * TOLERANCES[work.dtype])
+        return Prepared(calls, error, 5 * TOLERANCES[work.dtype], memory)
 
     def costs(chip: Chip) -> Mapping[str, Cost]:
         layers = [
@@ -262,21 +264,6 @@ def saliency_pass_plan(work: Workload) -> Plan:
 
     title = f"saliency pass over SD 1.5's attention projections alone, batch {work.saliency_batch}"
     return Plan("saliency pass", title, "training", "kept", [Row("pass", 1, prepare, costs, weight=4.0)])
-
-
-def _first_call_counts(
-    calls: Mapping[str, Callable[[], Any]], plain: bench_saliency.Pass, streamed: bench_saliency.Pass
-) -> dict[str, Callable[[], Any]]:
-    """The same calls; those that add to accumulators start from zero until both have been compared."""
-    pending = {"kept_then_added": plain, "streamed": streamed}
-
-    def wrapped(name: str) -> Any:
-        if name in pending:
-            for accumulator in pending.pop(name).accumulators.values():
-                accumulator.zero_()
-        return calls[name]()
-
-    return {name: lambda n=name: wrapped(n) for name in calls}
 
 
 def _together(form: Callable[[Linear], Cost], layers: Iterable[Linear]) -> Cost:

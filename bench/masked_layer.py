@@ -6,7 +6,7 @@ regime or with one forced.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import Conv2d, Linear
-from fade_kernels import BitMask, masked_lora_conv2d, masked_lora_linear
+from fade_kernels import BitMask, dispatch, masked_lora_conv2d, masked_lora_linear
 from fade_kernels.masked_lora import force_regime
 
 RANK = 16
+PATHS = ("split", "scratch")
+"""Paths of the CUDA dispatch that are no regime. `scratch` rounds W + Delta to 16 bits: to be known, not chosen."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Provider:
     Attributes:
         kind: "frozen", "merged", "PEFT dense" and so on (`BASELINES`), or "ours".
         mask: name of the mask; the baselines that have one use the first.
-        regime: of ours; "auto" is its own choice.
+        regime: of ours; "auto" is its own choice. On CUDA also one of PATHS, which other devices do not know.
         factors: dtype of ours' A and B; None: the layer's.
     """
 
@@ -177,18 +179,18 @@ class MaskedLayer:
             return self._layer(self.x, self.weight + self._delta(), self.bias), own
         if provider.factors is not None:
             own = tuple(factor.detach().to(provider.factors).requires_grad_() for factor in own)
-        with force_regime(provider.regime):
-            return self._ours(*own, self.packed[provider.mask]), own
+        return self._ours(*own, self.packed[provider.mask]), own
 
     def forward(self, provider: Provider) -> list[Tensor]:
         """Output, without recording for a backward pass."""
-        with torch.no_grad():
+        with torch.no_grad(), _forced(provider.regime):
             return [self._output(provider)[0]]
 
     def training(self, provider: Provider) -> list[Tensor]:
         """Output and gradients of the input and of the trained tensors."""
-        y, trained = self._output(provider)
-        return [y, *torch.autograd.grad(y, (self.x, *trained), self.grad_output.to(y.dtype))]
+        with _forced(provider.regime):
+            y, trained = self._output(provider)
+            return [y, *torch.autograd.grad(y, (self.x, *trained), self.grad_output.to(y.dtype))]
 
     def step(self, provider: Provider, mode: str) -> list[Tensor]:
         return self.training(provider) if mode == "training" else self.forward(provider)
@@ -209,6 +211,21 @@ class MaskedLayer:
             return [y.detach()]
         trained = () if provider in (FROZEN, MERGED) else (a, b)
         return [y.detach(), *torch.autograd.grad(y, (x, *trained), self.grad_output.to(dtype))]
+
+
+@contextlib.contextmanager
+def _forced(regime: str) -> Iterator[None]:
+    """A regime or a path of the CUDA dispatch, for forward and backward inside the block."""
+    if regime not in PATHS:
+        with force_regime(regime):
+            yield
+        return
+    chosen = dispatch.choose_linear
+    dispatch.choose_linear = lambda *_: regime
+    try:
+        yield
+    finally:
+        dispatch.choose_linear = chosen
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -79,7 +79,7 @@ def _draw_panel(axis: Any, tables: Sequence[tuple[str, dict[str, Any]]]) -> None
                 label="predicted" if index == 0 else None,
             )  # fmt: skip
     # A regime forced where it does not fit may take many times as long: its bar is cut, its number stands.
-    usual = [total(t, n) for _, t in tables for n in columns(t) if n.startswith("ours,") or not n.startswith("ours")]
+    usual = [total(t, n) for _, t in tables for n in columns(t) if not n.startswith("ours ")]
     most = max((value for value in usual if value is not None), default=None)
     if most is not None:
         axis.set_xlim(0, 1.25e3 * most)

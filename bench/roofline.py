@@ -22,7 +22,8 @@ class Chip:
         bandwidth: bytes a second of device memory, reads and writes together.
         matrix: FLOP/s of large bf16 matrix products through the vendor's library.
         fp32: FLOP/s of fp32 matrix products without TF32.
-        gathered: FLOP/s of multiply-adds whose operand is fetched from shared memory by an index.
+        gathered: FLOP/s of multiply-adds that fetch one bf16 operand by an index from the L2 cache: its bandwidth,
+            at two bytes and two operations each. Nobody has measured it here.
         launch: seconds from one kernel's end to the next one's start.
         efficiency: share of `matrix` that a kernel of our own reaches where arithmetic or memory binds it.
         row_tile: rows of x for which a fused kernel makes a tile of the delta once; 0: making it costs nothing.
@@ -41,10 +42,10 @@ class Chip:
 # H200: bandwidth and matrix rate as measured (copy of 8.6 GB; 8192^3 product on random data); the others are data
 # sheets' values for bandwidth and dense bf16, times the same shares that the H200 reached of its own (0.9 and 0.78).
 CHIPS = {
-    "h200": Chip("NVIDIA H200", bandwidth=4.3e12, matrix=0.77e15, fp32=50e12, gathered=15e12),
-    "h100": Chip("NVIDIA H100 SXM", bandwidth=3.0e12, matrix=0.77e15, fp32=50e12, gathered=15e12),
-    "a100": Chip("NVIDIA A100 80 GB", bandwidth=1.8e12, matrix=0.24e15, fp32=15e12, gathered=9e12),
-    "b200": Chip("NVIDIA B200", bandwidth=7.2e12, matrix=1.75e15, fp32=60e12, gathered=17e12),
+    "h200": Chip("NVIDIA H200", bandwidth=4.3e12, matrix=0.77e15, fp32=50e12, gathered=5.5e12),
+    "h100": Chip("NVIDIA H100 SXM", bandwidth=3.0e12, matrix=0.77e15, fp32=50e12, gathered=5.5e12),
+    "a100": Chip("NVIDIA A100 80 GB", bandwidth=1.8e12, matrix=0.24e15, fp32=15e12, gathered=4e12),
+    "b200": Chip("NVIDIA B200", bandwidth=7.2e12, matrix=1.75e15, fp32=60e12, gathered=9e12),
 }
 
 
@@ -235,8 +236,19 @@ def split(layer: Linear, rank: int, occupancy: float, chip: Chip) -> Cost:
     return Cost((*base.forward, added), (*base.backward, back, _factor_gradients(layer, rank, occupancy)))
 
 
+def whole(layer: Linear, rank: int) -> Cost:
+    """The library's x W^T; D in scratch; the library's y += x D^T. For masks that leave no tile empty."""
+    t, n, k = _sizes(layer)
+    base = frozen(layer)
+    build = Kernel("D", 2.0 * n * k * rank, n * k * (BF16 + INT32_PER_BIT) + BF16 * rank * (n + k), ours=True)
+    added, back = gemm("y += x Dᵀ", t, n, k), gemm("dX += dY D", t, k, n)
+    added = replace(added, bytes=added.bytes + BF16 * t * n)
+    back = replace(back, bytes=back.bytes + BF16 * t * k)
+    return Cost((*base.forward, build, added), (*base.backward, build, back, _factor_gradients(layer, rank, 1.0)))
+
+
 def scratch(layer: Linear, rank: int) -> Cost:
-    """W + D rounded into scratch in one pass, then the library's products with it."""
+    """W + D rounded into scratch in one pass, then the library's products with it; kept for the backward pass."""
     _, n, k = _sizes(layer)
     bytes_ = n * k * (2 * BF16 + INT32_PER_BIT) + BF16 * rank * (n + k)
     build = Kernel("W + D", 2.0 * n * k * rank, bytes_, ours=True)
