@@ -1,10 +1,13 @@
-"""Loads the compiled extension, once, and knows the facts about it.
+"""Loads the compiled extensions, once, and knows the facts about them.
 
-Apart from the operators because they exist without it: `fade_kernels._C` only registers CPU kernels for operators that
-`_ops.py` has defined, and where it is missing the plain-PyTorch definitions serve. FADE_DISABLE_EXT=1 leaves it out.
+Apart from the operators because they exist without them: `fade_kernels._C` (CPU) and `fade_kernels._C_cuda` only
+register kernels for operators that `_ops.py` has defined, and where one is missing the plain-PyTorch definitions serve.
+FADE_DISABLE_EXT=1 leaves both out.
 """
 
+import ctypes
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
@@ -29,7 +32,46 @@ def _load() -> tuple[ModuleType | None, str]:
     return None, reason
 
 
+def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
+    """The CUDA library, or None and the reason why there is none. Loading it asks nothing of the driver."""
+    if os.environ.get("FADE_DISABLE_EXT") == "1":
+        return None, "disabled by FADE_DISABLE_EXT=1"
+    if torch.version.cuda is None:
+        return None, "this torch is built without CUDA"
+    found = importlib.util.find_spec("fade_kernels._C_cuda")
+    if found is None:
+        reason = "it was not built"
+    else:
+        try:
+            torch.ops.load_library(found.origin)
+            return ctypes.CDLL(found.origin), ""
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+    warnings.warn(
+        f"the CUDA library fade_kernels._C_cuda is not available ({reason}); on CUDA devices masks, selection and "
+        "saliency accumulation run in plain PyTorch, slower. Build it with `pip install --no-build-isolation .` and a "
+        "CUDA toolkit of torch's version.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None, reason
+
+
 _module, _reason = _load()
+_cuda, _cuda_reason = _load_cuda()
+
+
+def _cuda_facts() -> dict[str, object]:
+    if _cuda is None:
+        return {"cuda": False, "cuda_reason": _cuda_reason, "cuda_runtime": None, "architectures": []}
+    _cuda.fade_cuda_architectures.restype = ctypes.c_char_p
+    version = int(_cuda.fade_cuda_version())
+    return {
+        "cuda": True,
+        "cuda_reason": "",
+        "cuda_runtime": f"{version // 1000}.{version % 1000 // 10}",
+        "architectures": _cuda.fade_cuda_architectures().decode().split(", "),
+    }
 
 
 def build_info() -> dict[str, object]:
@@ -38,8 +80,9 @@ def build_info() -> dict[str, object]:
     Returns:
         A dict with the keys `extension` (bool: compiled CPU kernels are in use), `reason` (why not, else ""), `path`,
         `compiler`, `torch_target` (oldest torch the binary serves), `cpu_capability` (instruction set chosen at run
-        time), `threads`, `torch` (version in use), `cuda` (bool: compiled CUDA kernels are in use) and
-        `architectures` (CUDA architectures compiled for).
+        time), `threads`, `torch` (version in use), `cuda` (bool: compiled CUDA kernels are in use), `cuda_reason` (why
+        not, else ""), `cuda_runtime` (version inside the library) and `architectures` (compute capabilities it holds
+        code for, e.g. "9.0").
     """
     info: dict[str, object] = {
         "extension": _module is not None,
@@ -50,8 +93,7 @@ def build_info() -> dict[str, object]:
         "cpu_capability": None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "cuda": False,
-        "architectures": [],
+        **_cuda_facts(),
     }
     if _module is not None:
         info.update(_module.build_info())

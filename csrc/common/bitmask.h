@@ -20,4 +20,24 @@ FADE_HOST_DEVICE uint32_t bit_range(int64_t begin, int64_t end) {
   return below_end & (~0u << begin);
 }
 
+// The lowest `count` set bits of a word, all of them where there are fewer.
+FADE_HOST_DEVICE uint32_t lowest_bits(uint32_t word, int64_t count) {
+  uint32_t rest = word;
+  for (; count > 0 && rest != 0; --count) rest &= rest - 1;
+  return word & ~rest;
+}
+
+// A word of a packed mask, moved on without a division.
+struct WordCursor {
+  int64_t width, row, word;  // words per row; row of the mask; word within it
+  FADE_HOST_DEVICE WordCursor(int64_t index, int64_t words_per_row)
+      : width(words_per_row), row(index / words_per_row), word(index - row * words_per_row) {}
+  FADE_HOST_DEVICE void next() {
+    if (++word == width) {
+      word = 0;
+      ++row;
+    }
+  }
+};
+
 }  // namespace fade

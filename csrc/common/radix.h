@@ -1,6 +1,9 @@
-// Radix selection of the k-th largest of non-negative floats, without sorting: their bit patterns order like the values,
-// so a histogram of the upper 16 bits finds the bin of the k-th largest, and one of the lower 16 bits its exact value. Two
-// digits of 16 bits rather than three of 11, 11 and 10: one pass less over memory, and few of the 2^16 bins are ever hot.
+// Radix selection of the k-th largest of non-negative floats, without sorting: their bit patterns order like the
+// values, so a histogram of the upper bits finds the bin of the k-th largest, and one of the lower bits its exact value.
+//
+// CPU: two digits of 16 bits, one pass less over memory than with smaller ones, and few of the 2^16 bins are ever hot.
+// CUDA: three digits of 11, 10 and 10 bits, whose histograms fit into shared memory several times over; the sign bit
+// needs no digit, because a key has none.
 #pragma once
 
 #include "common/macros.h"
@@ -24,5 +27,17 @@ FADE_HOST_DEVICE bool is_selectable(uint32_t bits) { return bits <= kInfinityBit
 
 // High digits whose bin may hold a float that is not selectable: inf (shared with NaN), NaN, and everything negative.
 FADE_HOST_DEVICE bool is_suspicious(uint32_t digit) { return digit >= high_digit(kInfinityBits); }
+
+// A digit of a 31-bit key for the passes on CUDA: `bits` bits from bit `shift` up.
+struct Digit {
+  int shift, bits;
+  FADE_HOST_DEVICE uint32_t of(uint32_t key) const { return (key >> shift) & ((1u << bits) - 1u); }
+  // Whether a key agrees with `prefix` in all bits above this digit.
+  FADE_HOST_DEVICE bool follows(uint32_t key, uint32_t prefix) const { return ((key ^ prefix) >> (shift + bits)) == 0; }
+};
+
+constexpr int kPasses = 3;
+constexpr int kMaxBins = 1 << 11;
+constexpr Digit kPassDigits[kPasses] = {{20, 11}, {10, 10}, {0, 10}};
 
 }  // namespace fade

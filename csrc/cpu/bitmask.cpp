@@ -160,9 +160,7 @@ struct MaskedCopy {
 
 MaskedCopy masked_copy(const Tensor& weight, const Tensor& mask_words, int64_t count) {
   STD_TORCH_CHECK(weight.dim() >= 2, "weight must have at least two dimensions");
-  const int64_t rows = weight.size(0);
-  int64_t columns = 1;
-  for (int64_t d = 1; d < weight.dim(); ++d) columns *= weight.size(d);
+  const int64_t rows = weight.size(0), columns = flat_columns(weight);
   check_words(mask_words, columns);
   STD_TORCH_CHECK(mask_words.size(0) == rows, "mask words do not have the weight's rows");
   const Tensor words = as_dense(mask_words);

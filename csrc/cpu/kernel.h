@@ -1,17 +1,14 @@
-// What every CPU kernel file needs from torch and from the compiler: the stable-ABI headers, the attribute that compiles
-// a function for several x86-64 levels, and small helpers on tensors. Kernels register themselves with
+// What every CPU kernel file needs from torch and from the compiler: the attribute that compiles a function for several
+// x86-64 levels, grain sizes, torch's matrix product. Kernels register themselves with
 // STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m); their schemas live in fade_kernels/_ops.py.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "common/tensor.h"
 
 // One source, one binary: the loader picks AVX-512, AVX2 or the portable baseline at run time (glibc's ifunc). Put it on
 // leaf functions that hold the loop; lambdas and calls inside are compiled for the same level only when inlined.
@@ -28,46 +25,14 @@
 
 namespace fade {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrainSize = 32768;
-
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* write(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// The tensor itself where it is contiguous, without a trip through the dispatcher.
-inline Tensor as_dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A contiguous stand-in for a tensor that is updated in place; store() writes it back where the tensor was strided.
-class InPlace {
- public:
-  explicit InPlace(const Tensor& target) : target_(target), dense_(as_dense(target)) {}
-  const Tensor& dense() const { return dense_; }
-  void store() {
-    if (!target_.is_contiguous()) torch::stable::copy_(target_, dense_);
-  }
-
- private:
-  Tensor target_;
-  Tensor dense_;
-};
 
 // out[rows, columns] = a @ b (fp32, existing memory), through torch's own BLAS.
 inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, so that it is released
 }
 

@@ -27,8 +27,7 @@ struct Scores {
 Scores as_scores(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "scores must be float32");
   STD_TORCH_CHECK(tensor.dim() >= 2, "scores must have at least two dimensions");
-  int64_t columns = 1;
-  for (int64_t d = 1; d < tensor.dim(); ++d) columns *= tensor.size(d);
+  const int64_t columns = flat_columns(tensor);
   const Tensor dense = as_dense(tensor);
   return Scores{dense, read<uint32_t>(dense), tensor.size(0), columns, words_per_row(columns)};
 }
@@ -140,8 +139,9 @@ FADE_CPU_CLONES int64_t pack_run(const uint32_t* bits, int64_t n, uint32_t thres
 // Sets the first `quota` ties of one run; returns how many of the quota are left.
 int64_t take_ties(const uint32_t* bits, int64_t n, uint32_t threshold, int64_t quota, uint32_t* words) {
   for (int64_t w = 0; w * kWordBits < n && quota > 0; ++w) {
-    uint32_t ties = pack_word(bits + w * kWordBits, std::min(kWordBits, n - w * kWordBits), threshold).ties;
-    for (; ties != 0 && quota > 0; ties &= ties - 1, --quota) words[w] |= ties & -ties;
+    const uint32_t ties = pack_word(bits + w * kWordBits, std::min(kWordBits, n - w * kWordBits), threshold).ties;
+    words[w] |= lowest_bits(ties, quota);
+    quota -= std::min<int64_t>(quota, __builtin_popcount(ties));
   }
   return quota;
 }

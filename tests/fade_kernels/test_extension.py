@@ -61,8 +61,8 @@ def test_extension_is_loaded_and_its_kernels_are_registered() -> None:
     info = fade_kernels.build_info()
     assert info["extension"] is True, info["reason"]
     assert info["torch_target"] == "2.10"
-    assert info["cuda"] is False
-    assert info["architectures"] == []
+    assert info["cuda"] is (torch.version.cuda is not None), info["cuda_reason"]
+    assert bool(info["architectures"]) is info["cuda"]
     assert info["cpu_capability"]
     assert info["compiler"]
     assert Path(info["path"]).exists()
@@ -122,34 +122,41 @@ def test_build_without_torch_says_what_to_do() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("1", "no CUDA kernels in this version yet"), ("yes", "must be 0 or 1")]
-)
-def test_forced_cuda_is_an_honest_error(value: str, message: str) -> None:
-    done = run("setup.py", "--version", FADE_CUDA=value)
+@pytest.mark.parametrize(("value", "message"), [("1", "no nvcc was found"), ("yes", "must be 0 or 1")])
+def test_forced_cuda_is_an_honest_error(value: str, message: str, tmp_path: Path) -> None:
+    done = run("setup.py", "--version", FADE_CUDA=value, CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert message in last_line(done.stderr)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("required", [False, True])
-def test_failed_compile(required: bool, tmp_path: Path) -> None:
-    """Leaves a pure-Python package and one message, or is an error where the extension is required."""
+def source_tree(root: Path) -> None:
+    """A copy of what a build needs."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
+            shutil.copy(ROOT / name, root)
     for name in ("csrc", "fade_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "csrc" / "module.cpp").write_text("#error no compiler would take this\n")
-    for source in (tmp_path / "csrc" / "cpu").glob("*.cpp"):
-        source.unlink()
-    done = subprocess.run(
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+
+def build(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "setup.py", "build"],
-        cwd=tmp_path,
-        env={**os.environ, "FADE_REQUIRE_EXT": "1" if required else "0"},
+        cwd=root,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_failed_compile(required: bool, tmp_path: Path) -> None:
+    """Leaves a pure-Python package and one message, or is an error where the extension is required."""
+    source_tree(tmp_path)
+    (tmp_path / "csrc" / "module.cpp").write_text("#error no compiler would take this\n")
+    for source in (tmp_path / "csrc" / "cpu").glob("*.cpp"):
+        source.unlink()
+    done = build(tmp_path, FADE_REQUIRE_EXT="1" if required else "0", FADE_CUDA="0")
     message = "the C++ extension was not built"
     if required:
         assert done.returncode != 0
@@ -159,3 +166,36 @@ def test_failed_compile(required: bool, tmp_path: Path) -> None:
         assert done.stderr.count(message) == 1
         assert list(tmp_path.glob("build/lib*/fade_kernels/__init__.py"))
     assert not list(tmp_path.glob("build/**/_C*.so"))
+
+
+# A toolkit of torch's version whose compiler takes nothing.
+BROKEN_NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "release {version}, V{version}" ;;
+  --list-gpu-code) echo sm_80 sm_90 ;;
+  *) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_failed_cuda_build_leaves_the_cpu_library(required: bool, tmp_path: Path) -> None:
+    source_tree(tmp_path)
+    for source in (tmp_path / "csrc" / "cpu").glob("*.cpp"):  # the module alone compiles quickly
+        source.unlink()
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(BROKEN_NVCC.format(version=torch.version.cuda or "13.0"))
+    nvcc.chmod(0o755)
+    cuda_home = str(tmp_path / "toolkit")
+    done = build(tmp_path, FADE_REQUIRE_EXT="1" if required else "0", FADE_CUDA="1", CUDA_HOME=cuda_home)
+    message = "the CUDA library was not built (nvcc csrc/cuda/accumulate.cu failed)"
+    if required:
+        assert done.returncode != 0
+        assert message not in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(message) == 1
+        assert "FADE_REQUIRE_EXT=1 makes this an error" in done.stderr
+        assert list(tmp_path.glob("build/lib*/fade_kernels/_C.*"))
+    assert not list(tmp_path.glob("build/**/_C_cuda*"))
