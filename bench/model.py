@@ -69,7 +69,8 @@ def further_ratios(chip: Chip) -> dict[str, tuple[float, float, float]]:
     """The other paths, and those that differ with every cost counted."""
     paths = (
         "PEFT default, no autocast", "naive masked, one product", "exact fused, occupancy 1",
-        "exact fused, occupancy 0.1", "split, occupancy 1", "split, occupancy 0.1", "whole", "gather, 1 %", "gather, 0.1 %",
+        "exact fused, occupancy 0.1", "split, occupancy 1", "split, occupancy 0.1", "whole", "gather, 1 %",
+        "gather, 0.1 %",
     )  # fmt: skip
     return {path: tuple(_ratio(model, path, chip) for model in (SD15, SDXL, FLUX1)) for path in paths}
 
