@@ -195,28 +195,45 @@ def parse_ptxas(log: str) -> Iterator[tuple[str, int, int, int]]:
         yield name[1], int(used[1]), int(stack[1]) if stack else 0, int(shared[1]) if shared else 0
 
 
+def find_nvcc() -> str | None:
+    """nvcc on the PATH, in $CUDA_HOME or in /usr/local/cuda."""
+    folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
+
+
+def short_name(signature: str) -> str:
+    """A demangled signature without return type, arguments and anonymous namespaces: what fits a table."""
+    name = signature.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth = 0
+    for i in range(len(name) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(name[i], 0)
+        if depth == 0:
+            return name[:i] if name[i] == "(" else name
+    return name
+
+
 def _demangle(name: str) -> str:
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return name
-    plain = subprocess.run([tool, name], capture_output=True, text=True).stdout.strip() or name
-    # Without the return type, the arguments and the anonymous namespace a name fits a table.
-    plain = plain.replace("(anonymous namespace)::", "")
-    return re.sub(r"^void ", "", re.sub(r"\((?!.*<).*\)$", "", plain))
+    return short_name(subprocess.run([tool, name], capture_output=True, text=True).stdout.strip() or name)
 
 
 def compile_cuda_file(path: Path, arch: int) -> list[Row]:
-    """Compiles one .cu file for sm_<arch> with nvcc: a row for each kernel in it, or one with what nvcc said."""
+    """Compiles the kernels of one .cu file for sm_<arch>: a row for each, or one with what nvcc said.
+
+    Only the device's half is made: the host's says nothing about registers and takes most of the time.
+    """
     from torch.utils.cpp_extension import include_paths
 
     source = path.name
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            "nvcc", "-c", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v",
+            find_nvcc() or "nvcc", "-cubin", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v",
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
             *(f"-I{include}" for include in (path.parent.parent, *include_paths())),
-            str(path), "-o", str(Path(folder) / "object.o"),
+            str(path), "-o", str(Path(folder) / "kernels.cubin"),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
@@ -281,7 +298,7 @@ def compile_all(
             seen.add(case.kernel.__name__)
             chips = (*architectures, *(one_of_each if first else ()))
             jobs += [(_compile_triton_index, module, i, arch) for arch in chips]
-    if cuda and shutil.which("nvcc"):
+    if cuda and find_nvcc():
         files = [path for path in sorted(CUDA_SOURCES.glob("*.cu")) if kernel in path.name]
         jobs += [(compile_cuda_file, path, arch) for path in files for arch in (*architectures, *one_of_each)]
     for done, result in enumerate(_run(jobs, min(workers, max(len(jobs), 1))), start=1):
@@ -339,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if not shutil.which("nvcc"):
+    if not find_nvcc():
         print("nvcc not found: the CUDA sources were not compiled", file=sys.stderr)
     failed = [row for row in rows if row.violations]
     for row in failed:

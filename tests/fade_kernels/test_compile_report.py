@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fade_kernels import compile_report
-from fade_kernels.compile_report import Row, check, count_matrix_instructions, parse_ptxas, resource_usage
+from fade_kernels.compile_report import Row, check, count_matrix_instructions, parse_ptxas, resource_usage, short_name
 
 FAR_OVER = 300 * 1024
 
@@ -50,6 +49,21 @@ def test_reads_resource_usage() -> None:
 
 def test_reads_what_ptxas_says() -> None:
     assert list(parse_ptxas(PTXAS)) == [("_Z4packPKbPii", 32, 16, 8192), ("_Z5countv", 10, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        ("void fade::pack(bool const*, int*)", "fade::pack"),
+        (
+            "void fade::(anonymous namespace)::add<(fade::Magnitude)0>(fade::Table<float>)",
+            "fade::add<(fade::Magnitude)0>",
+        ),
+        ("kernel", "kernel"),
+    ],
+)
+def test_shortens_names(signature: str, name: str) -> None:
+    assert short_name(signature) == name
 
 
 def test_counts_matrix_instructions() -> None:
@@ -105,7 +119,7 @@ def test_command_refuses_wrong_calls(
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+@pytest.mark.skipif(compile_report.find_nvcc() is None, reason="nvcc is not here")
 def test_broken_sources_are_violations(tmp_path: Path) -> None:
     source = tmp_path / "csrc" / "cuda" / "broken.cu"
     source.parent.mkdir(parents=True)
