@@ -211,6 +211,8 @@ FADE_TARGET void transpose_in(const T* x, int64_t stride, int64_t tall, int64_t 
         Vector<T> rows[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) rows[i] = load<T>(x + (t + i) * stride + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(x + (t + kLanes + i) * stride + k);
         transpose_16x16(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store<T>(panel + (k + i) * wide + t, rows[i]);
@@ -231,6 +233,8 @@ FADE_TARGET void transpose_add(const T* panel, int64_t wide, int64_t tall, int64
     if constexpr (sizeof(T) == sizeof(float)) {
       for (; rows_here == kLanes && n + kLanes <= columns; n += kLanes) {
         Vector<T> rows[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(y + (t + kLanes + i) * stride + n, 1);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) rows[i] = load<T>(panel + (n + i) * wide + t);
         transpose_16x16(rows);
