@@ -2,7 +2,7 @@
 
 Apart from the operators because they exist without them: `fade_kernels._C` (CPU) and `fade_kernels._C_cuda` only
 register kernels for operators that `_ops.py` has defined, and where one is missing the plain-PyTorch definitions serve.
-FADE_DISABLE_EXT=1 leaves both out.
+FADE_DISABLE_EXT=1 leaves both out; FADE_KERNELS=cpu or cuda insists on one and leaves out the other's device.
 """
 
 import ctypes
@@ -14,32 +14,52 @@ from types import ModuleType
 
 import torch
 
+from fade_kernels._environment import FORCED, INTERPRETED
+
+
+def _left_out(forced_out: bool) -> str:
+    """Why the user's environment leaves an extension out, else ""."""
+    if os.environ.get("FADE_DISABLE_EXT") == "1":
+        return "disabled by FADE_DISABLE_EXT=1"
+    return f"disabled by FADE_KERNELS={FORCED}" if forced_out else ""
+
+
+def _missing(name: str, reason: str, consequence: str, insisted_on: bool) -> None:
+    """Says once that an extension is not there, as an error where FADE_KERNELS insists on it."""
+    message = f"{name} is not available ({reason}); {consequence}"
+    if insisted_on:
+        raise ImportError(f"FADE_KERNELS={FORCED}, but {message}")
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
 
 def _load() -> tuple[ModuleType | None, str]:
     """The extension module, or None and the reason why there is none."""
-    if os.environ.get("FADE_DISABLE_EXT") == "1":
-        return None, "disabled by FADE_DISABLE_EXT=1"
+    reason = _left_out(FORCED == "reference" or INTERPRETED)
+    if reason:
+        return None, reason
     try:
         return importlib.import_module("fade_kernels._C"), ""
     except ImportError as error:
         reason = str(error)
-    warnings.warn(
-        f"the compiled extension fade_kernels._C is not available ({reason}); every operator runs in plain PyTorch, "
-        "slower. Build it with `pip install --no-build-isolation .` and a C++20 compiler.",
-        RuntimeWarning,
-        stacklevel=2,
+    _missing(
+        "the compiled extension fade_kernels._C",
+        reason,
+        "every operator runs in plain PyTorch, slower. Build it with `pip install --no-build-isolation .` and a C++20 "
+        "compiler.",
+        insisted_on=FORCED == "cpu",
     )
     return None, reason
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     """The CUDA library, or None and the reason why there is none. Loading it asks nothing of the driver."""
-    if os.environ.get("FADE_DISABLE_EXT") == "1":
-        return None, "disabled by FADE_DISABLE_EXT=1"
+    reason = _left_out(FORCED not in ("", "cuda"))
+    if reason:
+        return None, reason
     if torch.version.cuda is None:
         return None, "this torch is built without CUDA"
     found = importlib.util.find_spec("fade_kernels._C_cuda")
-    if found is None:
+    if found is None or found.origin is None:
         reason = "it was not built"
     else:
         try:
@@ -47,12 +67,12 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
             return ctypes.CDLL(found.origin), ""
         except (OSError, RuntimeError) as error:
             reason = str(error)
-    warnings.warn(
-        f"the CUDA library fade_kernels._C_cuda is not available ({reason}); on CUDA devices masks, selection and "
-        "saliency accumulation run in plain PyTorch, slower. Build it with `pip install --no-build-isolation .` and a "
-        "CUDA toolkit of torch's version.",
-        RuntimeWarning,
-        stacklevel=2,
+    _missing(
+        "the CUDA library fade_kernels._C_cuda",
+        reason,
+        "on CUDA devices masks, selection and saliency accumulation run in plain PyTorch, slower. Build it with "
+        "`pip install --no-build-isolation .` and a CUDA toolkit of torch's version.",
+        insisted_on=FORCED == "cuda",
     )
     return None, reason
 
