@@ -84,14 +84,22 @@ def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
     return facts
 
 
-def mask_positions(mask_words: Tensor, columns: int) -> Any:
-    """The mask's positions in compressed rows and columns (`triton_kernels.gather.Positions`), made once per mask."""
-    from fade_kernels.triton_kernels.gather import positions_from_words
+class MaskPositions(NamedTuple):
+    """The mask's positions by row and by column, for the sparse products (`triton_kernels.gather.Segments`)."""
+
+    by_row: Any
+    by_column: Any
+
+
+def mask_positions(mask_words: Tensor, columns: int) -> MaskPositions:
+    """Where a mask's bits are, found once per mask, with a synchronisation, and kept as long as its words live."""
+    from fade_kernels.triton_kernels.gather import csc_from_csr, csr_from_words
 
     version = 0 if mask_words.is_inference() else mask_words._version
     known = _positions.get(mask_words)
     if known is None or known[0] != version:
-        known = (version, positions_from_words(mask_words, columns))
+        by_row = csr_from_words(mask_words, columns)
+        known = (version, MaskPositions(by_row, csc_from_csr(by_row, columns)))
         _positions[mask_words] = known
     return known[1]
 
@@ -190,8 +198,8 @@ def masked_lora_linear(
     else:
         y = _linear(flat, weight, bias, rows)
         if path == "gather":
-            positions = mask_positions(mask_words, columns)
-            gather.add_sparse_product(y, flat, positions, gather.gather_values(lora_a, lora_b, positions), scale)
+            by_row = mask_positions(mask_words, columns).by_row
+            gather.add_sparse_product(y, flat, by_row, gather.gather_values(lora_a, lora_b, by_row), scale)
         elif path == "split":
             forward.add_masked_lora(y, flat, *delta, input_precision=_precision(x))
         elif path == "whole":
@@ -225,8 +233,8 @@ def masked_lora_linear_input_gradient(
         dx = flat.new_zeros((flat.shape[0], columns)) if weight is None else flat @ weight
         if path == "gather":
             positions = mask_positions(mask_words, columns)
-            values = gather.gather_values(lora_a, lora_b, positions)
-            gather.add_transposed_sparse_product(dx, flat, positions, values, scale)
+            values = gather.gather_values(lora_a, lora_b, positions.by_row)
+            gather.add_sparse_product(dx, flat, positions.by_column, values, scale)
         elif path == "split":
             backward.add_masked_lora_input_gradient(dx, flat, *delta, input_precision=_precision(grad_output))
         elif path == "whole":
@@ -256,8 +264,8 @@ def masked_lora_linear_factor_gradients(
         return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     if path == "gather":
         positions = mask_positions(mask_words, columns)
-        sampled = gather.sampled_gradient(dy, flat, positions)
-        return gather.factor_gradients_from_values(sampled, positions, lora_a, lora_b, scale)
+        sampled = gather.sampled_gradient(dy, flat, positions.by_row)
+        return gather.factor_gradients_from_values(sampled, *positions, lora_a, lora_b, scale)
     return kernel.masked_lora_factor_gradients(
         dy, flat, lora_a, lora_b, mask_words, scale, input_precision=_precision(x)
     )
@@ -283,7 +291,7 @@ def masked_values_linear(
     else:
         y = _linear(flat, weight, bias, rows)
         if path == "gather":
-            gather.add_sparse_product(y, flat, mask_positions(mask_words, columns), values, scale)
+            gather.add_sparse_product(y, flat, mask_positions(mask_words, columns).by_row, values, scale)
         elif path != "frozen":
             y.addmm_(flat, _values_weight(x, None, values, mask_words, scale, columns).t())
     return y.reshape(*x.shape[:-1], rows)
@@ -308,8 +316,7 @@ def masked_values_linear_input_gradient(
     else:
         dx = flat.new_zeros((flat.shape[0], in_features)) if weight is None else flat @ weight
         if path == "gather":
-            positions = mask_positions(mask_words, in_features)
-            gather.add_transposed_sparse_product(dx, flat, positions, values, scale)
+            gather.add_sparse_product(dx, flat, mask_positions(mask_words, in_features).by_column, values, scale)
         elif path != "frozen":
             dx.addmm_(flat, _values_weight(flat, None, values, mask_words, scale, in_features))
     return dx.reshape(*grad_output.shape[:-1], in_features)
@@ -326,7 +333,7 @@ def masked_values_linear_gradient(
     if regime == REGIMES["gather"] or (
         regime == REGIMES["auto"] and facts.density <= THRESHOLDS.gather_density and flat.shape[0]
     ):
-        gathered = gather.sampled_gradient(dy, flat, mask_positions(mask_words, flat.shape[1]))
+        gathered = gather.sampled_gradient(dy, flat, mask_positions(mask_words, flat.shape[1]).by_row)
     else:
         gradient = dy.t() @ flat
         gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel()).float()
@@ -385,7 +392,7 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, cou
     """(B A) at the mask's positions."""
     from fade_kernels.triton_kernels import gather
 
-    return gather.gather_values(lora_a, lora_b, mask_positions(mask_words, lora_a.shape[1]))
+    return gather.gather_values(lora_a, lora_b, mask_positions(mask_words, lora_a.shape[1]).by_row)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------

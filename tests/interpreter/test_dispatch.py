@@ -1,0 +1,216 @@
+"""Every path that dispatch can choose, through the operators' own kernels, against the definition in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpreter_testing import frobenius_error
+from torch import Tensor
+
+from fade_kernels import BitMask, dispatch, reference
+from fade_kernels.masked_lora import REGIMES
+
+# What makes `choose_linear` take a path: the regime that is asked for, and thresholds.
+PATHS: dict[str, tuple[int, dict[str, float]]] = {
+    "gather": (REGIMES["gather"], {}),
+    "fused": (REGIMES["tile"], {}),
+    "whole": (REGIMES["whole"], {}),
+    "split": (REGIMES["auto"], {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0}),
+    "auto": (REGIMES["auto"], {}),
+}
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
+
+
+class Layer:
+    """Random tensors of one linear layer, in a dtype and, for the definition, in float64."""
+
+    def __init__(
+        self, dtype: torch.dtype, density: float, generator: torch.Generator, leading: tuple[int, ...] = (3, 7)
+    ) -> None:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        rows, columns, rank = 37, 70, 5
+        self.x, self.dy = random(*leading, columns), random(*leading, rows)
+        self.weight, self.bias = random(rows, columns) * 0.1, random(rows)
+        self.lora_a, self.lora_b = random(rank, columns) * 0.3, random(rows, rank) * 0.3
+        self.bits = torch.rand(rows, columns, generator=generator) < density
+        self.mask = BitMask.pack(self.bits)
+        self.values = torch.randn(self.mask.count, generator=generator)
+        self.scale = torch.tensor(0.7)
+
+
+def wide(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+def check(name: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """Operator `name` on `arguments` against its definition on float64 copies of them."""
+    result = getattr(dispatch, name)(*arguments)
+    expected = getattr(reference, name)(*wide(arguments))
+    results, expecteds = (r if isinstance(r, tuple) else (r,) for r in (result, expected))
+    for got, want in zip(results, expecteds, strict=True):
+        assert got.shape == want.shape
+        assert frobenius_error(got, want) <= TOLERANCES[dtype], name
+
+
+@pytest.fixture(params=sorted(PATHS))
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    asked, thresholds = PATHS[request.param]
+    monkeypatch.setattr(dispatch, "THRESHOLDS", dispatch.THRESHOLDS._replace(**thresholds))
+    return asked
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_linear_on_every_path(regime: int, dtype: torch.dtype, density: float, rng: torch.Generator) -> None:
+    layer = Layer(dtype, density, rng)
+    words, scale = layer.mask.words, layer.scale
+    factors = (layer.lora_a, layer.lora_b, words, scale, regime)
+    values = (layer.values, words, scale)
+    for weight, bias in ((layer.weight, layer.bias), (layer.weight, None), (None, None)):
+        if weight is None and density == 0.0:
+            assert not dispatch.masked_lora_linear(layer.x, None, None, *factors).any()
+            continue
+        check("masked_lora_linear", (layer.x, weight, bias, *factors), dtype)
+        check("masked_lora_linear_input_gradient", (layer.dy, weight, *factors), dtype)
+        check("masked_values_linear", (layer.x, weight, bias, *values, regime), dtype)
+        check("masked_values_linear_input_gradient", (layer.dy, weight, *values, 70, regime), dtype)
+    check("masked_lora_linear_factor_gradients", (layer.dy, layer.x, *factors), dtype)
+    check("masked_values_linear_gradient", (layer.dy, layer.x, *values, regime), dtype)
+
+
+@pytest.mark.parametrize("leading", [(0,), (1,), ()], ids=str)
+def test_few_and_no_tokens(regime: int, leading: tuple[int, ...], rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.1, rng, leading)
+    factors = (layer.lora_a, layer.lora_b, layer.mask.words, layer.scale, regime)
+    if leading != (0,):
+        check("masked_lora_linear", (layer.x, layer.weight, layer.bias, *factors), torch.float32)
+        check("masked_lora_linear_input_gradient", (layer.dy, layer.weight, *factors), torch.float32)
+        check("masked_lora_linear_factor_gradients", (layer.dy, layer.x, *factors), torch.float32)
+        return
+    assert dispatch.masked_lora_linear(layer.x, layer.weight, layer.bias, *factors).shape == (0, 37)
+    assert dispatch.masked_lora_linear_input_gradient(layer.dy, layer.weight, *factors).shape == (0, 70)
+    assert not any(g.any() for g in dispatch.masked_lora_linear_factor_gradients(layer.dy, layer.x, *factors))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels last"])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1)], ids=str)
+@pytest.mark.parametrize("one_convolution", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_convolution(
+    dtype: torch.dtype, layout: torch.memory_format, kernel: tuple[int, int], stride: int, one_convolution: bool,
+    sparse: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(dispatch, "_one_convolution", lambda x: one_convolution and x.dtype == torch.float32)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    size = (6, 5, *kernel)
+    padding = kernel[0] // 2
+    x = random(2, 5, 8, 7).contiguous(memory_format=layout)
+    bits = torch.rand(size, generator=rng) < 0.5
+    if sparse:  # few channels are touched, so that they are copied
+        bits[:4], bits[:, :3] = False, False
+    mask = BitMask.pack(bits)
+    window = ([stride, stride], [padding, padding], [1, 1])
+    weight, bias = random(*size) * 0.2, random(6)
+    lora_a, lora_b, scale = random(3, 5, *kernel), random(6, 3, 1, 1), torch.tensor(0.7)
+    values = torch.randn(mask.count, generator=rng)
+    dy = torch.randn(reference.masked_lora_conv2d(x, None, None, lora_a, lora_b, mask.words, scale, *window).shape)
+    dy = dy.to(dtype).contiguous(memory_format=layout)
+    factors, given = (lora_a, lora_b, mask.words, scale), (values, mask.words, scale)
+    check("masked_lora_conv2d", (x, weight, bias, *factors, *window), dtype)
+    check("masked_lora_conv2d", (x, None, None, *factors, *window), dtype)
+    check("masked_values_conv2d", (x, weight, bias, *given, list(kernel), *window), dtype)
+    check("masked_lora_conv2d_input_gradient", (dy, weight, *factors, list(x.shape), *window), dtype)
+    check("masked_values_conv2d_input_gradient", (dy, weight, *given, list(x.shape), list(kernel), *window), dtype)
+    check("masked_lora_conv2d_factor_gradients", (dy, x, *factors, *window), dtype)
+    check("masked_values_conv2d_gradient", (dy, x, *given, list(kernel), *window), dtype)
+    y = dispatch.masked_lora_conv2d(x, weight, bias, *factors, *window)
+    assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_merging(dtype: torch.dtype, rng: torch.Generator) -> None:
+    layer = Layer(dtype, 0.2, rng)
+    words, scale = layer.mask.words, layer.scale
+    check("effective_weight", (layer.weight, layer.lora_a, layer.lora_b, words, scale), dtype)
+    check("masked_factor_values", (layer.lora_a, layer.lora_b, words, layer.mask.count), dtype)
+    for name, adapter in (
+        ("effective_weight_out", (layer.lora_a, layer.lora_b)),
+        ("effective_weight_from_values_out", (layer.values,)),
+    ):
+        for weight in (layer.weight, None):
+            out = torch.full_like(layer.weight, float("nan"))
+            expected = torch.zeros_like(layer.weight, dtype=torch.float64)
+            getattr(dispatch, name)(out, weight, *adapter, words, scale)
+            getattr(reference, name)(expected, *wide((weight, *adapter, words, scale)))
+            assert frobenius_error(out, expected) <= TOLERANCES[dtype]
+            outside = torch.zeros_like(layer.weight) if weight is None else weight
+            assert torch.equal(out[~layer.bits], outside[~layer.bits])
+
+
+@pytest.mark.parametrize("choice", ["fused", "scratch"])
+@pytest.mark.parametrize("magnitude", ["abs", "signed", "square"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_linear_magnitude(
+    choice: str, magnitude: str, per_sample: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "choose_linear_magnitude", lambda *_: choice)
+    layer = Layer(torch.float32, 0.2, rng)
+    before = torch.rand(37, 70, generator=rng)
+    for start in (before, before.t().contiguous().t()):
+        saliency, expected = start.clone(memory_format=torch.preserve_format), before.double()
+        dispatch.accumulate_linear_gradient_magnitude_(saliency, layer.dy, layer.x, magnitude, per_sample)
+        reference.accumulate_linear_gradient_magnitude_(
+            expected, layer.dy.double(), layer.x.double(), magnitude, per_sample
+        )
+        assert frobenius_error(saliency, expected) <= 1e-5
+
+
+def test_a_mask_that_changes_in_place_is_counted_again() -> None:
+    words = BitMask.pack(torch.zeros(64, 64, dtype=torch.bool)).words
+    assert dispatch.mask_facts(words, 64).density == 0.0
+    words.copy_(BitMask.full((64, 64)).words)
+    facts = dispatch.mask_facts(words, 64)
+    assert (facts.density, facts.occupancy) == (1.0, 1.0)
+
+
+def test_choices_follow_the_thresholds() -> None:
+    def choose(density: float, occupancy: float, tokens: int, dtype: torch.dtype, tf32: bool = False) -> str:
+        facts = dispatch.MaskFacts(0, density, occupancy)
+        return dispatch.choose_linear(dtype, tokens, 1280, 1280, facts, tf32)
+
+    half = torch.float16
+    assert choose(0.0, 0.0, 100, half) == "frozen"
+    assert choose(0.1, 1.0, 100, torch.float32) == "scratch"
+    assert choose(0.1, 1.0, 100, torch.float32, tf32=True) == "fused"
+    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100, half) == "gather"
+    assert choose(0.1, 1.0, 100, half) == "fused"
+    assert choose(0.1, 0.2, 100_000, half) == "split"
+    assert choose(0.1, 1.0, 100_000, half) == "whole"
+
+
+def test_a_kernel_that_cannot_run_is_replaced_by_its_definition_with_one_warning() -> None:
+    def served(error: Exception) -> Callable[..., Any]:
+        def kernel(*_: Any) -> Any:
+            raise error
+
+        return dispatch._with_definition("effective_weight", kernel)
+
+    layer = Layer(torch.float32, 0.2, torch.Generator())
+    arguments = (layer.weight, layer.lora_a, layer.lora_b, layer.mask.words, layer.scale)
+    serve = served(ImportError("no module named triton"))
+    try:
+        with pytest.warns(RuntimeWarning, match=r"effective_weight.*no module named triton"):
+            first = serve(*arguments)
+        assert torch.equal(first, reference.effective_weight(*arguments))
+        assert torch.equal(serve(*arguments), first)  # pytest turns a second warning into an error
+    finally:
+        dispatch._unusable.clear()
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        served(RuntimeError("CUDA error: an illegal memory access was encountered"))(*arguments)
