@@ -25,23 +25,27 @@ from fade_kernels.masked_lora import REGIMES, is_linear, pixels
 
 
 class Thresholds(NamedTuple):
-    """Where one path overtakes another.
+    """Where one path overtakes another, in the linear's forward pass.
 
-    None is measured yet: each is where the roofline model of `python -m bench model` (4.3 TB/s, 0.77 PFLOP/s, 2.5 us a
-    launch, own kernels at 0.75 of a library product) predicts that two paths take equally long.
+    None is measured yet: each is where the roofline model of an H200 (`bench/roofline.py`: 4.3 TB/s, 0.77 PFLOP/s,
+    2.5 us a launch, own kernels at 0.85 of that rate) predicts that two paths take equally long; microseconds below are
+    its predictions.
     """
 
     gather_density: float = 0.002
-    """Up to this density only the mask's positions are computed. The sparse product reads x once per non-zero, from
-    L2 (predicted 5.5 TB/s), and transposes x and y: at 1280 channels and 2048 tokens that is 15 us at 1 % of the
-    weights, where a whole second product takes 12."""
-    library_flops: float = 8e9
-    """From this much arithmetic in x W^T on, a library product and a second kernel beat one fused kernel: the quarter
-    by which the fused one is slower then outweighs a launch and another pass over y."""
-    whole_occupancy: float = 0.75
-    """From this share of occupied tiles on, the second product is the library's too, with a delta in scratch."""
+    """Up to this density, and from `gather_flops` on, only the mask's positions are computed: for 8192 tokens at 3072
+    channels 291 us, where occupied tiles take 331 (half of them occupied) and a second product 414."""
+    gather_flops: float = 1e11
+    """Below, transposing x and the launches cost more than the tiles: 4096 tokens at 1280 channels 40 us against 34."""
+    library_flops: float = 2e10
+    """From this much arithmetic in x W^T on, a library product and a second kernel for the delta beat one fused kernel:
+    45 against 44 us at 1.3e10 (4096 tokens, 1280 channels), 490 against 457 at 1.5e11, tiles all occupied."""
+    whole_occupancy: float = 0.85
+    """From this share of occupied tiles on, the delta's product is the library's too, on a delta in scratch: at 1.5e11
+    414 us, where occupied tiles take 394 at 0.75 and 457 at 1."""
     compact_channels: float = 0.75
-    """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone."""
+    """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
+    guess: the model has no convolutions."""
 
 
 THRESHOLDS = Thresholds()
@@ -126,9 +130,10 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
         return "frozen"
     if dtype == torch.float32 and not tf32:
         return "scratch"
-    if facts.density <= THRESHOLDS.gather_density:
+    flops = 2.0 * tokens * rows * columns
+    if facts.density <= THRESHOLDS.gather_density and flops >= THRESHOLDS.gather_flops:
         return "gather"
-    if 2.0 * tokens * rows * columns < THRESHOLDS.library_flops:
+    if flops < THRESHOLDS.library_flops:
         return "fused"
     return "whole" if facts.occupancy >= THRESHOLDS.whole_occupancy else "split"
 
@@ -143,11 +148,12 @@ def _path(like: Tensor, mask_words: Tensor, tokens: int, columns: int, regime: i
     return choose_linear(like.dtype, tokens, mask_words.shape[0], columns, facts, _tf32(like))
 
 
-def choose_factor_gradients(facts: MaskFacts) -> str:
+def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
     """`zero`: an empty mask. `gather`: the weight gradient at the mask's positions. `tile`: in its occupied tiles."""
     if facts.density == 0.0:
         return "zero"
-    return "gather" if facts.density <= THRESHOLDS.gather_density else "tile"
+    large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
+    return "gather" if large and facts.density <= THRESHOLDS.gather_density else "tile"
 
 
 def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:
@@ -259,7 +265,7 @@ def masked_lora_linear_factor_gradients(
     columns = lora_a.shape[1]
     path = {REGIMES["gather"]: "gather", REGIMES["tile"]: "tile", REGIMES["whole"]: "tile"}.get(regime)
     if path is None:
-        path = choose_factor_gradients(mask_facts(mask_words, columns))
+        path = choose_factor_gradients(flat.shape[0], dy.shape[1], columns, mask_facts(mask_words, columns))
     if path == "zero" or flat.shape[0] == 0:
         return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     if path == "gather":
@@ -329,10 +335,11 @@ def masked_values_linear_gradient(
     from fade_kernels.triton_kernels import gather
 
     dy, flat = reference.as_rows(grad_output), reference.as_rows(x)
-    facts = mask_facts(mask_words, flat.shape[1])
-    if regime == REGIMES["gather"] or (
-        regime == REGIMES["auto"] and facts.density <= THRESHOLDS.gather_density and flat.shape[0]
-    ):
+    sampled = regime == REGIMES["gather"]
+    if regime == REGIMES["auto"]:
+        facts = mask_facts(mask_words, flat.shape[1])
+        sampled = choose_factor_gradients(flat.shape[0], dy.shape[1], flat.shape[1], facts) == "gather"
+    if sampled:
         gathered = gather.sampled_gradient(dy, flat, mask_positions(mask_words, flat.shape[1]).by_row)
     else:
         gradient = dy.t() @ flat

@@ -16,6 +16,7 @@ PATHS: dict[str, tuple[int, dict[str, float]]] = {
     "gather": (REGIMES["gather"], {}),
     "fused": (REGIMES["tile"], {}),
     "whole": (REGIMES["whole"], {}),
+    "sampled": (REGIMES["auto"], {"gather_density": 2.0, "gather_flops": 0.0}),
     "split": (REGIMES["auto"], {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0}),
     "auto": (REGIMES["auto"], {}),
 }
@@ -189,7 +190,8 @@ def test_choices_follow_the_thresholds() -> None:
     assert choose(0.0, 0.0, 100, half) == "frozen"
     assert choose(0.1, 1.0, 100, torch.float32) == "scratch"
     assert choose(0.1, 1.0, 100, torch.float32, tf32=True) == "fused"
-    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100, half) == "gather"
+    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100_000, half) == "gather"
+    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100, half) == "fused"
     assert choose(0.1, 1.0, 100, half) == "fused"
     assert choose(0.1, 0.2, 100_000, half) == "split"
     assert choose(0.1, 1.0, 100_000, half) == "whole"
