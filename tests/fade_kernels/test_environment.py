@@ -1,0 +1,66 @@
+"""FADE_KERNELS: each value in a process of its own, because it is read once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAYER = """
+import sys, torch, fade_kernels
+from fade_kernels import BitMask, reference
+torch.manual_seed(0)
+x, w, a, b = torch.randn(5, 40), torch.randn(9, 40), torch.randn(3, 40), torch.randn(9, 3)
+mask = BitMask.pack(torch.rand(9, 40) < 0.4)
+y = fade_kernels.masked_lora_linear(x, w, None, a, b, mask, 0.5)
+expected = reference.masked_lora_linear(x, w, None, a, b, mask.words, torch.tensor(0.5))
+torch.testing.assert_close(y, expected)
+triton = "fade_kernels.triton_kernels.launch" in sys.modules
+print("extension", fade_kernels.build_info()["extension"], "triton", triton)
+print("exactly the definition", torch.equal(y, expected))
+"""
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("FADE_KERNELS", "TRITON_INTERPRET")
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        capture_output=True, text=True, cwd=ROOT, env={**environment, **variables},
+    )  # fmt: skip
+
+
+def test_unset_takes_the_compiled_kernels() -> None:
+    done = run(LAYER)
+    assert "extension True triton False" in done.stdout, done.stderr
+
+
+def test_reference_takes_the_definitions() -> None:
+    done = run(LAYER, FADE_KERNELS="reference")
+    assert "extension False triton False" in done.stdout, done.stderr
+    assert "exactly the definition True" in done.stdout
+
+
+def test_cpu_insists_on_the_extension() -> None:
+    done = run(LAYER, FADE_KERNELS="cpu")
+    assert "extension True triton False" in done.stdout, done.stderr
+    hidden = "import sys; sys.modules['fade_kernels._C'] = None\n" + LAYER
+    done = run(hidden, FADE_KERNELS="cpu")
+    assert done.returncode != 0
+    assert "ImportError: FADE_KERNELS=cpu, but the compiled extension fade_kernels._C is not available" in done.stderr
+
+
+def test_triton_serves_the_cpu_under_the_interpreter() -> None:
+    done = run(LAYER, FADE_KERNELS="triton", TRITON_INTERPRET="1")
+    assert "extension False triton True" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("value", ["gpu", "Triton"])
+def test_an_unknown_value_is_an_error(value: str) -> None:
+    done = run(LAYER, FADE_KERNELS=value)
+    assert done.returncode != 0
+    assert f"FADE_KERNELS must be one of reference, cpu, triton, cuda or unset, not '{value}'" in done.stderr
