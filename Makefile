@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTENSION := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+EXTENSION := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: demo test lint bench setup clean
 
@@ -31,9 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 bench: $(READY)
-	$(BIN)/python -m bench.bench_selection
-	$(BIN)/python -m bench.bench_saliency
-	$(BIN)/python -m bench.bench_masked_lora
+	$(BIN)/python -m bench --device cpu --output bench/results/cpu.json
 	$(BIN)/python -m bench.bench_stages
 
 clean:
