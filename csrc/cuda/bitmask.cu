@@ -1,5 +1,5 @@
-// Packed masks on CUDA: pack by warp ballot, unpack, count, tile occupancy, and the bit-exact copy of the values under a
-// mask out of and into a weight. Definitions: fade_kernels/reference.py; layout: common/bitmask.h.
+// Packed masks on CUDA: pack by warp ballot, unpack, count, tile occupancy, and the bit-exact copy of the values under
+// a mask out of and into a weight. Definitions: fade_kernels/reference.py; layout: common/bitmask.h.
 #include "common/bitmask.h"
 
 #include "cuda/kernel.h"
@@ -102,14 +102,20 @@ __global__ void __launch_bounds__(kScanThreads) scan_rows(int64_t* counts, int64
 }
 
 // A warp per row. Lanes first take a word each and scan their bit counts, then the warp walks the words with any bit, a
-// column per lane. values[i] and the weight's element at the mask's i-th position are copied one way or the other;
-// nothing at or beyond `count` values is touched.
+// column per lane. values[i] and the weight's element at the mask's i-th position are copied one way or the other.
+//
+// That the mask has `count` bits is the caller's word, as BitMask keeps it: to check it here would be to wait for the
+// device. A wrong count stays harmless: no memory beyond is touched, values that the mask has no bits for become 0.
 template <typename T, bool gather>
 __global__ void __launch_bounds__(kThreads)
     copy_masked(T* weight, T* values, const uint32_t* words, const int64_t* offsets, int64_t rows, int64_t columns,
                 int64_t width, int64_t count) {
   const int lane = lane_index();
   const uint32_t lower_lanes = (1u << lane) - 1u;
+  if constexpr (gather) {
+    const int64_t threads = warp_count() * kWarpSize;
+    for (int64_t i = offsets[rows] + warp_index() * kWarpSize + lane; i < count; i += threads) values[i] = 0;
+  }
   for (int64_t row = warp_index(); row < rows; row += warp_count()) {
     T* p_row = weight + row * columns;
     int64_t offset = offsets[row];
@@ -196,20 +202,6 @@ Tensor mask_occupancy(const Tensor& mask_words, int64_t columns, int64_t tile_n,
   return occupied;
 }
 
-// Waits for the number of set bits and compares it: gathering and scattering belong to merging and saving, where a wrong
-// number would cost more than a wait. A stream that is being captured cannot wait: there the caller's word counts, and a
-// wrong count copies fewer values but touches no memory beyond them.
-void check_count(const Device& device, const int64_t* total, int64_t count) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  Device::check(cudaStreamIsCapturing(device.stream(), &status), "cudaStreamIsCapturing");
-  if (status != cudaStreamCaptureStatusNone) return;
-  int64_t found = 0;
-  const cudaError_t copied = cudaMemcpyAsync(&found, total, sizeof(found), cudaMemcpyDeviceToHost, device.stream());
-  Device::check(copied, "cudaMemcpyAsync");
-  Device::check(cudaStreamSynchronize(device.stream()), "cudaStreamSynchronize");
-  STD_TORCH_CHECK(found == count, "the mask has ", found, " set bits, not ", count);
-}
-
 // weight and values must be contiguous; elements move as unsigned integers of their size, so that every dtype keeps its
 // bits, NaN payloads included.
 template <bool gather>
@@ -225,11 +217,11 @@ void launch_copy_masked(const Tensor& weight, const Tensor& values, const Tensor
   const Tensor offsets = torch::stable::new_empty(mask_words, {rows + 1}, ScalarType::Long);
   launch_count_rows(device, words, write<int64_t>(offsets));
   device.launch("row offsets of a mask", scan_rows, 1, kScanThreads, write<int64_t>(offsets), rows);
-  check_count(device, read<int64_t>(offsets) + rows, count);
 
   const auto copy = [&](auto element) {
     using T = decltype(element);
-    device.launch(gather ? "gather_masked" : "scatter_masked_", copy_masked<T, gather>, blocks_for(rows), kThreads,
+    const char* name = gather ? "gather_masked" : "scatter_masked_";
+    device.launch(name, copy_masked<T, gather>, blocks_for(std::max(rows, int64_t{1})), kThreads,
                   static_cast<T*>(weight.data_ptr()), static_cast<T*>(values.data_ptr()), read<uint32_t>(words),
                   read<int64_t>(offsets), rows, columns, words_per_row(columns), count);
   };

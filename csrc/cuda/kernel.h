@@ -43,8 +43,6 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  cudaStream_t stream() const { return stream_; }
-
   int64_t multiprocessors() const {
     int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");

@@ -1,0 +1,260 @@
+"""What the kernels of csrc/cuda must do, as functions of an operator namespace and a device.
+
+Apart from the tests because the same checks run in two places: `test_cuda.py` calls them on a GPU (and on the CPU,
+where they show that the checks themselves are right), `test_cuda_sources.py` on the kernels' sources compiled for the
+CPU.
+Results that are integers or copies must be exact; expected values come from `fade_kernels.reference` on the CPU.
+"""
+
+from typing import Any
+
+import torch
+from kernel_testing import generator
+from torch import Tensor
+
+from fade_kernels import reference
+
+MODES = ("abs", "signed", "square")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MASK_SHAPES = [(1, 1), (0, 5), (3, 0), (5, 33), (7, 32), (129, 600), (300, 1030), (2, 5000), (70, 31)]
+
+
+def random_mask(shape: tuple[int, int], seed: int, density: float = 0.3) -> Tensor:
+    return torch.rand(shape, generator=generator(seed)) < density
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Any bit pattern: NaN payloads, infinities and denormals included."""
+    size = torch.empty((), dtype=dtype).element_size()
+    data = torch.randint(0, 256, (*shape, size), generator=generator(seed), dtype=torch.uint8)
+    return data.view(dtype).reshape(shape)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def check_pack_mask(ops: Any, device: str) -> None:
+    for seed, shape in enumerate(MASK_SHAPES):
+        for density in (0.0, 0.3, 1.0):
+            mask = random_mask(shape, seed, density)
+            assert torch.equal(ops.pack_mask(mask.to(device)).cpu(), reference.pack_mask(mask)), shape
+    mask = random_mask((45, 70), 1)
+    assert torch.equal(ops.pack_mask(mask.to(device).t()).cpu(), reference.pack_mask(mask.t()))
+
+
+def check_unpack_mask(ops: Any, device: str) -> None:
+    for seed, shape in enumerate(MASK_SHAPES):
+        mask = random_mask(shape, seed)
+        words = reference.pack_mask(mask).to(device)
+        assert torch.equal(ops.unpack_mask(words, shape[1]).cpu(), mask), shape
+        strided = torch.stack([words, ~words], dim=-1)[..., 0]
+        assert torch.equal(ops.unpack_mask(strided, shape[1]).cpu(), mask), shape
+
+
+def check_mask_row_counts(ops: Any, device: str) -> None:
+    for seed, shape in enumerate(MASK_SHAPES):
+        mask = random_mask(shape, seed, 0.9)
+        counts = ops.mask_row_counts(reference.pack_mask(mask).to(device))
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == mask.sum(1).tolist(), shape
+
+
+def check_mask_occupancy(ops: Any, device: str) -> None:
+    for seed, shape in enumerate(MASK_SHAPES):
+        words = reference.pack_mask(random_mask(shape, seed, 0.01))
+        for tile in ((1, 1), (5, 7), (32, 32), (16, 48), (64, 128), (1000, 3)):
+            expected = reference.mask_occupancy(words, shape[1], *tile)
+            assert torch.equal(ops.mask_occupancy(words.to(device), shape[1], *tile).cpu(), expected), (shape, tile)
+    words = reference.pack_mask(random_mask((9, 40), 1)).to(device)
+    assert ops.mask_occupancy(words, 40, 2**40, 2**40).tolist() == [[True]]
+
+
+def check_gather_scatter(ops: Any, device: str) -> None:
+    for seed, shape in enumerate([*MASK_SHAPES, (6, 5, 3, 3)]):
+        mask = random_mask((shape[0], max(1, torch.Size(shape[1:]).numel())), seed)[:, : torch.Size(shape[1:]).numel()]
+        words, count = reference.pack_mask(mask), int(mask.sum())
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int8):
+            weight = random_bits(shape, dtype, seed)
+            on_device = weight.to(device)
+            values = ops.gather_masked(on_device, words.to(device), count)
+            assert values.dtype == dtype
+            assert same_bits(values, weight.reshape(mask.shape)[mask]), (shape, dtype)
+            fresh = random_bits((count,), dtype, seed + 1)
+            ops.scatter_masked_(on_device, fresh.to(device), words.to(device))
+            expected = weight.clone()
+            expected.view(mask.shape)[mask] = fresh
+            assert same_bits(on_device, expected), (shape, dtype)
+    weight, mask = random_bits((40, 64), torch.float32, 1), random_mask((64, 40), 2)
+    words, count = reference.pack_mask(mask).to(device), int(mask.sum())
+    transposed = weight.to(device).t()
+    values = ops.gather_masked(transposed, words, count)
+    assert same_bits(values, weight.t()[mask])
+    ops.scatter_masked_(transposed, torch.zeros_like(values), words)
+    assert not transposed.cpu()[mask].any()
+
+
+def check_wrong_count(ops: Any, device: str) -> None:
+    """CUDA kernels take the caller's word for the number of set bits; a wrong one must stay harmless."""
+    weight, mask = random_bits((64, 40), torch.int32, 1), random_mask((64, 40), 2)
+    words, values = reference.pack_mask(mask).to(device), weight[mask]
+    memory = torch.full((values.numel() + 8,), 7, dtype=torch.int32, device=device)
+    few = ops.gather_masked(weight.to(device), words, values.numel() - 3)
+    assert torch.equal(few.cpu(), values[:-3])
+    many = ops.gather_masked(weight.to(device), words, values.numel() + 3)
+    assert torch.equal(many.cpu(), torch.cat([values, values.new_zeros(3)]))
+    target = torch.zeros_like(weight, device=device)
+    ops.scatter_masked_(target, memory[: values.numel() - 3], words)
+    assert target.cpu()[mask].tolist() == [7] * (values.numel() - 3) + [0] * 3
+    ops.scatter_masked_(target, memory, words)
+    assert torch.equal(target.cpu() == 7, mask)
+    nothing = ops.gather_masked(weight[:0].to(device), words[:0], 3)
+    assert nothing.tolist() == [0, 0, 0]
+
+
+# --- accumulation ----------------------------------------------------------------------------------------------------
+
+
+def contribution(gradient: Tensor, mode: str) -> Tensor:
+    return {"abs": gradient.abs(), "signed": gradient, "square": gradient * gradient}[mode]
+
+
+def check_accumulate(ops: Any, device: str) -> None:
+    random = generator(1)
+    # Around a chunk of 4096 elements, more tensors than one launch takes, and every dtype in one call.
+    shapes = [(1,), (0, 4), (), (7, 33), (4095,), (4096,), (4097,), (3, 4099), (64, 3, 3, 3), *[(5, 3)] * 150]
+    for mode in MODES:
+        saliency = [torch.rand(shape, generator=random) for shape in shapes]
+        gradient = [
+            (torch.randn(shape, generator=random) * 10).to(DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)
+        ]
+        expected = [s.double() + contribution(g.double(), mode) for s, g in zip(saliency, gradient, strict=True)]
+        on_device = [s.to(device) for s in saliency]
+        ops.accumulate_gradient_magnitude_(on_device, [g.to(device) for g in gradient], mode)
+        for actual, e in zip(on_device, expected, strict=True):
+            assert torch.allclose(actual.cpu().double(), e, rtol=3e-7, atol=1e-30), e.shape
+
+
+def check_accumulate_alignment(ops: Any, device: str) -> None:
+    """Pointers that are aligned to nothing but their elements; what lies before and behind stays as it is."""
+    random = generator(2)
+    for dtype in DTYPES:
+        for s_offset, g_offset in ((0, 0), (1, 1), (1, 0), (3, 7), (2, 5), (0, 4)):
+            for size in (1, 2, 5, 9, 4100):
+                s_whole = torch.rand(size + 16, generator=random)
+                g_whole = torch.randn(size + 16, generator=random).to(dtype)
+                s_device, g_device = s_whole.to(device), g_whole.to(device)
+                s, g = s_device[s_offset : s_offset + size], g_device[g_offset : g_offset + size]
+                expected = s_whole.clone()
+                ops.accumulate_gradient_magnitude_([s], [g], "abs")
+                expected[s_offset : s_offset + size] += g_whole[g_offset : g_offset + size].float().abs()
+                assert torch.equal(s_device.cpu(), expected), (dtype, s_offset, g_offset, size)
+
+
+def check_accumulate_strides(ops: Any, device: str) -> None:
+    gradient = torch.randn(6, 4, 3, 3, generator=generator(3))
+    start = torch.rand(6, 4, 3, 3, generator=generator(4))
+    for s_format in (torch.contiguous_format, torch.channels_last):
+        for g_format in (torch.contiguous_format, torch.channels_last):
+            saliency = start.to(device).contiguous(memory_format=s_format)
+            if saliency.data_ptr() == start.data_ptr():
+                saliency = saliency.clone()
+            ops.accumulate_gradient_magnitude_(
+                [saliency], [gradient.to(device).contiguous(memory_format=g_format)], "abs"
+            )
+            assert torch.equal(saliency.cpu(), start + gradient.abs())
+    wide = torch.zeros(10, 20, device=device)
+    square = torch.arange(100.0, device=device).reshape(10, 10)
+    ops.accumulate_gradient_magnitude_([wide[:, ::2], wide[:, 1::2].t()], [square.t(), square.t()], "signed")
+    assert torch.equal(wide[:, ::2], square.t())
+    assert torch.equal(wide[:, 1::2], square)
+
+
+def check_accumulate_half_values(ops: Any, device: str) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        saliency = torch.zeros(2**16, device=device)
+        ops.accumulate_gradient_magnitude_([saliency], [patterns.view(dtype).to(device)], "signed")
+        expected = patterns.view(dtype).float() + 0.0
+        assert torch.equal(saliency.cpu().nan_to_num(-7.0, 1e39, -1e39), expected.nan_to_num(-7.0, 1e39, -1e39))
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+SPECIAL = [0.0, -0.0, 1e-45, 3e-45, 1.1754942e-38, 1.17549435e-38, 1.0, 1.0000001, 3.4028235e38, float("inf")]
+
+
+def make_scores(kind: str, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    random = generator(5)
+    scores = []
+    for shape in shapes:
+        if kind == "normal":
+            s = torch.randn(shape, generator=random).abs()
+        elif kind == "special":
+            s = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), shape, generator=random)]
+        elif kind == "constant":
+            s = torch.full(shape, 0.3)
+        elif kind == "few":
+            s = torch.randint(0, 3, shape, generator=random).float()
+        elif kind == "zeros":
+            s = torch.randn(shape, generator=random).abs() * (torch.rand(shape, generator=random) < 0.02)
+        else:  # "close": values that differ in their lowest bits alone
+            s = (0x3F800000 + torch.randint(0, 3000, shape, generator=random)).to(torch.int32).view(torch.float32)
+        scores.append(s)
+    return scores
+
+
+def stable_sort_masks(scores: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
+    """The definition by sorting: stable, descending, so that ties go to the lower (tensor, flat index)."""
+    flat = torch.cat([s.flatten() for s in scores])
+    order = torch.sort(flat, descending=True, stable=True).indices[:k]
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
+    chosen[order] = True
+    parts = chosen.split([s.numel() for s in scores])
+    masks = [p.reshape(s.shape[0], s.shape[1:].numel()) for p, s in zip(parts, scores, strict=True)]
+    return masks, flat[order[-1]]
+
+
+def check_select(ops: Any, device: str) -> None:
+    shapes = [(40, 36), (1, 1), (3, 0), (0, 7), (8, 6, 3, 3), (300, 77), (1, 20003)]
+    for kind in ("normal", "special", "constant", "few", "zeros", "close"):
+        scores = make_scores(kind, shapes)
+        total = sum(s.numel() for s in scores)
+        on_device = [s.to(device) for s in scores]
+        for k in (1, 2, total // 100, total // 3, total - 1, total):
+            masks, kth = stable_sort_masks(scores, k)
+            words, threshold, invalid = ops.select_top_k(on_device, k)
+            assert int(invalid) == -1
+            assert float(threshold) == float(kth), (kind, k)
+            for i, (word, mask) in enumerate(zip(words, masks, strict=True)):
+                assert torch.equal(word.cpu(), reference.pack_mask(mask)), (kind, k, i)
+
+
+def check_select_layouts(ops: Any, device: str) -> None:
+    """More tensors than one launch takes, strided ones, and data that starts at any element."""
+    scores = make_scores("few", [(3, 11)] * 130)
+    for k in (1, 700, 3000, 130 * 33):
+        words, _, _ = ops.select_top_k([s.to(device) for s in scores], k)
+        masks, _ = stable_sort_masks(scores, k)
+        assert all(torch.equal(w.cpu(), reference.pack_mask(m)) for w, m in zip(words, masks, strict=True)), k
+    for offset in range(1, 5):
+        whole = make_scores("normal", [(1, 700)])[0]
+        part = whole[:, offset : offset + 600].reshape(20, 30)
+        moved = whole.to(device)[0, offset : offset + 600].view(20, 30)
+        words, _, _ = ops.select_top_k([moved, moved.t()], 500)
+        masks, _ = stable_sort_masks([part, part.t()], 500)
+        assert all(torch.equal(w.cpu(), reference.pack_mask(m)) for w, m in zip(words, masks, strict=True)), offset
+
+
+def check_select_invalid(ops: Any, device: str) -> None:
+    for value in (float("nan"), -1.0, -1e-45, -float("inf")):
+        scores = make_scores("normal", [(4, 40), (5, 33), (6, 6), (0, 3)])
+        scores[1][4, 32] = value
+        scores[2][0, 0] = value
+        words, threshold, invalid = ops.select_top_k([s.to(device) for s in scores], 17)
+        assert int(invalid) == 1
+        assert float(threshold) == 0.0
+        assert not any(bool(w.any()) for w in words)
