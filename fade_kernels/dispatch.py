@@ -409,7 +409,7 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, cou
 
 
 class _Channels(NamedTuple):
-    """Output rows and input channels that a mask touches; None where so many that copying them would not pay."""
+    """Output rows and input channels that a mask touches; None where none or so many that copies would not pay."""
 
     rows: Tensor | None
     inputs: Tensor | None
@@ -429,7 +429,7 @@ def _active_channels(mask_words: Tensor, in_channels: int, kernel: list[int]) ->
         touched = mask.any(dim=2)
         active = (touched.any(dim=1).nonzero().flatten(), touched.any(dim=0).nonzero().flatten())
         few = [
-            index if index.numel() <= THRESHOLDS.compact_channels * size else None
+            index if 0 < index.numel() <= THRESHOLDS.compact_channels * size else None
             for index, size in zip(active, touched.shape, strict=True)
         ]
         known = (version, _Channels(*few))

@@ -100,10 +100,10 @@ def test_few_and_no_tokens(regime: int, leading: tuple[int, ...], rng: torch.Gen
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["", "channels last"])
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1)], ids=str)
 @pytest.mark.parametrize("one_convolution", [True, False])
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("density", ["none", "few channels", "half"])
 def test_convolution(
     dtype: torch.dtype, layout: torch.memory_format, kernel: tuple[int, int], stride: int, one_convolution: bool,
-    sparse: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch,
+    density: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(dispatch, "_one_convolution", lambda x: one_convolution and x.dtype == torch.float32)
 
@@ -114,8 +114,10 @@ def test_convolution(
     padding = kernel[0] // 2
     x = random(2, 5, 8, 7).contiguous(memory_format=layout)
     bits = torch.rand(size, generator=rng) < 0.5
-    if sparse:  # few channels are touched, so that they are copied
-        bits[:4], bits[:, :3] = False, False
+    if density == "few channels":  # so that they are copied
+        bits[:4], bits[:, :3], bits[5, 4] = False, False, True
+    elif density == "none":
+        bits[:] = False
     mask = BitMask.pack(bits)
     window = ([stride, stride], [padding, padding], [1, 1])
     weight, bias = random(*size) * 0.2, random(6)
@@ -125,7 +127,8 @@ def test_convolution(
     dy = dy.to(dtype).contiguous(memory_format=layout)
     factors, given = (lora_a, lora_b, mask.words, scale), (values, mask.words, scale)
     check("masked_lora_conv2d", (x, weight, bias, *factors, *window), dtype)
-    check("masked_lora_conv2d", (x, None, None, *factors, *window), dtype)
+    if density != "none":
+        check("masked_lora_conv2d", (x, None, None, *factors, *window), dtype)
     check("masked_values_conv2d", (x, weight, bias, *given, list(kernel), *window), dtype)
     check("masked_lora_conv2d_input_gradient", (dy, weight, *factors, list(x.shape), *window), dtype)
     check("masked_values_conv2d_input_gradient", (dy, weight, *given, list(x.shape), list(kernel), *window), dtype)
