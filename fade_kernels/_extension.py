@@ -2,13 +2,12 @@
 
 Apart from the operators because they exist without them: `fade_kernels._C` (CPU) and `fade_kernels._C_cuda` only
 register kernels for operators that `_ops.py` has defined, and where one is missing the plain-PyTorch definitions serve.
-FADE_DISABLE_EXT=1 leaves both out; FADE_KERNELS=cpu or cuda insists on one and leaves out the other's device.
+FADE_KERNELS=reference leaves both out; cpu or cuda insists on one and leaves out the other's device.
 """
 
 import ctypes
 import importlib
 import importlib.util
-import os
 import warnings
 from types import ModuleType
 
@@ -16,46 +15,40 @@ import torch
 
 from fade_kernels._environment import FORCED, INTERPRETED
 
-
-def _left_out(forced_out: bool) -> str:
-    """Why the user's environment leaves an extension out, else ""."""
-    if os.environ.get("FADE_DISABLE_EXT") == "1":
-        return "disabled by FADE_DISABLE_EXT=1"
-    return f"disabled by FADE_KERNELS={FORCED}" if forced_out else ""
-
-
-def _missing(name: str, reason: str, consequence: str, insisted_on: bool) -> None:
-    """Says once that an extension is not there, as an error where FADE_KERNELS insists on it."""
-    message = f"{name} is not available ({reason}); {consequence}"
-    if insisted_on:
-        raise ImportError(f"FADE_KERNELS={FORCED}, but {message}")
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+LEFT_OUT = f"disabled by FADE_KERNELS={FORCED}"
+MISSING_CUDA = (
+    "the CUDA library fade_kernels._C_cuda is not available ({reason}); on CUDA devices masks, selection and saliency "
+    "accumulation run in plain PyTorch, slower. Build it with `pip install --no-build-isolation .` and a CUDA toolkit "
+    "of torch's version."
+)
 
 
 def _load() -> tuple[ModuleType | None, str]:
     """The extension module, or None and the reason why there is none."""
-    reason = _left_out(FORCED == "reference" or INTERPRETED)
-    if reason:
-        return None, reason
+    if FORCED == "reference" or INTERPRETED:
+        return None, LEFT_OUT
     try:
         return importlib.import_module("fade_kernels._C"), ""
     except ImportError as error:
         reason = str(error)
-    _missing(
-        "the compiled extension fade_kernels._C",
-        reason,
-        "every operator runs in plain PyTorch, slower. Build it with `pip install --no-build-isolation .` and a C++20 "
-        "compiler.",
-        insisted_on=FORCED == "cpu",
+    message = (
+        f"the compiled extension fade_kernels._C is not available ({reason}); every operator runs in plain PyTorch, "
+        "slower. Build it with `pip install --no-build-isolation .` and a C++20 compiler."
     )
+    if FORCED == "cpu":
+        raise ImportError(f"FADE_KERNELS=cpu, but {message}")
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
     return None, reason
 
 
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
-    """The CUDA library, or None and the reason why there is none. Loading it asks nothing of the driver."""
-    reason = _left_out(FORCED not in ("", "cuda"))
-    if reason:
-        return None, reason
+    """The CUDA library, or None and the reason why there is none.
+
+    Loading it asks nothing of the driver. That it is missing is told when a CUDA tensor would need it (`dispatch`):
+    most machines with a CUDA build of torch and no toolkit have no GPU either.
+    """
+    if FORCED not in ("", "cuda"):
+        return None, LEFT_OUT
     if torch.version.cuda is None:
         return None, "this torch is built without CUDA"
     found = importlib.util.find_spec("fade_kernels._C_cuda")
@@ -67,18 +60,18 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
             return ctypes.CDLL(found.origin), ""
         except (OSError, RuntimeError) as error:
             reason = str(error)
-    _missing(
-        "the CUDA library fade_kernels._C_cuda",
-        reason,
-        "on CUDA devices masks, selection and saliency accumulation run in plain PyTorch, slower. Build it with "
-        "`pip install --no-build-isolation .` and a CUDA toolkit of torch's version.",
-        insisted_on=FORCED == "cuda",
-    )
+    if FORCED == "cuda":
+        raise ImportError(f"FADE_KERNELS=cuda, but {MISSING_CUDA.format(reason=reason)}")
     return None, reason
 
 
 _module, _reason = _load()
 _cuda, _cuda_reason = _load_cuda()
+
+
+def missing_cuda() -> str:
+    """A sentence that says why there is no CUDA library, "" where there is one or the user left it out."""
+    return "" if _cuda is not None or FORCED else MISSING_CUDA.format(reason=_cuda_reason)
 
 
 def _cuda_facts() -> dict[str, object]:

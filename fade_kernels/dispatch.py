@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
+from fade_kernels._extension import missing_cuda
 from fade_kernels.masked_lora import REGIMES, is_linear, pixels
 
 # --- thresholds ------------------------------------------------------------------------------------------------------
@@ -760,7 +761,38 @@ def register(device: str) -> None:
         _ops.implement(name, _with_definition(name, kernel), device)
 
 
+def _register_definitions(names: tuple[str, ...], reason: str) -> None:
+    """Definitions serve CUDA for what the missing CUDA library would; the first call says so, once for all."""
+    told: list[bool] = []
+
+    def with_warning(definition: Callable[..., Any]) -> Callable[..., Any]:
+        def serve(*arguments: Any) -> Any:
+            if not told:
+                told.append(True)
+                warnings.warn(reason, RuntimeWarning, stacklevel=2)
+            return definition(*arguments)
+
+        return serve
+
+    for name in names:
+        _ops.implement(name, with_warning(getattr(reference, name)), "CUDA")
+
+
+LIBRARY_OPERATORS = (
+    "accumulate_gradient_magnitude_",
+    "select_top_k",
+    "pack_mask",
+    "unpack_mask",
+    "mask_row_counts",
+    "mask_occupancy",
+    "gather_masked",
+    "scatter_masked_",
+)
+"""What csrc/cuda serves."""
+
 if FORCED in ("", "triton"):
     register("CUDA")
+if missing_cuda():
+    _register_definitions(LIBRARY_OPERATORS, missing_cuda())
 if INTERPRETED:
     register("CPU")

@@ -66,7 +66,7 @@ class Device {
     STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice && error != cudaErrorUnsupportedPtxVersion, what,
                     ": the CUDA kernels of fade_kernels were built for compute capability ", architectures(),
                     ", which this GPU or its driver cannot run: rebuild with TORCH_CUDA_ARCH_LIST set to its "
-                    "capability, or set FADE_DISABLE_EXT=1 for the definitions in plain PyTorch");
+                    "capability, or set FADE_KERNELS=reference for the definitions in plain PyTorch");
     STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
   }
 

@@ -64,3 +64,22 @@ def test_an_unknown_value_is_an_error(value: str) -> None:
     done = run(LAYER, FADE_KERNELS=value)
     assert done.returncode != 0
     assert f"FADE_KERNELS must be one of reference, cpu, triton, cuda or unset, not '{value}'" in done.stderr
+
+
+def test_a_missing_cuda_library_is_told_at_the_first_call_that_needs_it() -> None:
+    code = """
+import warnings, torch
+from fade_kernels import _extension, dispatch, reference
+registered = {}
+dispatch._ops.implement = lambda name, kernel, device: registered.setdefault(name, kernel)
+dispatch._register_definitions(dispatch.LIBRARY_OPERATORS, _extension.MISSING_CUDA.format(reason="it was not built"))
+assert sorted(registered) == sorted(dispatch.LIBRARY_OPERATORS)
+mask = torch.rand(5, 40) < 0.5
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    words = registered["pack_mask"](mask)
+    assert torch.equal(registered["unpack_mask"](words, 40), mask)
+print(len(caught), caught[0].message)
+"""
+    done = run(code)
+    assert done.stdout.startswith("1 the CUDA library fade_kernels._C_cuda is not available (it was not built)"), done

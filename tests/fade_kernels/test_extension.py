@@ -75,10 +75,10 @@ def test_results_without_the_extension_are_the_same(tmp_path: Path) -> None:
         f"import sys, warnings; warnings.simplefilter('error'); sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch, fade_kernels, test_extension\n"
         "info = fade_kernels.build_info()\n"
-        "assert info['extension'] is False and 'FADE_DISABLE_EXT' in info['reason'], info\n"
+        "assert info['extension'] is False and 'FADE_KERNELS=reference' in info['reason'], info\n"
         "torch.save(test_extension.every_result(), sys.argv[1])\n"
     )
-    done = run("-c", code, str(tmp_path / "results.pt"), FADE_DISABLE_EXT="1")
+    done = run("-c", code, str(tmp_path / "results.pt"), FADE_KERNELS="reference")
     assert done.returncode == 0, done.stderr
     definition, compiled = torch.load(tmp_path / "results.pt"), every_result()
     assert definition.keys() == compiled.keys()
