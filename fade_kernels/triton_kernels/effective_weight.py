@@ -53,7 +53,7 @@ def round_stochastically(b_v, b_random, FP16: tl.constexpr):
         b_low = (1 << b_dropped).to(tl.uint32) - 1
     else:
         b_low = tl.full(b_bits.shape, 0xFFFF, dtype=tl.uint32)
-    b_rounded = (b_bits + (b_random & b_low)) & ~b_low
+    b_rounded = (b_bits + (b_random & b_low)) & (b_low ^ 0xFFFFFFFF)
     if FP16:
         # Of 2^-24, the fraction |v| 2^24 in units of 2^-24: the hash's upper 24 bits, exact in fp32.
         b_up = (b_random >> 8).to(tl.float32) < tl.abs(b_v) * 281474976710656.0
@@ -213,7 +213,7 @@ def effective_weights_kernel(
     )
 
 
-TILINGS = (Tiling({"BN": 64, "BK": 64, "BR": 16}, num_warps=4, num_stages=2),)
+TILINGS = (Tiling({"BN": 64, "BK": 32, "BR": 16}, num_warps=4, num_stages=2),)
 """The first is the default: bound by memory, so that any tile of whole words and sectors does."""
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

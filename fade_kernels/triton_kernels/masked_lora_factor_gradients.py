@@ -30,7 +30,7 @@ from fade_kernels.triton_kernels.split import split_rows
 MOST_SPLITS = 32
 """More partial sums than this cost more to reduce than their programs save."""
 
-REDUCE_BLOCKS = {"BP": 32, "BE": 256}
+REDUCE_BLOCKS = {"BP": 32, "BE": 128}
 """Partials and elements that a program of the reduction holds at a time."""
 
 

@@ -84,6 +84,8 @@ def test_a_lost_device_is_told_from_a_failed_call(device, monkeypatch):
 
 def test_facts_of_the_gpu(device, monkeypatch):
     monkeypatch.setattr(harness.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="580.1, 345 MHz\n"))
+    # A torch with CUDA on a machine without a GPU has no cuDNN to ask.
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
     facts = harness._gpu_facts()
     assert facts["name"] == "Chip" and facts["capability"] == [9, 0]
     assert facts["driver, SM clock, its maximum, power limit"] == "580.1, 345 MHz"

@@ -1,12 +1,29 @@
-"""What the kernel tests share: seeded random numbers and opcheck with the message of what failed."""
+"""What the kernel tests share: seeded random numbers, opcheck that says what failed, whether Triton interprets."""
 
+import importlib.util
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 
 import fade_kernels  # noqa: F401  defines the operators
 
 OPS = torch.ops.fade_kernels
+
+
+def interpreter_fault() -> str:
+    """Why Triton's interpreter cannot run here, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # https://github.com/triton-lang/triton/issues/9171
+    if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
+        return "the interpreter of Triton 3.6 and older needs NumPy below 2.4: pip install 'numpy<2.4'"
+    return ""
+
+
+needs_interpreter = pytest.mark.skipif(bool(interpreter_fault()), reason=interpreter_fault())
 
 
 def generator(seed: int) -> torch.Generator:

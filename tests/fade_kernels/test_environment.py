@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_testing import needs_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,7 @@ def test_cpu_insists_on_the_extension() -> None:
     assert "ImportError: FADE_KERNELS=cpu, but the compiled extension fade_kernels._C is not available" in done.stderr
 
 
+@needs_interpreter
 def test_triton_serves_the_cpu_under_the_interpreter() -> None:
     done = run(LAYER, FADE_KERNELS="triton", TRITON_INTERPRET="1")
     assert "extension False triton True" in done.stdout, done.stderr

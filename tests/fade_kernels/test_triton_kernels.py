@@ -1,17 +1,16 @@
 """Runs tests/interpreter in a process of its own: Triton interprets its kernels only if told before it is imported."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from kernel_testing import needs_interpreter
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_interpreter
 def test_kernels_under_the_interpreter() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter"],
