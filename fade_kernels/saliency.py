@@ -69,22 +69,31 @@ def accumulate_linear_gradient_magnitude_(
 class _Call:
     """One forward call of a layer: its input, kept until its output's gradient is there.
 
-    The autograd graph owns it, through the hook on the output: a graph that is thrown away takes its calls with it.
+    The autograd graph owns it, through the hook on the output: a graph that is thrown away takes its calls with it. As
+    autograd frees what it saved for a node once that node is through, so does `take_input`.
     """
 
     __slots__ = ("__weakref__", "input", "version")
 
     def __init__(self, input: Tensor) -> None:
-        self.input = input.detach()
+        self.input: Tensor | None = input.detach()
         self.version = None if input.is_inference() else input._version
 
-    def checked_input(self, name: str) -> Tensor:
-        if self.version is not None and self.input._version != self.version:
+    def take_input(self, name: str) -> Tensor:
+        input = self.input
+        if input is None:
+            raise RuntimeError(
+                f"a second backward pass reached layer {name!r}, whose input the first one freed: give the first one "
+                "retain_graph=True"
+            )
+        if self.version is not None and input._version != self.version:
             raise RuntimeError(
                 f"the input of layer {name!r} was changed in place after the layer used it, so its weight gradient "
                 "cannot be computed: make that operation out of place"
             )
-        return self.input
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.input = None
+        return input
 
 
 class _Layer:
@@ -279,7 +288,7 @@ class GradientMagnitude:
         if not self._active:
             return
         layer.waiting.discard(call)
-        layer.arrived.append((grad_output.detach(), call.checked_input(layer.name)))
+        layer.arrived.append((grad_output.detach(), call.take_input(layer.name)))
         if not layer.waiting:
             layer.fold(self.mode, self.per_sample)
         elif not self._callback_queued:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -411,6 +412,26 @@ def test_input_changed_in_place_is_an_error() -> None:
         loss = layer(x).sum()
         x.mul_(2)
         with pytest.raises(RuntimeError, match=r"input of layer 'mid.to_q' was changed in place"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_a_layers_input_is_freed_when_its_gradient_is_folded(retain_graph: bool) -> None:
+    first, second = (nn.Linear(3, 3, bias=False).requires_grad_(False) for _ in range(2))
+    with GradientMagnitude({"first": first, "second": second}) as watch:
+        x = torch.ones(2, 3)
+        freed = weakref.ref(x.untyped_storage())
+        loss = second(first(x) * 2).sum()
+        del x
+        assert freed() is not None
+        loss.backward(retain_graph=retain_graph)  # the graph lives on, in `loss`
+        assert (freed() is not None) == retain_graph
+        if retain_graph:
+            once = {name: saliency.clone() for name, saliency in watch.saliency.items()}
+            loss.backward()
+            assert all(torch.equal(watch.saliency[name], 2 * once[name]) for name in once)
+            assert freed() is None
+        with pytest.raises(RuntimeError, match="a second (backward pass reached layer 'second'|time)"):
             loss.backward()
 
 
