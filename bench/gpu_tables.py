@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import bench_saliency, bench_selection, roofline
+from bench import roofline, saliency, selection
 from bench.harness import device_memory
 from bench.masked_layer import (
     FROZEN,
@@ -82,7 +82,7 @@ FULL = Workload(
     models=MODELS,
     conv=SD15.conv,
     conv_batch=SD15.batch,
-    levels=bench_saliency.LEVELS,
+    levels=saliency.LEVELS,
     saliency_batch=SD15.batch,
     selection_shapes=weight_shapes(SD15),
     values=860_000_000,
@@ -220,15 +220,11 @@ def conv_plan(work: Workload, kernel: int) -> Plan:
 
 # --- saliency, accumulation, selection -------------------------------------------------------------------------------
 
-SALIENCY_FORMS = ("frozen", "kept", "kept_then_added", "streamed")
 
-
-def saliency_pass_plan(work: Workload) -> Plan:
-    """A whole pass over a network of the attention projections (bench_saliency)."""
-
+def _prepare_saliency(work: Workload, divide_tokens: int) -> Callable[[torch.device], Prepared]:
     def prepare(device: torch.device) -> Prepared:
         settings = {"levels": work.levels, "batch": work.saliency_batch, "dtype": work.dtype, "device": device}
-        plain, streamed = (bench_saliency.Pass(1, **settings) for _ in range(2))
+        plain, streamed = (saliency.Pass(divide_tokens, **settings) for _ in range(2))
         once: dict[str, Tensor] = {}  # accumulators of the plain form after its first pass
 
         def error(name: str, _: object) -> float:
@@ -241,17 +237,23 @@ def saliency_pass_plan(work: Workload) -> Plan:
 
         def memory(name: str) -> int | None:
             """Of a first pass, so that accumulators count."""
-            return device_memory(device, getattr(bench_saliency.Pass(1, **settings), name))
+            return device_memory(device, getattr(saliency.Pass(divide_tokens, **settings), name))
 
-        calls = {form: getattr(streamed if form == "streamed" else plain, form) for form in SALIENCY_FORMS}
+        calls = {form: getattr(streamed if form == "streamed" else plain, form) for form in saliency.FORMS}
         return Prepared(calls, error, 5 * TOLERANCES[work.dtype], memory)
+
+    return prepare
+
+
+def saliency_pass_plan(work: Workload) -> Plan:
+    """A whole pass over a network of the attention projections (bench/saliency.py)."""
 
     def costs(chip: Chip) -> Mapping[str, Cost]:
         layers = [
             Linear(work.saliency_batch * tokens, rows, columns, bias=False, count=count * number)
             for width, image, count in work.levels
             for rows, columns, tokens, number in (
-                (width, width, image, 6), (width, bench_saliency.TEXT[1], bench_saliency.TEXT[0], 2),
+                (width, width, image, 6), (width, saliency.TEXT[1], saliency.TEXT[0], 2),
             )
         ]  # fmt: skip
         forms = (
@@ -260,10 +262,17 @@ def saliency_pass_plan(work: Workload) -> Plan:
             roofline.weight_gradient_added,
             roofline.saliency_streamed,
         )
-        return {name: _together(form, layers) for name, form in zip(SALIENCY_FORMS, forms, strict=True)}
+        return {name: _together(form, layers) for name, form in zip(saliency.FORMS, forms, strict=True)}
 
     title = f"saliency pass over SD 1.5's attention projections alone, batch {work.saliency_batch}"
-    return Plan("saliency pass", title, "training", "kept", [Row("pass", 1, prepare, costs, weight=4.0)])
+    row = Row("pass", 1, _prepare_saliency(work, 1), costs, weight=4.0)
+    return Plan("saliency pass", title, "training", "kept", [row])
+
+
+def saliency_memory_plan(work: Workload) -> Plan:
+    """The same pass over so few tokens that what it takes is gradients and accumulators, not activations."""
+    row = Row("pass", 1, _prepare_saliency(work, saliency.FEW_TOKENS), weight=2.0)
+    return Plan("saliency memory", saliency.MEMORY_TITLE, "training", "kept_then_added", [row])
 
 
 def _together(form: Callable[[Linear], Cost], layers: Iterable[Linear]) -> Cost:
@@ -280,12 +289,12 @@ def linear_gradient_plan(work: Workload) -> Plan:
     """One layer's S += |dY^T X| alone."""
     rows = []
     for width, image, count in work.levels:
-        for columns, tokens, number in ((width, image, 6), (bench_saliency.TEXT[1], bench_saliency.TEXT[0], 2)):
+        for columns, tokens, number in ((width, image, 6), (saliency.TEXT[1], saliency.TEXT[0], 2)):
             layer = Linear(work.saliency_batch * tokens, width, columns, bias=False, count=count * number)
 
             def prepare(device: torch.device, layer: Linear = layer) -> Prepared:
                 size = (layer.out_features, layer.in_features, layer.tokens)
-                return Prepared(bench_saliency.layer_candidates(*size, work.dtype, device))
+                return Prepared(saliency.layer_candidates(*size, work.dtype, device))
 
             def costs(chip: Chip, layer: Linear = layer) -> Mapping[str, Cost]:
                 skipped = len(roofline.frozen(layer).backward)
@@ -304,7 +313,7 @@ def accumulate_plan(work: Workload) -> Plan:
     names = ("loop of abs, add_", "foreach abs, add_", "fade_kernels")
 
     def prepare(device: torch.device) -> Prepared:
-        sums = bench_selection.saliency(work.values, work.selection_shapes, device)
+        sums = selection.saliency(work.values, work.selection_shapes, device)
         gradients = [torch.randn_like(s).to(work.dtype) for s in sums]
 
         def loop() -> None:
@@ -338,7 +347,7 @@ def selection_plan(work: Workload) -> Plan:
     names = ("read four times", "cat + kthvalue", "fade_kernels")
 
     def prepare(device: torch.device) -> Prepared:
-        tensors = bench_selection.saliency(work.values, work.selection_shapes, device)
+        tensors = selection.saliency(work.values, work.selection_shapes, device)
         kept = int(KEEP * sum(t.numel() for t in tensors))
         # One flat tensor, so that reading is one launch: the floor, not the loop over tensors.
         flat = torch.ones(work.values, device=device).uniform_()
@@ -355,7 +364,7 @@ def selection_plan(work: Workload) -> Plan:
         found: dict[str, float] = {}
         calls = (
             lambda: [flat.sum() for _ in range(4)],
-            lambda: bench_selection.kth_value(tensors, KEEP),
+            lambda: selection.kth_value(tensors, KEEP),
             lambda: select_top_fraction(tensors, KEEP),
         )
         return Prepared(dict(zip(names, calls, strict=True)), error)
@@ -418,6 +427,7 @@ def plans(work: Workload = FULL) -> list[Plan]:
         selection_plan(work),
         accumulate_plan(work),
         saliency_pass_plan(work),
+        saliency_memory_plan(work),
         linear_gradient_plan(work),
         forward_plan(work),
         *linears(main, "attention", "forward", forced=True),

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -266,10 +266,6 @@ def environment() -> dict[str, Any]:
         "fade_kernels": fade_kernels.__version__,
         "build": build,
     }
-
-
-def timings_json(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    return {name: asdict(timing) for name, timing in timings.items()}
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:

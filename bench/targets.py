@@ -115,9 +115,9 @@ def gpu_targets() -> list[Target]:
         Target(f"{forward}, keep 10 %", None, speed[TEN.name]),
         Target(f"saliency pass / {kept}", 1.05, _columns("saliency pass", "streamed", "kept")),
         Target(
-            "saliency pass, memory / gradients kept and accumulators",
+            "saliency, gradient and accumulator memory / gradients kept, then added",
             0.55,
-            _columns("saliency pass", "streamed", "kept_then_added", "extra_bytes"),
+            _columns("saliency memory", "streamed", "kept_then_added", "extra_bytes"),
         ),
         Target("selection / reading four times", 1.5, _columns("selection", "fade_kernels", "read four times")),
         Target("selection / cat + kthvalue", None, _columns("selection", "fade_kernels", "cat + kthvalue")),
@@ -142,7 +142,9 @@ def cpu_targets() -> list[Target]:
         Target("CPU, selection / cat + kthvalue", 0.5, _columns("selection, CPU", "fade_kernels", "cat + kthvalue")),
         Target("CPU, saliency pass / backward with all weight gradients", 1.05,
                _columns("saliency pass, CPU", "streamed", "kept")),
-        Target("CPU, saliency pass, memory / gradients kept and accumulators", 0.55,
+        Target("CPU, saliency, gradient and accumulator memory / gradients kept, then added", 0.55,
+               _columns("saliency memory, CPU", "streamed", "kept_then_added", "extra_bytes")),
+        Target("CPU, saliency pass, all memory, activations too / gradients kept, then added", None,
                _columns("saliency pass, CPU", "streamed", "kept_then_added", "extra_bytes")),
     ]  # fmt: skip
 
