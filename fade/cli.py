@@ -459,6 +459,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON."
 
     Example: [bold]fade env[/bold]
     """
+    import importlib.metadata
+    import importlib.util
     import platform
 
     import torch
@@ -473,6 +475,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON."
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: version for package, version in versions().items() if package != "fade-unlearning"},
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
         "cpu threads": torch.get_num_threads(),
         "gpus": gpus or "none",
         **{f"kernels: {name}": value for name, value in fade_kernels.build_info().items()},
