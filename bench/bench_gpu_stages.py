@@ -8,6 +8,7 @@ made here from its configuration. Needs diffusers.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +165,24 @@ def run_authors(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, 
 PROCEDURES = {"ours": run_ours, "authors": run_authors}
 
 
-def measure(device: torch.device, scale: Scale = SD15, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Each procedure's stages, after an unmeasured run of one step each: {procedure: {stage: {seconds, bytes}}}."""
+def measure(
+    device: torch.device,
+    scale: Scale = SD15,
+    dtype: torch.dtype = torch.bfloat16,
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Each procedure's stages, after an unmeasured run of one step each: {procedure: {stage: {seconds, bytes}}}.
+
+    `beat` is called before every run.
+    """
     pipeline = random_pipeline(scale, device, dtype)
     found: dict[str, Any] = {}
     for name, run in PROCEDURES.items():
+        beat()
         run(pipeline, scale, 1)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        beat()
         found[name] = run(pipeline, scale, scale.steps)
     return found
 
@@ -179,9 +190,9 @@ def measure(device: torch.device, scale: Scale = SD15, dtype: torch.dtype = torc
 def plan(scale: Scale = SD15, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """The same as a table: time of both stages, the larger of their peaks, and each stage beside it."""
 
-    def cells(device: torch.device) -> dict[str, Cell]:
+    def cells(device: torch.device, beat: Callable[[], None]) -> dict[str, Cell]:
         result: dict[str, Cell] = {}
-        for name, stages in measure(device, scale, dtype).items():
+        for name, stages in measure(device, scale, dtype, beat).items():
             seconds = sum(stage["seconds"] for stage in stages.values())
             result[name] = {
                 "median": seconds, "low": seconds, "high": seconds, "fastest": seconds, "repeats": 1,

@@ -54,7 +54,7 @@ class Row:
     costs: Callable[[Chip], Mapping[str, Cost]] = lambda chip: {}
     weight: float = 1.0
     repeats: int = REPEATS
-    measure: Callable[[torch.device], dict[str, Cell]] | None = None
+    measure: Callable[[torch.device, Callable[[], None]], dict[str, Cell]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def measure_row(
         DeviceLostError: the device can be used no more by this process.
     """
     if row.measure is not None:
-        return row.measure(device)
+        return row.measure(device, beat)
     start = time.perf_counter()
     cells: dict[str, Cell] = {}
     prepared = row.prepare(device)

@@ -9,7 +9,7 @@ import functools
 import subprocess
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +72,18 @@ _positions: Any = WeakIdKeyDictionary()
 _UNKNOWN = MaskFacts(version=-1, density=1.0, occupancy=1.0)
 
 
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
     """Density and tile occupancy of a mask. While a CUDA graph is captured an unknown mask counts as full."""
     version = 0 if mask_words.is_inference() else mask_words._version
     facts = _facts.get(mask_words)
     if facts is not None and facts.version == version:
         return facts
-    if mask_words.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _capturing(mask_words):
         return _UNKNOWN
     rows = mask_words.shape[0]
     count = torch.ops.fade_kernels.mask_row_counts(mask_words).sum()
@@ -96,24 +101,47 @@ class MaskPositions(NamedTuple):
     by_column: Any
 
 
+def _positions_known(mask_words: Tensor) -> bool:
+    known = _positions.get(mask_words)
+    return known is not None and known[0] == (0 if mask_words.is_inference() else mask_words._version)
+
+
 def mask_positions(mask_words: Tensor, columns: int) -> MaskPositions:
-    """Where a mask's bits are, found once per mask, with a synchronisation, and kept as long as its words live."""
+    """Where a mask's bits are, found once per mask, with a synchronisation, and kept as long as its words live.
+
+    Raises RuntimeError where they are asked for first while a CUDA graph is captured.
+    """
     from fade_kernels.triton_kernels.gather import csc_from_csr, csr_from_words
 
-    version = 0 if mask_words.is_inference() else mask_words._version
-    known = _positions.get(mask_words)
-    if known is None or known[0] != version:
+    if not _positions_known(mask_words):
+        if _capturing(mask_words):
+            raise RuntimeError(
+                "the mask's positions are not known yet, and finding them cannot be captured in a CUDA graph: call the "
+                "operator once before the capture, on inputs of the same shapes"
+            )
         by_row = csr_from_words(mask_words, columns)
-        known = (version, MaskPositions(by_row, csc_from_csr(by_row, columns)))
-        _positions[mask_words] = known
-    return known[1]
+        positions = MaskPositions(by_row, csc_from_csr(by_row, columns))
+        if mask_words.is_cuda:
+            # Other streams may read them without having waited for this one.
+            torch.cuda.current_stream(mask_words.device).synchronize()
+        _positions[mask_words] = (0 if mask_words.is_inference() else mask_words._version, positions)
+    return _positions[mask_words][1]
+
+
+def _facts_for_choice(mask_words: Tensor, columns: int) -> MaskFacts:
+    """The facts; but while a graph is captured a mask whose positions are not known counts as too full to gather."""
+    facts = mask_facts(mask_words, columns)
+    if facts.density == 0.0 or not _capturing(mask_words) or _positions_known(mask_words):
+        return facts
+    return replace(facts, density=1.0)
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 
 def _tf32(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    # Not `allow_tf32`: reading it raises where the setting was made by this newer name; this follows both.
+    return tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, facts: MaskFacts, tf32: bool) -> str:
@@ -145,7 +173,7 @@ _FORCED_PATHS = {REGIMES["gather"]: "gather", REGIMES["tile"]: "fused", REGIMES[
 def _path(like: Tensor, mask_words: Tensor, tokens: int, columns: int, regime: int) -> str:
     if regime in _FORCED_PATHS:
         return _FORCED_PATHS[regime]
-    facts = mask_facts(mask_words, columns)
+    facts = _facts_for_choice(mask_words, columns)
     return choose_linear(like.dtype, tokens, mask_words.shape[0], columns, facts, _tf32(like))
 
 
@@ -175,7 +203,8 @@ def _precision(tensor: Tensor) -> str:
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
     """x W^T + bias of the library; zeros without a weight."""
     if weight is None:
-        return x.new_zeros((x.shape[0], rows)) if bias is None else bias.expand(x.shape[0], rows).contiguous()
+        # A copy, even for one token: the callers add to it.
+        return x.new_zeros((x.shape[0], rows)) if bias is None else bias.repeat(x.shape[0], 1)
     return F.linear(x, weight, bias)
 
 
@@ -266,7 +295,8 @@ def masked_lora_linear_factor_gradients(
     columns = lora_a.shape[1]
     path = {REGIMES["gather"]: "gather", REGIMES["tile"]: "tile", REGIMES["whole"]: "tile"}.get(regime)
     if path is None:
-        path = choose_factor_gradients(flat.shape[0], dy.shape[1], columns, mask_facts(mask_words, columns))
+        facts = _facts_for_choice(mask_words, columns)
+        path = choose_factor_gradients(flat.shape[0], dy.shape[1], columns, facts)
     if path == "zero" or flat.shape[0] == 0:
         return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     if path == "gather":
@@ -338,7 +368,7 @@ def masked_values_linear_gradient(
     dy, flat = reference.as_rows(grad_output), reference.as_rows(x)
     sampled = regime == REGIMES["gather"]
     if regime == REGIMES["auto"]:
-        facts = mask_facts(mask_words, flat.shape[1])
+        facts = _facts_for_choice(mask_words, flat.shape[1])
         sampled = choose_factor_gradients(flat.shape[0], dy.shape[1], flat.shape[1], facts) == "gather"
     if sampled:
         gathered = gather.sampled_gradient(dy, flat, mask_positions(mask_words, flat.shape[1]).by_row)
@@ -423,7 +453,7 @@ def _active_channels(mask_words: Tensor, in_channels: int, kernel: list[int]) ->
     version = 0 if mask_words.is_inference() else mask_words._version
     known = _channels.get(mask_words)
     if known is None or known[0] != version:
-        if mask_words.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(mask_words):
             return _Channels(None, None)
         columns = in_channels * kernel[0] * kernel[1]
         mask = torch.ops.fade_kernels.unpack_mask(mask_words, columns).reshape(-1, in_channels, kernel[0] * kernel[1])
@@ -439,7 +469,7 @@ def _active_channels(mask_words: Tensor, in_channels: int, kernel: list[int]) ->
 
 
 def _one_convolution(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and not (x.is_cuda and torch.backends.cudnn.allow_tf32)
+    return x.dtype == torch.float32 and not (x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32")
 
 
 def _select(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -662,6 +692,8 @@ def accumulate_linear_gradient_magnitude_(
 
     if saliency.numel() == 0 or input.numel() == 0 or grad_output.numel() == 0:
         return
+    dtype = torch.promote_types(grad_output.dtype, input.dtype)  # autocast mixes them, the product cannot
+    grad_output, input = grad_output.to(dtype), input.to(dtype)
     if not saliency.is_contiguous():
         scratch = saliency.contiguous()
         accumulate_linear_gradient_magnitude_(scratch, grad_output, input, magnitude, per_sample)
@@ -723,7 +755,9 @@ def _too_old(index: int | None) -> str:
 
 def _cannot_run(error: Exception) -> bool:
     """Whether the tool chain failed, and not the call: what went wrong on the device must be heard."""
-    if isinstance(error, (ImportError, subprocess.CalledProcessError)):
+    if isinstance(error, (ImportError, FileNotFoundError, subprocess.CalledProcessError)):
+        return True
+    if isinstance(error, RuntimeError) and "C compiler" in str(error):  # Triton builds its launchers with one
         return True
     return type(error).__module__.startswith("triton")
 

@@ -18,7 +18,7 @@ from kernel_testing import OPS, generator, opcheck
 from torch import Tensor, nn
 
 import fade_kernels
-from fade_kernels import BitMask, reference
+from fade_kernels import BitMask, dispatch, reference
 from fade_kernels.masked_lora import REGIMES, force_regime
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
@@ -278,11 +278,36 @@ def test_masked_lora_linear_in_every_regime(regime: str, dtype: torch.dtype, dev
 
 @on_every_device
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_masked_lora_linear(dtype: torch.dtype, device: str) -> None:
-    """Enough arithmetic for the paths that are chosen for it."""
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        {},
+        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0},
+        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 0.0},
+        {"gather_density": 2.0, "gather_flops": 0.0},
+    ],
+    ids=["auto", "split", "whole", "gather"],
+)
+def test_masked_lora_linear_on_every_chosen_path(
+    thresholds: dict[str, float], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths that no regime names are reached by moving the thresholds."""
+    monkeypatch.setattr(dispatch, "THRESHOLDS", dispatch.THRESHOLDS._replace(**thresholds))
     shape = (2048, 1280, 1280, 16) if device == "cuda" else (64, 256, 256, 16)
     for kind in ("0.1 %", "10 %", "corner"):
         check_lora(make_linear(device, shape, kind, dtype), True, True, dtype, kind)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_one_token_without_a_weight_leaves_the_bias_alone(regime: str, dtype: torch.dtype, device: str) -> None:
+    layer = make_linear(device, (1, 24, 40, 3), "10 %", dtype)
+    bias = layer.bias.clone()
+    with force_regime(regime):
+        check_lora(layer, False, True, dtype, "10 %")
+        fade_kernels.masked_values_linear(layer.x, None, layer.bias, layer.values, layer.mask, layer.scale)
+    assert torch.equal(layer.bias, bias)
 
 
 @on_every_device
@@ -337,7 +362,8 @@ def test_small_delta_survives(kind: str, dtype: torch.dtype, device: str) -> Non
         ("dX", grad_x, grad_output @ weight, grad_output @ delta),
     ):
         rounding = abs(projection((base + term).to(dtype), base, term) - 1)
-        assert abs(projection(actual, base, term) - 1) <= FORWARD[dtype] + 3 * rounding, name
+        # In fp32 a library's order of summation moves it by some 1e-5; a delta that is lost would move it by 1.
+        assert abs(projection(actual, base, term) - 1) <= max(FORWARD[dtype], 1e-4) + 3 * rounding, name
         assert rounding < 0.5, "the test would notice nothing"
     alone = lora_results(layer, None, None)
     assert error(alone[0], x @ delta.t()) <= FORWARD[dtype]

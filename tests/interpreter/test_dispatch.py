@@ -158,6 +158,15 @@ def test_merging(dtype: torch.dtype, rng: torch.Generator) -> None:
             assert torch.equal(out[~layer.bits], outside[~layer.bits])
 
 
+def test_one_token_without_a_weight_leaves_the_bias_alone(regime: int, rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.3, rng)
+    words, scale, bias = layer.mask.words, layer.scale, layer.bias.clone()
+    factors = (layer.lora_a, layer.lora_b)
+    dispatch.masked_lora_linear(layer.x[:1], None, layer.bias, *factors, words, scale, regime)
+    dispatch.masked_values_linear(layer.x[:1], None, layer.bias, layer.values, words, scale, regime)
+    assert torch.equal(layer.bias, bias)
+
+
 @pytest.mark.parametrize("choice", ["fused", "scratch"])
 @pytest.mark.parametrize("magnitude", ["abs", "signed", "square"])
 @pytest.mark.parametrize("per_sample", [True, False])
@@ -174,6 +183,29 @@ def test_linear_magnitude(
             expected, layer.dy.double(), layer.x.double(), magnitude, per_sample
         )
         assert frobenius_error(saliency, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
+def test_linear_magnitude_of_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype], rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.2, rng)
+    dy, x = layer.dy.to(dtypes[0]), layer.x.to(dtypes[1])
+    saliency, expected = torch.zeros(37, 70), torch.zeros(37, 70, dtype=torch.float64)
+    dispatch.accumulate_linear_gradient_magnitude_(saliency, dy, x, "abs", False)
+    reference.accumulate_linear_gradient_magnitude_(expected, dy.double(), x.double(), "abs", False)
+    assert frobenius_error(saliency, expected) <= 1e-5
+
+
+def test_while_a_graph_is_captured_nothing_is_gathered_from_unknown_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = BitMask.pack(torch.eye(64, dtype=torch.bool)).words
+    assert dispatch.mask_facts(words, 64).density == 1 / 64
+    monkeypatch.setattr(dispatch, "_capturing", lambda tensor: True)
+    assert dispatch._facts_for_choice(words, 64).density == 1.0
+    with pytest.raises(RuntimeError, match="call the operator once before the capture"):
+        dispatch.mask_positions(words, 64)
+    monkeypatch.setattr(dispatch, "_capturing", lambda tensor: False)
+    dispatch.mask_positions(words, 64)
+    monkeypatch.setattr(dispatch, "_capturing", lambda tensor: True)
+    assert dispatch._facts_for_choice(words, 64).density == 1 / 64
 
 
 def test_a_mask_that_changes_in_place_is_counted_again() -> None:
@@ -200,7 +232,15 @@ def test_choices_follow_the_thresholds() -> None:
     assert choose(0.1, 1.0, 100_000, half) == "whole"
 
 
-def test_a_kernel_that_cannot_run_is_replaced_by_its_definition_with_one_warning() -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ImportError("no module named triton"),
+        FileNotFoundError("no such file: gcc"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_replaced_by_its_definition_with_one_warning(broken: Exception) -> None:
     def served(error: Exception) -> Callable[..., Any]:
         def kernel(*_: Any) -> Any:
             raise error
@@ -209,9 +249,9 @@ def test_a_kernel_that_cannot_run_is_replaced_by_its_definition_with_one_warning
 
     layer = Layer(torch.float32, 0.2, torch.Generator())
     arguments = (layer.weight, layer.lora_a, layer.lora_b, layer.mask.words, layer.scale)
-    serve = served(ImportError("no module named triton"))
+    serve = served(broken)
     try:
-        with pytest.warns(RuntimeWarning, match=r"effective_weight.*no module named triton"):
+        with pytest.warns(RuntimeWarning, match=f"effective_weight.*{broken}"):
             first = serve(*arguments)
         assert torch.equal(first, reference.effective_weight(*arguments))
         assert torch.equal(serve(*arguments), first)  # pytest turns a second warning into an error
