@@ -162,8 +162,8 @@ def test_one_token_without_a_weight_leaves_the_bias_alone(regime: int, rng: torc
     layer = Layer(torch.float32, 0.3, rng)
     words, scale, bias = layer.mask.words, layer.scale, layer.bias.clone()
     factors = (layer.lora_a, layer.lora_b)
-    dispatch.masked_lora_linear(layer.x[:1], None, layer.bias, *factors, words, scale, regime)
-    dispatch.masked_values_linear(layer.x[:1], None, layer.bias, layer.values, words, scale, regime)
+    dispatch.masked_lora_linear(layer.x[0, :1], None, layer.bias, *factors, words, scale, regime)
+    dispatch.masked_values_linear(layer.x[0, :1], None, layer.bias, layer.values, words, scale, regime)
     assert torch.equal(layer.bias, bias)
 
 
