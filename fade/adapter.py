@@ -5,6 +5,7 @@ It is an ordinary PEFT adapter whose layers are masked (`fade.layers`); its file
 
 import dataclasses
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -111,6 +112,8 @@ class Adapter:
     @scale.setter
     def scale(self, value: float) -> None:
         self._refuse_while_merged()
+        if not math.isfinite(value):
+            raise FadeError(f"the scale must be a finite number, not {value}")
         for layer in self._require_layers().values():
             layer.set_scale(self.name, float(value))
 
@@ -170,6 +173,16 @@ class Adapter:
         return f"Adapter({self.name!r}: forgets {concept['forget']!r} as {concept['surrogate']!r})"
 
 
+def check_name(denoiser: nn.Module, name: str) -> None:
+    """Raises FadeError where an adapter cannot be called `name` on this denoiser."""
+    if name in getattr(denoiser, "peft_config", {}):
+        raise FadeError(f"the pipeline already has an adapter called {name!r}; choose another name or remove it")
+    if not name.isidentifier():
+        raise FadeError(
+            f"the adapter name {name!r} must be letters, digits and underscores, and not begin with a digit"
+        )
+
+
 def attach(
     pipeline: Any,
     name: str,
@@ -185,10 +198,7 @@ def attach(
     Raises FadeError where the name is taken, a layer does not exist or does not fit, or no mask selects anything.
     """
     denoiser = pipeline.unet
-    if name in getattr(denoiser, "peft_config", {}):
-        raise FadeError(f"the pipeline already has an adapter called {name!r}; choose another name or remove it")
-    if not name.isidentifier():
-        raise FadeError(f"the adapter name {name!r} must be letters, digits and underscores")
+    check_name(denoiser, name)
     refuse_merged(denoiser)
     masks = {layer: mask for layer, mask in masks.items() if mask.count}
     if not masks:
@@ -248,7 +258,7 @@ def load_adapter(
             raise WrongBaseError(
                 f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(trained_on)}), but "
                 f"this pipeline is {base_name(pipeline)} ({short_digest(found)}). Load the base it was made for, "
-                "or pass check_base=False"
+                "or pass --any-base (in Python: check_base=False)"
             )
     first = next(iter(file.layers.values()), None)
     if first is None:

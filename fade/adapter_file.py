@@ -129,9 +129,9 @@ def _read_layer(key: str, shape: tuple[int, int], form: str, tensors: dict[str, 
     def take(part: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> Tensor:
         tensor = tensors.pop(f"{key}.{part}", None)
         if tensor is None:
-            raise AdapterFileError(f"tensor {key}.{part} is missing")
+            raise ValueError(f"tensor {key}.{part} is missing")
         if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tensor.shape != shape):
-            raise AdapterFileError(f"tensor {key}.{part} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}")
+            raise ValueError(f"tensor {key}.{part} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}")
         return tensor
 
     if f"{key}.mask" in tensors:
@@ -139,27 +139,27 @@ def _read_layer(key: str, shape: tuple[int, int], form: str, tensors: dict[str, 
     else:
         counts = take("row_counts", torch.int32, (n,)).long()
         if counts.min() < 0 or counts.max() > k:
-            raise AdapterFileError(f"tensor {key}.row_counts is out of range")
+            raise ValueError(f"tensor {key}.row_counts is out of range")
         columns = take("columns", torch.uint16, (int(counts.sum()),)).long()
         rows = torch.repeat_interleave(torch.arange(n), counts)
         flat = rows * k + columns
         if columns.numel() and (columns.max() >= k or (flat.diff() <= 0).any()):
-            raise AdapterFileError(f"tensor {key}.columns is out of range or out of order")
+            raise ValueError(f"tensor {key}.columns is out of range or out of order")
         dense = torch.zeros(n * k, dtype=torch.bool)
         dense[flat] = True
         mask = BitMask.pack(dense.view(n, k))
 
     def finite(tensor: Tensor, part: str) -> Tensor:
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"tensor {key}.{part} holds NaN, infinity or no floating-point numbers")
+            raise ValueError(f"tensor {key}.{part} holds NaN, infinity or no floating-point numbers")
         return tensor
 
     if form == "values":
         return LayerTensors(mask, values=finite(take("values", torch.float32, (mask.count,)), "values"))
     if form != "factors":
-        raise AdapterFileError(f"unknown form {form!r}")
+        raise ValueError(f"unknown form {form!r}")
     lora_a, lora_b = finite(take("a", None, None), "a"), finite(take("b", None, None), "b")
     rank = lora_a.shape[0]
     if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
-        raise AdapterFileError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
+        raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     return LayerTensors(mask, factors=(lora_a, lora_b))

@@ -286,9 +286,11 @@ def generate(
         raise FadeError(f"the image file {output} must end in a known image type, such as .png or .jpg")
     from fade.adapter import load_adapter
     from fade.backbones import backbone_for
-    from fade.files import atomic_write
+    from fade.files import atomic_write, check_writable
     from fade.loading import load_model
 
+    for index in range(1, count + 1):
+        check_writable(output if count == 1 else output.with_stem(f"{output.stem}-{index}"))
     pipeline = load_model(model, device, dtype)
     for index, path in enumerate(adapter or []):
         load_adapter(pipeline, path, name=f"fade_{index}", scale=scale, check_base=not any_base)
@@ -334,11 +336,14 @@ def evaluate(
     from fade.adapter import load_adapter
     from fade.evaluation import evaluate as run
     from fade.evaluation import first_seeds, full_record
-    from fade.files import atomic_write
+    from fade.files import atomic_write, check_writable
     from fade.loading import load_model
     from fade.measure import measured
     from fade.report import write_report
 
+    for wanted in (json_file, report):
+        if wanted is not None:
+            check_writable(wanted)
     pipeline = load_model(model, device, dtype)
     attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
     with measured(pipeline.device) as cost:
@@ -493,8 +498,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # and about several adapters at once, which is what was asked for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with typer.main.get_command(app).make_context("fade", list(arguments)) as context:
             context.command.invoke(context)

@@ -23,10 +23,10 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     or cannot be written; an old folder then stays as it was.
     """
     output = Path(output)
-    if (output.exists() or output.is_symlink()) and not overwrite:
-        raise FadeError(f"{output} exists already; pass --overwrite to replace it")
     if output.exists() and not (output / "model_index.json").is_file():
         raise FadeError(f"{output} is not a diffusers model folder, so it is not replaced; name another output")
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise FadeError(f"{output} exists already; pass --overwrite to replace it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,6 +41,9 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     try:
         with without_loading_bars():
             pipeline.save_pretrained(fresh, safe_serialization=True)
+        mode = (fresh / "model_index.json").stat().st_mode
+        for weights in fresh.rglob("*.safetensors"):
+            weights.chmod(mode)  # written for their owner alone
         if output.exists():
             os.replace(output, old)
         try:

@@ -94,6 +94,10 @@ def _device(name: str | None) -> torch.device:
         raise FadeError(f"unknown device {name!r}; say cpu, cuda or cuda:0") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise FadeError(f"there is no device {name}; this machine has {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise FadeError(f"the device {name!r} cannot be used here; say cpu, cuda or cuda:0") from error
     return device
 
 

@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fade.adapter import Adapter, active_adapters, attach, new_metadata, set_active_adapters
+from fade.adapter import Adapter, active_adapters, attach, check_name, new_metadata, set_active_adapters
 from fade.backbones import Backbone, backbone_for
 from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, target_layers
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
-from fade.files import atomic_write
+from fade.files import atomic_write, check_writable
 from fade.latents import Latents, prepare_latents
 from fade.measure import Measurement, measured
 from fade.saliency import Located, locate
@@ -63,12 +63,13 @@ def unlearn(
     them, against the base weights. Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()
+    if not isinstance(config, Config):
+        raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
     backbone = backbone_for(pipeline)
     if concept is None:
         concept = _concept(pipeline, forget, surrogate, templates, retain)
     layers = target_layers(backbone.denoiser, config.locate.targets)
-    if name in getattr(backbone.denoiser, "peft_config", {}):
-        raise FadeError(f"the pipeline already has an adapter called {name!r}; choose another name or remove it")
+    check_name(backbone.denoiser, name)
     refuse_merged(backbone.denoiser)
     digests = fingerprint(backbone.denoiser)
     folder = None if output is None else _open_folder(Path(output), concept, config, digests, overwrite, resume)
@@ -76,10 +77,16 @@ def unlearn(
     data, located_in, overwritten = Measurement(), Measurement(), Measurement()
     with _frozen(backbone.denoiser) as active:
         with measured(backbone.device) as data:
-            latents = prepare_latents(
-                backbone, concept, config.data, config.seed, next(iter(digests.values())),
-                folder and folder / LATENTS_FILE, progress,
-            )  # fmt: skip
+            try:
+                latents = prepare_latents(
+                    backbone, concept, config.data, config.seed, next(iter(digests.values())),
+                    folder and folder / LATENTS_FILE, progress,
+                )  # fmt: skip
+            except FadeError:
+                # A wrong image folder is no run to go on with: the next try finds the output folder free.
+                if folder is not None and not resume:
+                    (folder / REQUEST_FILE).unlink(missing_ok=True)
+                raise
             embeddings = _encode(backbone, latents)
         with backbone.only_denoiser_on_device():
             with measured(backbone.device) as located_in:
@@ -186,7 +193,9 @@ def _open_folder(
             raise FadeError(f"the run in {folder} has another {' and '.join(changed)}; resume with the same settings")
         return folder
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it or --resume to go on")
+        going_on = " or --resume to go on" if (folder / REQUEST_FILE).exists() else ""
+        raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it{going_on}")
+    check_writable(folder / ADAPTER_FILE)
     for leftover in (CHECKPOINT_FILE, MASKS_FILE):
         (folder / leftover).unlink(missing_ok=True)
     _write_json(folder / REQUEST_FILE, request)

@@ -28,6 +28,8 @@ class ClipJudge:
         self.classes = tuple(classes)
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise FadeError(f"a judge needs at least two different classes, got {', '.join(self.classes) or 'none'}")
+        if not Path(model).exists() and str(model).count("/") != 1:
+            raise FadeError(f"there is no judge {str(model)!r}: give a folder or hub id (owner/name) of a CLIP model")
         try:
             config = AutoConfig.from_pretrained(model)
             if config.model_type != "clip":

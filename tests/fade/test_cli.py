@@ -161,6 +161,9 @@ def test_devices_and_dtypes_that_do_not_exist(model: Path) -> None:
         load_model(str(model), device="gpu0")
     with pytest.raises(FadeError, match="there is no device cuda:99"):
         load_model(str(model), device="cuda:99")
+    for unusable in ("meta", "mps"):
+        with pytest.raises(FadeError, match=f"the device '{unusable}' cannot be used here"):
+            load_model(str(model), device=unusable)
     with pytest.raises(FadeError, match="unknown dtype 'int4'"):
         load_model(str(model), dtype="int4")
     assert load_model(str(model), "cpu", "bf16").unet.dtype == torch.bfloat16
@@ -207,7 +210,9 @@ def test_the_whole_walk_on_a_model_folder(
     assert described["bytes"] == file.stat().st_size
     assert sum(layer["selected"] for layer in described["layers"].values()) == described["selected"]
 
-    assert "--judge" in refused("evaluate", model, "--adapter", file, "--device", "cpu", "--quiet")
+    evaluate = ("evaluate", model, "--adapter", file, "--device", "cpu", "--quiet")
+    assert "--judge" in refused(*evaluate)
+    assert "there is no judge 'clip'" in refused(*evaluate, "--judge", "clip", "--classes", "cat,horse")
 
 
 def test_a_keep_that_selects_nothing_is_refused(refused: Any, model: Path, tmp_path: Path) -> None:
@@ -216,6 +221,46 @@ def test_a_keep_that_selects_nothing_is_refused(refused: Any, model: Path, tmp_p
     words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--output", tmp_path / "out", "--config", toml]
     assert "keep" in refused(*words, "--keep", 1e-9, "--device", "cpu", "--quiet")
     assert "matches no Linear" in refused(*words, "--target", "nothing", "--device", "cpu", "--quiet", "--overwrite")
+
+
+def test_a_call_that_fails_early_leaves_the_output_folder_free(refused: Any, model: Path, tmp_path: Path) -> None:
+    toml, output, images = tmp_path / "quick.toml", tmp_path / "out", tmp_path / "images"
+    toml.write_text(QUICK_TOML)
+    words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--config", toml, "--device", "cpu", "--quiet"]
+    assert "must be letters, digits" in refused(*words, "--output", output, "--name", "a-b")
+    assert not output.exists()
+    images.mkdir()
+    for _ in range(2):
+        assert "image" in refused(*words, "--output", output, "--forget-images", images)
+    assert list(output.iterdir()) == []
+    assert "is a file, not a folder" in refused(*words, "--output", toml / "below")
+
+
+def test_results_that_could_not_be_written_are_refused_before_the_work(
+    refused: Any, model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fade.loading.load_model", lambda *_: pytest.fail("the work began"))
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert "it is a folder" in refused("generate", model, "--prompt", "x", "--output", folder)
+    assert "is a file, not a folder" in refused("generate", model, "--prompt", "x", "--output", adapter / "x.png")
+    for option in ("--json", "--report"):
+        assert "it is a folder" in refused("evaluate", model, "--adapter", adapter, option, folder)
+
+
+def test_a_scale_must_be_a_number(refused: Any, model: Path, adapter: Path, tmp_path: Path) -> None:
+    words = ["generate", model, "--adapter", adapter, "--prompt", "x", "--output", tmp_path / "x.png"]
+    assert "must be a finite number, not nan" in refused(*words, "--scale", "nan", "--device", "cpu")
+
+
+def test_others_may_read_what_is_written(model: Path, adapter: Path, tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    words = ["merge", model, "--adapter", adapter, "--output", tmp_path / "merged"]
+    assert cli.main([str(word) for word in words]) == 0
+    written = [adapter, *(tmp_path / "merged").rglob("*.safetensors")]
+    assert len(written) > 2
+    assert {path.stat().st_mode for path in written} == {usual.stat().st_mode}
 
 
 def test_generate_draws_the_same_image_for_the_same_seed(
