@@ -22,8 +22,11 @@ class Chip:
         bandwidth: bytes a second of device memory, reads and writes together.
         matrix: FLOP/s of large bf16 matrix products through the vendor's library.
         fp32: FLOP/s of fp32 matrix products without TF32.
-        gathered: FLOP/s of multiply-adds that fetch one bf16 operand by an index from the L2 cache: its bandwidth,
-            at two bytes and two operations each. Nobody has measured it here.
+        gathered: FLOP/s of multiply-adds that fetch a bf16 operand by an index from shared memory: by the compiled
+            code for sm_90, 9.3 instructions a position and warp (64 of them) and 30 a row of 13 positions, four issued
+            a cycle on each of 132 multiprocessors at 1.75 GHz. Nobody has measured it here.
+        sampled: the same of products with both operands fetched: four accesses to shared memory or other lanes, one of
+            them issued a cycle.
         launch: seconds from one kernel's end to the next one's start.
         efficiency: share of `matrix` that a kernel of our own reaches where arithmetic or memory binds it.
         row_tile: rows of x for which a fused kernel makes a tile of the delta once; 0: making it costs nothing.
@@ -34,6 +37,7 @@ class Chip:
     matrix: float
     fp32: float
     gathered: float
+    sampled: float
     launch: float = 2.5e-6
     efficiency: float = 0.85
     row_tile: int = 128
@@ -42,16 +46,16 @@ class Chip:
 # H200: bandwidth and matrix rate as measured (copy of 8.6 GB; 8192^3 product on random data); the others are data
 # sheets' values for bandwidth and dense bf16, times the same shares that the H200 reached of its own (0.9 and 0.78).
 CHIPS = {
-    "h200": Chip("NVIDIA H200", bandwidth=4.3e12, matrix=0.77e15, fp32=50e12, gathered=5.5e12),
-    "h100": Chip("NVIDIA H100 SXM", bandwidth=3.0e12, matrix=0.77e15, fp32=50e12, gathered=5.5e12),
-    "a100": Chip("NVIDIA A100 80 GB", bandwidth=1.8e12, matrix=0.24e15, fp32=15e12, gathered=4e12),
-    "b200": Chip("NVIDIA B200", bandwidth=7.2e12, matrix=1.75e15, fp32=60e12, gathered=9e12),
+    "h200": Chip("NVIDIA H200", bandwidth=4.3e12, matrix=0.77e15, fp32=50e12, gathered=10e12, sampled=7.4e12),
+    "h100": Chip("NVIDIA H100 SXM", bandwidth=3.0e12, matrix=0.77e15, fp32=50e12, gathered=10e12, sampled=7.4e12),
+    "a100": Chip("NVIDIA A100 80 GB", bandwidth=1.8e12, matrix=0.24e15, fp32=15e12, gathered=6.6e12, sampled=4.9e12),
+    "b200": Chip("NVIDIA B200", bandwidth=7.2e12, matrix=1.75e15, fp32=60e12, gathered=11.8e12, sampled=8.7e12),
 }
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: its work and the unit that does the arithmetic ("matrix", "fp32" or "gathered")."""
+    """One launch: its work and the unit that does the arithmetic ("matrix", "fp32", "gathered" or "sampled")."""
 
     name: str
     flops: float
@@ -263,13 +267,16 @@ def gather(layer: Linear, rank: int, density: float) -> Cost:
     """
     t, n, k = _sizes(layer)
     nnz = density * n * k
-    values = Kernel("values of D", 2.0 * rank * nnz, 8 * nnz + BF16 * rank * (n + k), "gathered", ours=True)
+    values = Kernel("values of D", 2.0 * rank * nnz, 16 * nnz + BF16 * rank * (n + k), "gathered", ours=True)
     product = Kernel("y += x Dᵀ", 2.0 * t * nnz, 8 * nnz + BF16 * (t * k + 2 * t * n), "gathered", ours=True)
     back = Kernel("dX += dY D", 2.0 * t * nnz, 8 * nnz + BF16 * (t * n + 2 * t * k), "gathered", ours=True)
-    sampled = Kernel("dYᵀ X sampled", 2.0 * t * nnz, 8 * nnz + BF16 * t * (n + k), "gathered", ours=True)
-    contracted = Kernel("dA, dB", 4.0 * rank * nnz, 8 * nnz + (BF16 + FP32) * rank * (n + k), "gathered", ours=True)
+    sampled = Kernel("dYᵀ X sampled", 2.0 * t * nnz, 8 * nnz + BF16 * t * (n + k), "sampled", ours=True)
+    # One partial sum a block, two blocks on each of 132 multiprocessors or one for each 32 rows of x.
+    parts = min(264, -(-t // 32))
+    summed = Kernel("its partial sums", 0.0, 2 * FP32 * parts * nnz, ours=True)
+    contracted = Kernel("dA, dB", 4.0 * rank * nnz, 16 * nnz + (BF16 + FP32) * rank * (n + k), "gathered", ours=True)
     base = frozen(layer)
-    return Cost((*base.forward, values, product), (*base.backward, back, sampled, contracted))
+    return Cost((*base.forward, values, product), (*base.backward, values, back, sampled, summed, contracted))
 
 
 # --- saliency and selection ------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from fade_kernels import (
     select_top_fraction,
 )
 from fade_kernels.masked_lora import REGIMES
+from fade_kernels.positions import find_positions
 
 
 def cuda_library(device: torch.device) -> None:
-    """Accumulation, selection, packing and occupancy."""
+    """Accumulation, selection, packing, occupancy and the gather path."""
     shapes = ((37, 70), (1, 1), (5, 1025), (64, 64), (3, 0))
     sums = [torch.rand(shape, device=device) for shape in shapes]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -31,6 +32,28 @@ def cuda_library(device: torch.device) -> None:
         again = BitMask.pack(mask.unpack())
         assert again == mask and again.count == mask.count
         mask.occupancy(32), mask.row_counts
+    for tokens, rows, columns in ((67, 72, 97), (1, 33, 40), (2200, 40, 33), (70, 40, 2500)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            gathered(device, dtype, tokens, rows, columns)
+
+
+def gathered(device: torch.device, dtype: torch.dtype, tokens: int, rows: int, columns: int) -> None:
+    """The products at a mask's positions, in both orders, and their gradients."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, dy, factors = random(tokens, columns), random(tokens, rows), (random(5, columns), random(rows, 5))
+    mask = BitMask.pack(torch.rand(rows, columns, device=device) < 0.02)
+    by_row, by_column, order = find_positions(mask.words, columns)
+    scale, ops = torch.tensor(0.5, device=device), torch.ops.fade_kernels
+    ops.add_gathered_lora_(dy.clone(), x, *factors, *by_row, False, scale)
+    ops.add_gathered_lora_(x.clone(), dy, *factors, *by_column, True, scale)
+    gradient = ops.sampled_gradient(dy, x, *by_row)
+    ops.add_gathered_values_(x.clone(), dy, gradient, order, by_column.starts, by_column.index, scale)
+    ops.sampled_factor_gradients(
+        gradient, by_row.starts, by_row.index, by_column.starts, by_column.index, order, *factors, scale
+    )
 
 
 def triton_kernels(device: torch.device) -> None:

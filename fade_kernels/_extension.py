@@ -69,6 +69,11 @@ _module, _reason = _load()
 _cuda, _cuda_reason = _load_cuda()
 
 
+def cuda_library_loaded() -> bool:
+    """Whether the CUDA library serves its operators."""
+    return _cuda is not None
+
+
 def missing_cuda() -> str:
     """A sentence that says why there is no CUDA library, "" where there is one or the user left it out."""
     return "" if _cuda is not None or FORCED else MISSING_CUDA.format(reason=_cuda_reason)

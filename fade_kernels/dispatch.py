@@ -1,8 +1,8 @@
 """Which kernel serves a tensor on a CUDA device: one function per decision, one table of thresholds.
 
 Apart from the kernels because it is the only place that knows all of them. Operators: `_ops.py`; kernels:
-`triton_kernels/` and csrc/cuda (accumulate, select, masks: registered by their own library). What cannot run on a
-machine (an old GPU, a Triton that does not compile) is served by the definition, after one warning that says why.
+`triton_kernels/` and csrc/cuda (accumulate, select, masks, gather: registered by their own library). What cannot run on
+a machine (an old GPU, a Triton that does not compile) is served by the definition, after one warning that says why.
 """
 
 import functools
@@ -19,25 +19,34 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
-from fade_kernels._extension import missing_cuda
+from fade_kernels._extension import cuda_library_loaded, missing_cuda
 from fade_kernels.masked_lora import REGIMES, is_linear, pixels
+from fade_kernels.positions import MaskPositions, find_positions
 
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
 class Thresholds(NamedTuple):
-    """Where one path overtakes another, in the linear's forward pass.
+    """Where one path overtakes another, in the linear's forward pass where nothing else is said.
 
     None is measured yet: each is where the roofline model of an H200 (`bench/roofline.py`: 4.3 TB/s, 0.77 PFLOP/s,
     2.5 us a launch, own kernels at 0.85 of that rate) predicts that two paths take equally long; microseconds below are
     its predictions.
     """
 
-    gather_density: float = 0.002
-    """Up to this density, and from `gather_flops` on, only the mask's positions are computed: for 8192 tokens at 3072
-    channels 291 us, where occupied tiles take 331 (half of them occupied) and a second product 414."""
-    gather_flops: float = 1e11
-    """Below, transposing x and the launches cost more than the tiles: 4096 tokens at 1280 channels 40 us against 34."""
+    gather_density: float = 0.01
+    """Up to this density over the share of occupied tiles, only the mask's positions are computed: at 8192 tokens and
+    3072 channels 363 us, where occupied tiles take 490 (all of them occupied), at 4096 tokens and 1280 channels 38
+    against 44."""
+    gather_occupancy: float = 0.4
+    """Below this share of occupied tiles they are cheaper, however few bits they hold: 4096 tokens at 1280 channels,
+    both passes, 77 us against 74."""
+    gather_flops: float = 1e10
+    """Below, the memory that the products at positions move, and their launches, cost more than the tiles: 8192 tokens
+    at 640 channels 24 us against 23."""
+    sampled_density: float = 0.003
+    """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
+    tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
     library_flops: float = 2e10
     """From this much arithmetic in x W^T on, a library product and a second kernel for the delta beat one fused kernel:
     45 against 44 us at 1.3e10 (4096 tokens, 1280 channels), 490 against 457 at 1.5e11, tiles all occupied."""
@@ -94,13 +103,6 @@ def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
     return facts
 
 
-class MaskPositions(NamedTuple):
-    """The mask's positions by row and by column, for the sparse products (`triton_kernels.gather.Segments`)."""
-
-    by_row: Any
-    by_column: Any
-
-
 def _positions_known(mask_words: Tensor) -> bool:
     known = _positions.get(mask_words)
     return known is not None and known[0] == (0 if mask_words.is_inference() else mask_words._version)
@@ -111,16 +113,13 @@ def mask_positions(mask_words: Tensor, columns: int) -> MaskPositions:
 
     Raises RuntimeError where they are asked for first while a CUDA graph is captured.
     """
-    from fade_kernels.triton_kernels.gather import csc_from_csr, csr_from_words
-
     if not _positions_known(mask_words):
         if _capturing(mask_words):
             raise RuntimeError(
                 "the mask's positions are not known yet, and finding them cannot be captured in a CUDA graph: call the "
                 "operator once before the capture, on inputs of the same shapes"
             )
-        by_row = csr_from_words(mask_words, columns)
-        positions = MaskPositions(by_row, csc_from_csr(by_row, columns))
+        positions = find_positions(mask_words, columns)
         if mask_words.is_cuda:
             # Other streams may read them without having waited for this one.
             torch.cuda.current_stream(mask_words.device).synchronize()
@@ -128,12 +127,28 @@ def mask_positions(mask_words: Tensor, columns: int) -> MaskPositions:
     return _positions[mask_words][1]
 
 
+@functools.cache
+def _widest_slab(index: int | None) -> int:
+    """Columns of x or dY of which the gather kernels hold eight words a row and some more (`csrc/cuda/gather.cu`)."""
+    shared_bytes = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return shared_bytes // (4 * 9) - 256
+
+
+def _can_gather(mask_words: Tensor, columns: int) -> bool:
+    """Whether the gather kernels are there and fit; the definitions that serve elsewhere are only for tests."""
+    if not mask_words.is_cuda:
+        return True
+    return cuda_library_loaded() and max(mask_words.shape[0], columns) <= _widest_slab(mask_words.device.index)
+
+
 def _facts_for_choice(mask_words: Tensor, columns: int) -> MaskFacts:
-    """The facts; but while a graph is captured a mask whose positions are not known counts as too full to gather."""
+    """The facts; but a mask that cannot be gathered counts as too full for it.
+
+    So does one whose positions are not known while a graph is captured.
+    """
     facts = mask_facts(mask_words, columns)
-    if facts.density == 0.0 or not _capturing(mask_words) or _positions_known(mask_words):
-        return facts
-    return replace(facts, density=1.0)
+    gatherable = _can_gather(mask_words, columns) and (not _capturing(mask_words) or _positions_known(mask_words))
+    return facts if gatherable or facts.density == 0.0 else replace(facts, density=1.0)
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
@@ -142,6 +157,10 @@ def _facts_for_choice(mask_words: Tensor, columns: int) -> MaskFacts:
 def _tf32(tensor: Tensor) -> bool:
     # Not `allow_tf32`: reading it raises where the setting was made by this newer name; this follows both.
     return tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _sparse_enough(facts: MaskFacts, density: float) -> bool:
+    return facts.density <= density * facts.occupancy and facts.occupancy >= THRESHOLDS.gather_occupancy
 
 
 def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, facts: MaskFacts, tf32: bool) -> str:
@@ -160,7 +179,7 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
     if dtype == torch.float32 and not tf32:
         return "scratch"
     flops = 2.0 * tokens * rows * columns
-    if facts.density <= THRESHOLDS.gather_density and flops >= THRESHOLDS.gather_flops:
+    if _sparse_enough(facts, THRESHOLDS.gather_density) and flops >= THRESHOLDS.gather_flops:
         return "gather"
     if flops < THRESHOLDS.library_flops:
         return "fused"
@@ -182,7 +201,7 @@ def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFac
     if facts.density == 0.0:
         return "zero"
     large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
-    return "gather" if large and facts.density <= THRESHOLDS.gather_density else "tile"
+    return "gather" if large and _sparse_enough(facts, THRESHOLDS.sampled_density) else "tile"
 
 
 def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:
@@ -220,7 +239,6 @@ def masked_lora_linear(
 ) -> Tensor:
     """Forward of x [..., K]; the choice: `choose_linear`."""
     from fade_kernels.triton_kernels import effective_weight as merging
-    from fade_kernels.triton_kernels import gather
     from fade_kernels.triton_kernels import masked_lora_forward as forward
 
     rows, columns = lora_b.shape[0], lora_a.shape[1]
@@ -235,7 +253,7 @@ def masked_lora_linear(
         y = _linear(flat, weight, bias, rows)
         if path == "gather":
             by_row = mask_positions(mask_words, columns).by_row
-            gather.add_sparse_product(y, flat, by_row, gather.gather_values(lora_a, lora_b, by_row), scale)
+            torch.ops.fade_kernels.add_gathered_lora_(y, flat, lora_a, lora_b, *by_row, False, scale.float())
         elif path == "split":
             forward.add_masked_lora(y, flat, *delta, input_precision=_precision(x))
         elif path == "whole":
@@ -254,7 +272,6 @@ def masked_lora_linear_input_gradient(
 ) -> Tensor:
     """dX of dY [..., N], by the same paths."""
     from fade_kernels.triton_kernels import effective_weight as merging
-    from fade_kernels.triton_kernels import gather
     from fade_kernels.triton_kernels import masked_lora_input_gradient as backward
 
     columns = lora_a.shape[1]
@@ -268,9 +285,8 @@ def masked_lora_linear_input_gradient(
     else:
         dx = flat.new_zeros((flat.shape[0], columns)) if weight is None else flat @ weight
         if path == "gather":
-            positions = mask_positions(mask_words, columns)
-            values = gather.gather_values(lora_a, lora_b, positions.by_row)
-            gather.add_sparse_product(dx, flat, positions.by_column, values, scale)
+            by_column = mask_positions(mask_words, columns).by_column
+            torch.ops.fade_kernels.add_gathered_lora_(dx, flat, lora_a, lora_b, *by_column, True, scale.float())
         elif path == "split":
             backward.add_masked_lora_input_gradient(dx, flat, *delta, input_precision=_precision(grad_output))
         elif path == "whole":
@@ -288,7 +304,6 @@ def masked_lora_linear_factor_gradients(
     regime: int,
 ) -> tuple[Tensor, Tensor]:
     """dA, dB without a weight gradient in memory; the choice: `choose_factor_gradients`."""
-    from fade_kernels.triton_kernels import gather
     from fade_kernels.triton_kernels import masked_lora_factor_gradients as kernel
 
     dy, flat = reference.as_rows(grad_output), reference.as_rows(x)
@@ -300,9 +315,19 @@ def masked_lora_linear_factor_gradients(
     if path == "zero" or flat.shape[0] == 0:
         return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
     if path == "gather":
-        positions = mask_positions(mask_words, columns)
-        sampled = gather.sampled_gradient(dy, flat, positions.by_row)
-        return gather.factor_gradients_from_values(sampled, *positions, lora_a, lora_b, scale)
+        by_row, by_column, order = mask_positions(mask_words, columns)
+        sampled = torch.ops.fade_kernels.sampled_gradient(dy, flat, *by_row)
+        return torch.ops.fade_kernels.sampled_factor_gradients(
+            sampled,
+            by_row.starts,
+            by_row.index,
+            by_column.starts,
+            by_column.index,
+            order,
+            lora_a,
+            lora_b,
+            scale.float(),
+        )
     return kernel.masked_lora_factor_gradients(
         dy, flat, lora_a, lora_b, mask_words, scale, input_precision=_precision(x)
     )
@@ -318,8 +343,6 @@ def masked_values_linear(
     regime: int,
 ) -> Tensor:
     """Forward with the delta given by its values: at their positions, or as a second library product where many."""
-    from fade_kernels.triton_kernels import gather
-
     rows, columns = mask_words.shape[0], x.shape[-1]
     flat = reference.as_rows(x)
     path = _path(x, mask_words, flat.shape[0], columns, regime)
@@ -328,7 +351,10 @@ def masked_values_linear(
     else:
         y = _linear(flat, weight, bias, rows)
         if path == "gather":
-            gather.add_sparse_product(y, flat, mask_positions(mask_words, columns).by_row, values, scale)
+            by_row = mask_positions(mask_words, columns).by_row
+            torch.ops.fade_kernels.add_gathered_values_(
+                y, flat, values, None, by_row.starts, by_row.index, scale.float()
+            )
         elif path != "frozen":
             y.addmm_(flat, _values_weight(x, None, values, mask_words, scale, columns).t())
     return y.reshape(*x.shape[:-1], rows)
@@ -344,8 +370,6 @@ def masked_values_linear_input_gradient(
     regime: int,
 ) -> Tensor:
     """dX of `masked_values_linear`, by the same paths."""
-    from fade_kernels.triton_kernels import gather
-
     flat = reference.as_rows(grad_output)
     path = _path(grad_output, mask_words, flat.shape[0], in_features, regime)
     if path == "scratch" and weight is not None:
@@ -353,7 +377,10 @@ def masked_values_linear_input_gradient(
     else:
         dx = flat.new_zeros((flat.shape[0], in_features)) if weight is None else flat @ weight
         if path == "gather":
-            gather.add_sparse_product(dx, flat, mask_positions(mask_words, in_features).by_column, values, scale)
+            _, by_column, order = mask_positions(mask_words, in_features)
+            torch.ops.fade_kernels.add_gathered_values_(
+                dx, flat, values, order, by_column.starts, by_column.index, scale.float()
+            )
         elif path != "frozen":
             dx.addmm_(flat, _values_weight(flat, None, values, mask_words, scale, in_features))
     return dx.reshape(*grad_output.shape[:-1], in_features)
@@ -363,15 +390,13 @@ def masked_values_linear_gradient(
     grad_output: Tensor, x: Tensor, values: Tensor, mask_words: Tensor, scale: Tensor, regime: int
 ) -> Tensor:
     """dV, the weight gradient at the mask's positions: sampled where few, read out of a library product where many."""
-    from fade_kernels.triton_kernels import gather
-
     dy, flat = reference.as_rows(grad_output), reference.as_rows(x)
     sampled = regime == REGIMES["gather"]
     if regime == REGIMES["auto"]:
         facts = _facts_for_choice(mask_words, flat.shape[1])
         sampled = choose_factor_gradients(flat.shape[0], dy.shape[1], flat.shape[1], facts) == "gather"
     if sampled:
-        gathered = gather.sampled_gradient(dy, flat, mask_positions(mask_words, flat.shape[1]).by_row)
+        gathered = torch.ops.fade_kernels.sampled_gradient(dy, flat, *mask_positions(mask_words, flat.shape[1]).by_row)
     else:
         gradient = dy.t() @ flat
         gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel()).float()
@@ -427,10 +452,9 @@ def effective_weight_from_values_out(
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
-    """(B A) at the mask's positions."""
-    from fade_kernels.triton_kernels import gather
-
-    return gather.gather_values(lora_a, lora_b, mask_positions(mask_words, lora_a.shape[1]).by_row)
+    """(B A) at the mask's positions: a row of B times a column of A for each."""
+    by_row = mask_positions(mask_words, lora_a.shape[1]).by_row
+    return (lora_b[by_row.segment].float() * lora_a.t()[by_row.index].float()).sum(dim=1)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -821,6 +845,10 @@ LIBRARY_OPERATORS = (
     "mask_occupancy",
     "gather_masked",
     "scatter_masked_",
+    "add_gathered_lora_",
+    "add_gathered_values_",
+    "sampled_gradient",
+    "sampled_factor_gradients",
 )
 """What csrc/cuda serves."""
 

@@ -275,6 +275,66 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, cou
     return gather_masked(lora_b.to(dtype) @ lora_a.to(dtype), mask_words, count)
 
 
+def _add_gathered(y: Tensor, x: Tensor, values: Tensor, index: Tensor, segment: Tensor, scale: Tensor) -> None:
+    delta = values.new_zeros(y.shape[1], x.shape[1])
+    delta[segment, index] = values
+    y.copy_(y.to(values.dtype) + scale.to(values.dtype) * (x.to(values.dtype) @ delta.t()))
+
+
+def add_gathered_lora_(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    segment: Tensor,
+    by_column: bool,
+    scale: Tensor,
+) -> None:
+    """y[t, segment_j] += s <B[n_j], A[:, k_j]> x[t, index_j] over a mask's positions j, in place.
+
+    By row (segment: n, index: k) that is y [T, N] += s x Delta^T for x [T, K]; by column, with both exchanged,
+    dx [T, K] += s dy Delta for dy [T, N].
+    """
+    rows, columns = (index, segment) if by_column else (segment, index)
+    dtype = _compute_dtype(x)
+    values = (lora_b.to(dtype)[rows] * lora_a.to(dtype).t()[columns]).sum(dim=1)
+    _add_gathered(y, x, values, index, segment, scale)
+
+
+def add_gathered_values_(
+    y: Tensor, x: Tensor, values: Tensor, order: Tensor | None, starts: Tensor, index: Tensor, scale: Tensor
+) -> None:
+    """The same with the delta given by its values [nnz], row-major; order[j]: where position j stands among them."""
+    segment = torch.repeat_interleave(starts.diff())
+    ordered = values if order is None else values[order]
+    _add_gathered(y, x, ordered.to(_compute_dtype(x)), index, segment, scale)
+
+
+def sampled_gradient(grad_output: Tensor, x: Tensor, starts: Tensor, index: Tensor, segment: Tensor) -> Tensor:
+    """(dY^T X) at a mask's positions by row: fp32 [nnz] (fp64 for fp64) of dY [T, N] and X [T, K]."""
+    return _linear_weight_gradient(grad_output, x)[segment, index]
+
+
+def sampled_factor_gradients(
+    gradient: Tensor,
+    row_starts: Tensor,
+    row_index: Tensor,
+    column_starts: Tensor,
+    column_index: Tensor,
+    order: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dA = s B^T G, dB = s G A^T of a sparse G [N, K] with values [nnz] by row, in the factors' dtypes."""
+    whole = gradient.new_zeros(lora_b.shape[0], lora_a.shape[1])
+    whole[torch.repeat_interleave(row_starts.diff()), row_index] = scale.to(gradient.dtype) * gradient
+    grad_a, grad_b = lora_b.to(whole.dtype).t() @ whole, whole @ lora_a.to(whole.dtype).t()
+    return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+
+
 def effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor) -> Tensor:
     """W + s M o (B A) for W [N, K], added in fp32 (fp64 for fp64) and rounded once to W's dtype."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(weight))

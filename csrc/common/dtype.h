@@ -21,6 +21,11 @@ FADE_HOST_DEVICE float to_float(double value) { return static_cast<float>(value)
 FADE_HOST_DEVICE float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 FADE_HOST_DEVICE float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(value.bits));
+  return converted;
+#else
   const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
   const uint32_t sign = word & 0x80000000u;
   const uint32_t magnitude = word + word;  // exponent and mantissa, left-aligned
@@ -30,6 +35,7 @@ FADE_HOST_DEVICE float to_float(Half value) {
   const float subnormal = bit_cast<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
   const uint32_t bits = bit_cast<uint32_t>(magnitude < (1u << 27) ? subnormal : normal);
   return bit_cast<float>(sign | bits);
+#endif
 }
 
 FADE_HOST_DEVICE BFloat16 to_bfloat16(float value) {

@@ -26,6 +26,9 @@ constexpr int64_t kMaxBlocks = 8192;
 // Bytes of arguments every driver and toolkit takes; more needs CUDA 12.1 on both sides.
 constexpr size_t kMaxArgumentBytes = 4096;
 
+// Shared memory that a block gets without asking for more.
+constexpr int64_t kSharedBytesOfAnyBlock = 48 * 1024;
+
 // The architectures this library holds code for, e.g. "8.0, 9.0" (build_info.cu).
 std::string architectures();
 
@@ -43,19 +46,30 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  int64_t multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");
-    return count;
-  }
+  int64_t multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Shared memory that a block may have.
+  int64_t shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
   template <typename... Parameters, typename... Arguments>
   void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
               const Arguments&... arguments) const {
+    launch_with_shared(name, kernel, blocks, threads, 0, arguments...);
+  }
+
+  // The same for a kernel that declares `extern __shared__` memory, of which its blocks get so many bytes.
+  template <typename... Parameters, typename... Arguments>
+  void launch_with_shared(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                          int64_t shared_bytes, const Arguments&... arguments) const {
     if (blocks == 0) return;
+    if (shared_bytes > kSharedBytesOfAnyBlock) {
+      const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), most, static_cast<int>(shared_bytes)), name);
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     const cudaError_t pending = cudaGetLastError();  // clears what the launch left
@@ -71,6 +85,12 @@ class Device {
   }
 
  private:
+  int64_t attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, index_), "cudaDeviceGetAttribute");
+    return value;
+  }
+
   static torch::stable::accelerator::DeviceIndex index_of(const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.is_cuda(), "a CUDA kernel of fade_kernels got a tensor that is not on a CUDA device");
     return tensor.get_device_index();

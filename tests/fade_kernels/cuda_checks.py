@@ -6,6 +6,7 @@ CPU.
 Results that are integers or copies must be exact; expected values come from `fade_kernels.reference` on the CPU.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kernel_testing import generator
 from torch import Tensor
 
 from fade_kernels import reference
+from fade_kernels.positions import find_positions
 
 MODES = ("abs", "signed", "square")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -180,6 +182,125 @@ def check_accumulate_half_values(ops: Any, device: str) -> None:
         ops.accumulate_gradient_magnitude_([saliency], [patterns.view(dtype).to(device)], "signed")
         expected = patterns.view(dtype).float() + 0.0
         assert torch.equal(saliency.cpu().nan_to_num(-7.0, 1e39, -1e39), expected.nan_to_num(-7.0, 1e39, -1e39))
+
+
+# --- the gather path -------------------------------------------------------------------------------------------------
+
+# T, N, K: all of one; sizes beside every block; slabs of 64, 32 and 16 rows (by K and T), some of them several a block.
+GATHER_SHAPES = [(1, 1, 1), (77, 33, 40), (5, 1, 70), (200, 70, 41), (130, 100, 200), (40, 300, 500), (650, 34, 36)]
+GATHER_DTYPES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+class Gathered:
+    """One layer with a sparse mask, its tensors on a device; `wide`: the same numbers in float64 on the CPU."""
+
+    def __init__(self, shape: tuple[int, int, int], density: float, dtype: torch.dtype, device: str) -> None:
+        tokens, rows, columns = shape
+        random = generator(tokens + rows + columns)
+        sizes = {"x": (tokens, columns), "dy": (tokens, rows), "lora_a": (6, columns), "lora_b": (rows, 6)}
+        values = {name: torch.randn(size, generator=random).to(dtype) for name, size in sizes.items()}
+        mask = random_mask((rows, columns), tokens, density)
+        values["values"] = torch.randn(int(mask.sum()), generator=random)
+        self.positions = find_positions(reference.pack_mask(mask), columns)
+        self.wide = {name: value.double() for name, value in values.items()}
+        self.device = {name: value.to(device) for name, value in values.items()}
+        self.places = [tensor.to(device) for segments in self.positions[:2] for tensor in segments]
+        self.order = self.positions.order.to(device)
+        self.scale = torch.tensor(0.7)
+
+
+def gathered_layers(device: str) -> Iterator[tuple[Gathered, float, Any]]:
+    for i, shape in enumerate(GATHER_SHAPES):
+        dtypes = list(GATHER_DTYPES)
+        # Every shape in one dtype and density, two of them in all.
+        for dtype in dtypes if shape[0] in (77, 130) else [dtypes[i % 3]]:
+            for density in (0.0, 0.03, 1.0) if shape[0] in (77,) else [(0.02, 0.1)[i % 2]]:
+                yield Gathered(shape, density, dtype, device), GATHER_DTYPES[dtype], (shape, dtype, density)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def check_gathered_product(ops: Any, device: str) -> None:
+    for layer, tolerance, what in gathered_layers(device):
+        for by_column in (False, True):
+            segments = layer.positions.by_column if by_column else layer.positions.by_row
+            x, y = ("dy", "x") if by_column else ("x", "dy")
+            places = layer.places[3:] if by_column else layer.places[:3]
+            expected, by_values = layer.wide[y].clone(), layer.wide[y].clone()
+            reference.add_gathered_lora_(
+                expected, layer.wide[x], layer.wide["lora_a"], layer.wide["lora_b"], *segments, by_column, layer.scale
+            )
+            order = layer.positions.order if by_column else None
+            reference.add_gathered_values_(
+                by_values, layer.wide[x], layer.wide["values"], order, segments.starts, segments.index, layer.scale
+            )
+            actual = layer.device[y].clone()
+            operands = (layer.device[x], layer.device["lora_a"], layer.device["lora_b"])
+            ops.add_gathered_lora_(actual, *operands, *places, by_column, layer.scale)
+            assert relative_error(actual, expected) <= tolerance, (what, by_column)
+            again = layer.device[y].clone()
+            ops.add_gathered_lora_(again, *operands, *places, by_column, layer.scale.to(device))
+            assert same_bits(actual, again), (what, by_column)
+            actual = layer.device[y].clone()
+            order = layer.order if by_column else None
+            ops.add_gathered_values_(
+                actual, layer.device[x], layer.device["values"], order, places[0], places[1], layer.scale
+            )
+            assert relative_error(actual, by_values) <= tolerance, (what, by_column)
+
+
+def check_gathered_layouts(ops: Any, device: str) -> None:
+    """Rows apart, columns apart, pointers aligned to nothing but an element, factors in other dtypes and layouts."""
+    for dtype, tolerance in GATHER_DTYPES.items():
+        layer = Gathered((70, 50, 48), 0.1, dtype, device)
+        segments = layer.positions.by_row
+        expected = layer.wide["dy"].clone()
+        factors = (layer.wide["lora_a"], layer.wide["lora_b"])
+        reference.add_gathered_lora_(expected, layer.wide["x"], *factors, *segments, False, layer.scale)
+        gradient = reference.sampled_gradient(layer.wide["dy"], layer.wide["x"], *segments)
+        x, dy, places = layer.device["x"], layer.device["dy"], layer.places[:3]
+        shifted = torch.zeros(70 * 60 + 3, dtype=dtype, device=device)[3:].view(70, 60)[:, :48]
+        shifted.copy_(x)
+        apart = torch.stack([x, x], dim=-1)[..., 0]
+        lora_a = layer.device["lora_a"].float().t().contiguous().t()
+        lora_b = layer.device["lora_b"].float()
+        for moved in (shifted, apart, x.t().contiguous().t()):
+            y = dy.t().contiguous().t()
+            ops.add_gathered_lora_(y, moved, lora_a, lora_b, *places, False, layer.scale)
+            assert relative_error(y, expected) <= tolerance, (dtype, moved.stride())
+            sampled = ops.sampled_gradient(dy.t().contiguous().t(), moved, *places)
+            assert relative_error(sampled, gradient) <= 1e-6, (dtype, moved.stride())
+
+
+def check_sampled_gradient(ops: Any, device: str) -> None:
+    for layer, _, what in gathered_layers(device):
+        expected = reference.sampled_gradient(layer.wide["dy"], layer.wide["x"], *layer.positions.by_row)
+        actual = ops.sampled_gradient(layer.device["dy"], layer.device["x"], *layer.places[:3])
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) <= 1e-6, what
+    layer = Gathered((7, 9, 40), 0.2, torch.float32, device)
+    none = ops.sampled_gradient(layer.device["dy"][:0], layer.device["x"][:0], *layer.places[:3])
+    assert none.tolist() == [0.0] * layer.positions.order.numel()
+
+
+def check_sampled_factor_gradients(ops: Any, device: str) -> None:
+    for layer, tolerance, what in gathered_layers(device):
+        by_row, by_column, order = layer.positions
+        places = (by_row.starts, by_row.index, by_column.starts, by_column.index, order)
+        expected = reference.sampled_factor_gradients(
+            layer.wide["values"], *places, layer.wide["lora_a"], layer.wide["lora_b"], layer.scale
+        )
+        factors = (layer.device["lora_a"], layer.device["lora_b"])
+        places = tuple(tensor.to(device) for tensor in places)
+        actual = ops.sampled_factor_gradients(layer.device["values"], *places, *factors, layer.scale)
+        for a, e, factor in zip(actual, expected, factors, strict=True):
+            assert a.dtype == factor.dtype
+            assert relative_error(a, e) <= tolerance, what
 
 
 # --- selection -------------------------------------------------------------------------------------------------------

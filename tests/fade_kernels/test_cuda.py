@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fade_kernels
 from fade_kernels import BitMask, dispatch, reference
 from fade_kernels.masked_lora import REGIMES, force_regime
+from fade_kernels.positions import find_positions
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -159,7 +160,7 @@ def check_lora(layer: Layer, with_weight: bool, with_bias: bool, dtype: torch.dt
         assert error(a, e) <= tolerance, (name, what)
 
 
-# --- the CUDA library: masks, accumulation, selection ----------------------------------------------------------------
+# --- the CUDA library: masks, accumulation, selection, the gather path -----------------------------------------------
 
 CHECKS = [
     cuda_checks.check_pack_mask,
@@ -167,6 +168,10 @@ CHECKS = [
     cuda_checks.check_mask_row_counts,
     cuda_checks.check_mask_occupancy,
     cuda_checks.check_gather_scatter,
+    cuda_checks.check_gathered_product,
+    cuda_checks.check_gathered_layouts,
+    cuda_checks.check_sampled_gradient,
+    cuda_checks.check_sampled_factor_gradients,
     cuda_checks.check_accumulate,
     cuda_checks.check_accumulate_alignment,
     cuda_checks.check_accumulate_strides,
@@ -179,7 +184,7 @@ CHECKS = [
 
 @on_every_device
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_masks_accumulation_and_selection(check: Callable[[Any, str], None], device: str) -> None:
+def test_kernels_of_the_cuda_library(check: Callable[[Any, str], None], device: str) -> None:
     check(OPS, device)
 
 
@@ -191,6 +196,7 @@ def test_the_cuda_library_is_loaded_and_serves_its_operators() -> None:
     for name in (
         *("pack_mask", "unpack_mask", "mask_row_counts", "mask_occupancy", "gather_masked", "scatter_masked_"),
         *("accumulate_gradient_magnitude_", "select_top_k"),
+        *("add_gathered_lora_", "add_gathered_values_", "sampled_gradient", "sampled_factor_gradients"),
     ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fade_kernels::{name}", "CUDA"), name
     cuda_checks.check_wrong_count(OPS, "cuda")
@@ -284,7 +290,7 @@ def test_masked_lora_linear_in_every_regime(regime: str, dtype: torch.dtype, dev
         {},
         {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0},
         {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 0.0},
-        {"gather_density": 2.0, "gather_flops": 0.0},
+        {"gather_density": 9e9, "sampled_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
     ],
     ids=["auto", "split", "whole", "gather"],
 )
@@ -599,6 +605,9 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
     conv_fixed = (conv.lora_a, conv.lora_b, conv.mask.words, scale)
     conv_values = (conv.values, conv.mask.words, scale)
     pairs = [torch.zeros(34, 70, device=device), torch.zeros(5, 3, 3, 3, device=device)]
+    by_row, by_column, order = find_positions(words, 70)
+    y, dx = torch.zeros_like(layer.grad_output), torch.zeros_like(layer.x)
+    both = (by_row.starts, by_row.index, by_column.starts, by_column.index, order)
     return {
         "pack_mask": (layer.mask.unpack(),),
         "unpack_mask": (words, 70),
@@ -615,6 +624,12 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "masked_values_linear": (x, layer.weight, layer.bias, v, words, scale, 0),
         "masked_values_linear_input_gradient": (layer.grad_output, layer.weight, layer.values, words, scale, 70, 0),
         "masked_values_linear_gradient": (layer.grad_output, layer.x, layer.values, words, scale, 0),
+        "add_gathered_lora_": (y, layer.x, layer.lora_a, layer.lora_b, *by_row, False, scale),
+        "add_gathered_values_": (
+            dx, layer.grad_output, layer.values, order, by_column.starts, by_column.index, scale,
+        ),
+        "sampled_gradient": (layer.grad_output, layer.x, *by_row),
+        "sampled_factor_gradients": (layer.values, *both, layer.lora_a, layer.lora_b, scale),
         "masked_factor_gradients": (layer.weight, *fixed),
         "masked_factor_values": (a, b, words, nnz),
         "effective_weight": (layer.weight, *lora),

@@ -16,7 +16,10 @@ PATHS: dict[str, tuple[int, dict[str, float]]] = {
     "gather": (REGIMES["gather"], {}),
     "fused": (REGIMES["tile"], {}),
     "whole": (REGIMES["whole"], {}),
-    "sampled": (REGIMES["auto"], {"gather_density": 2.0, "gather_flops": 0.0}),
+    "sampled": (
+        REGIMES["auto"],
+        {"gather_density": 9e9, "sampled_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+    ),
     "split": (REGIMES["auto"], {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0}),
     "auto": (REGIMES["auto"], {}),
 }
@@ -225,11 +228,33 @@ def test_choices_follow_the_thresholds() -> None:
     assert choose(0.0, 0.0, 100, half) == "frozen"
     assert choose(0.1, 1.0, 100, torch.float32) == "scratch"
     assert choose(0.1, 1.0, 100, torch.float32, tf32=True) == "fused"
-    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100_000, half) == "gather"
-    assert choose(dispatch.THRESHOLDS.gather_density, 1.0, 100, half) == "fused"
+    sparse = dispatch.THRESHOLDS.gather_density
+    assert choose(sparse, 1.0, 100_000, half) == "gather"
+    assert choose(sparse, 1.0, 100, half) == "fused"
+    assert choose(sparse, 0.9, 100_000, half) == "whole"
+    assert choose(sparse / 2, 0.5, 100_000, half) == "gather"
+    assert choose(sparse / 9, 0.3, 100_000, half) == "split"
     assert choose(0.1, 1.0, 100, half) == "fused"
     assert choose(0.1, 0.2, 100_000, half) == "split"
     assert choose(0.1, 1.0, 100_000, half) == "whole"
+
+
+def test_gradients_are_sampled_of_sparser_masks_than_products_are() -> None:
+    def choose(density: float, occupancy: float = 1.0, tokens: int = 100_000) -> str:
+        return dispatch.choose_factor_gradients(tokens, 1280, 1280, dispatch.MaskFacts(0, density, occupancy))
+
+    assert choose(0.0, 0.0) == "zero"
+    assert choose(dispatch.THRESHOLDS.sampled_density) == "gather"
+    assert choose(dispatch.THRESHOLDS.sampled_density, tokens=100) == "tile"
+    assert choose(dispatch.THRESHOLDS.gather_density) == "tile"
+
+
+def test_without_the_cuda_library_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = BitMask.pack(torch.eye(64, dtype=torch.bool)).words
+    monkeypatch.setattr(dispatch, "_can_gather", lambda words, columns: False)
+    assert dispatch._facts_for_choice(words, 64).density == 1.0
+    nothing = BitMask.pack(torch.zeros(64, 64, dtype=torch.bool)).words
+    assert dispatch._facts_for_choice(nothing, 64).density == 0.0
 
 
 @pytest.mark.parametrize(

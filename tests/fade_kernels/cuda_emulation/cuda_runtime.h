@@ -22,7 +22,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define __CUDA_ARCH_LIST__ 800, 900
 #define CUDART_VERSION 13000
@@ -196,6 +196,12 @@ T __shfl_up_sync(unsigned, T value, int step) {
   return emulation::from_word<T>(emulation::exchange(emulation::to_word(value))[source]);
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  const int source = threadIdx.x % 32 ^ lanes;
+  return emulation::from_word<T>(emulation::exchange(emulation::to_word(value))[source]);
+}
+
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline int __ffs(int word) { return __builtin_ffs(word); }
 
@@ -222,14 +228,19 @@ T atomicMax(T* target, U value) {
   return old;
 }
 
+// Of a block that asks for more than every block has; few, so that small shapes meet the limit.
+constexpr size_t kDynamicSharedBytes = 64 * 1024;
+
 // --- the runtime -----------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorUnsupportedPtxVersion };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
 
@@ -240,6 +251,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulation::machine.body = [&] { kernel(arguments...); };
+  if (config->dynamicSmemBytes > kDynamicSharedBytes) emulation::fail("more shared memory than a block may have");
   static bool backwards = false;
   backwards = !backwards;
   for (unsigned block = 0; block < gridDim.x; ++block) {
@@ -252,7 +264,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "none"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  *value = name == cudaDevAttrMultiProcessorCount ? 3 : static_cast<int>(kDynamicSharedBytes);
   return cudaSuccess;
 }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }

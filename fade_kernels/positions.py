@@ -1,0 +1,42 @@
+"""Where a mask's bits are, as lists: what the kernels for very sparse masks walk (`csrc/cuda/gather.cu`)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fade_kernels import reference
+
+
+class Segments(NamedTuple):
+    """A mask's positions grouped by row (CSR) or by column (CSC)."""
+
+    starts: Tensor
+    """Int32 [segments + 1]: positions starts[i]..starts[i + 1] - 1 belong to segment i."""
+    index: Tensor
+    """Int32 [nnz]: the column of each position (CSR) or its row (CSC)."""
+    segment: Tensor
+    """Int32 [nnz]: the segment of each position."""
+
+
+class MaskPositions(NamedTuple):
+    """The positions of a mask [N, K] in both orders."""
+
+    by_row: Segments
+    by_column: Segments
+    order: Tensor
+    """Int32 [nnz]: where each position of `by_column` stands in `by_row`."""
+
+
+def find_positions(mask_words: Tensor, columns: int) -> MaskPositions:
+    """The positions of a mask (int32 words [N, ceil(columns/32)]). Waits for the device: once per mask."""
+    mask = reference.unpack_mask(mask_words, columns)
+    rows, index = (positions.to(torch.int32) for positions in mask.nonzero(as_tuple=True))
+    order = torch.sort(index, stable=True).indices  # rows stay ascending within a column
+    by_row = Segments(_starts(mask.sum(dim=1)), index, rows)
+    by_column = Segments(_starts(mask.sum(dim=0)), rows[order], index[order])
+    return MaskPositions(by_row, by_column, order.to(torch.int32))
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
