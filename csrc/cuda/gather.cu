@@ -10,8 +10,8 @@
 //
 // Columns of x are read at random, 2 bytes out of every 32 that memory would deliver. So a block brings a slab of whole
 // rows of x into shared memory once, transposed: the lanes of a warp then look at one column of it, each at its own
-// rows, in different banks. A slab of 16-bit elements holds two rows in a word. The lanes that share a column are kLanes
-// of the warp: 32 where the slab of 64 rows fits, or 16 or 8, which work on 2 or 4 positions at a time.
+// rows, in different banks. A slab of 16-bit elements holds two rows in a word. kLanes of a warp share a column: 32
+// where the slab of 64 rows fits, or 16 or 8, and the warp then works on 2 or 4 positions at a time.
 //
 // Device memory, in units of one activation of a square layer (2 T N bytes; the frozen layer's forward and input
 // gradient move 4): x, y read and written, 3; dy, dx likewise, 3; x and dy for g, 2.
@@ -234,8 +234,8 @@ __device__ __forceinline__ float sum_of_own(const float (&parts)[kCount], int l)
 // products of 32 positions, each lane over its own rows of the slab, and sums them up lane by lane.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads, kResident)
-    sample_products(float* partial, const Rows<T> dy, const Rows<T> x, Segments at, int64_t positions, int64_t rows, int columns,
-           int64_t row_ranges, int64_t row_range, int64_t slabs) {
+    sample_products(float* partial, const Rows<T> dy, const Rows<T> x, Segments at, int64_t positions, int64_t rows,
+                    int columns, int64_t row_ranges, int64_t row_range, int64_t slabs) {
   constexpr int kPitch = kLanes + 1, kRows = kSlab<T, kLanes>;
   extern __shared__ uint32_t shared[];
   const uint32_t* x_words = shared;                      // [columns][kPitch]

@@ -117,34 +117,36 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     find_digit(State* state, CountPass pass, unsigned long long k, float* threshold, int64_t* invalid) {
   constexpr int kShare = kMaxBins / kThreads;
-  const int bins = 1 << pass.digit.bits;
   const unsigned long long needed = pass.first ? k : state->needed;
-  // Thread t holds bins top - t * kShare, ... downwards.
+  // Thread t holds bins top, top - 1, ..., top - kShare + 1. Those beyond a shorter digit hold 0.
+  const int top = kMaxBins - 1 - static_cast<int>(threadIdx.x) * kShare;
   unsigned long long counts[kShare], sum = 0;
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    const int bin = bins - 1 - static_cast<int>(threadIdx.x) * kShare - i;
-    counts[i] = bin >= 0 ? state->bins[bin] : 0;
-    if (bin >= 0) state->bins[bin] = 0;
+    counts[i] = state->bins[top - i];
+    state->bins[top - i] = 0;
     sum += counts[i];
   }
   unsigned long long above = block_exclusive_scan(sum);
   const bool last = pass.digit.shift == 0;
+  if (above < needed && needed <= above + sum) {  // one thread
+    int skipped = 0;
+    bool reached = false, all_ties = false;
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) {
-    if (above < needed && needed <= above + counts[i]) {
-      const uint32_t digit = bins - 1 - threadIdx.x * kShare - i;
-      const uint32_t key = state->prefix | digit << pass.digit.shift;
-      state->prefix = key;
-      state->needed = needed - above;
-      if (last) {
-        const bool all_ties = needed == above + counts[i];
-        state->above = static_cast<int32_t>(key) - (all_ties ? 1 : 0);
-        state->tie = all_ties ? -1 : static_cast<int32_t>(key);
-        *threshold = bit_cast<float>(key);
-      }
+    for (int i = 0; i < kShare; ++i) {
+      if (reached) continue;
+      reached = needed <= above + counts[i];
+      all_ties = needed == above + counts[i];
+      if (!reached) above += counts[i], ++skipped;
     }
-    above += counts[i];
+    const uint32_t key = state->prefix | static_cast<uint32_t>(top - skipped) << pass.digit.shift;
+    state->prefix = key;
+    state->needed = needed - above;
+    if (last) {
+      state->above = static_cast<int32_t>(key) - (all_ties ? 1 : 0);
+      state->tie = all_ties ? -1 : static_cast<int32_t>(key);
+      *threshold = bit_cast<float>(key);
+    }
   }
   if (!last) return;
   __syncthreads();
