@@ -23,8 +23,8 @@ CONCEPTS = (
 )  # fmt: skip
 SEEDS = (0, 1)
 VARIANTS = (
-    ("denoising", "none"), ("distillation", "none"), ("distillation", "module"), ("contrast", "none"),
-    ("random", "none"),
+    ("denoising", "none"), ("denoising", "module"), ("distillation", "none"), ("distillation", "module"),
+    ("contrast", "none"), ("contrast", "module"), ("random", "none"),
 )  # fmt: skip
 """Saliency and its scaling; the first is the paper's, the last the control."""
 KEEPS = (0.1, 0.01, 0.001)

@@ -79,6 +79,15 @@ def missing_cuda() -> str:
     return "" if _cuda is not None or FORCED else MISSING_CUDA.format(reason=_cuda_reason)
 
 
+def runs_on(held: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of a compute capability runs code for one of those in `held`, e.g. ["8.0", "9.0"].
+
+    Code for 8.0 runs on every 8.x; on newer generations what was built for the newest in `held` is compiled again.
+    """
+    known = [tuple(map(int, name.split("."))) for name in held]
+    return any(have[0] == capability[0] and have <= capability for have in known) or capability > max(known)
+
+
 def _cuda_facts() -> dict[str, object]:
     if _cuda is None:
         return {"cuda": False, "cuda_reason": _cuda_reason, "cuda_runtime": None, "architectures": []}

@@ -323,11 +323,14 @@ def _check_same_dtype(**tensors: Tensor | None) -> None:
         raise TypeError(f"dtypes must agree, got {', '.join(f'{name} {dtype}' for name, dtype in present.items())}")
 
 
-def _check_scale(scale: Tensor) -> None:
+def _check_scale(scale: Tensor, like: Tensor) -> None:
+    """Raises unless the scale is 0-d, floating-point, and on the host or on the device of `like`."""
     if scale.dim() != 0 or not scale.is_floating_point():
         raise ValueError(f"scale must be a number or a 0-d floating-point tensor, not {scale.dtype} {_shape(scale)}")
     if scale.requires_grad:
         raise ValueError("scale must not require a gradient: masked LoRA is not differentiable in it")
+    if scale.device.type != "cpu" and scale.device != like.device:
+        raise ValueError(f"scale is on {scale.device}, the other tensors on {like.device}: pass a number, or move it")
 
 
 def _check_factors(lora_a: Tensor, lora_b: Tensor, dims: int) -> None:
@@ -395,7 +398,7 @@ def _check_masked_lora_linear(
     _check_weight(weight, bias, (rows, columns))
     _check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, rows, columns)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
 
 
@@ -414,7 +417,7 @@ def _check_masked_lora_linear_input_gradient(
     _check_weight(weight, None, (rows, columns))
     _check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, rows, columns)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
 def _check_masked_lora_linear_factor_gradients(
@@ -433,10 +436,10 @@ def _check_masked_lora_linear_factor_gradients(
         raise ValueError(f"grad_output {_shape(grad_output)} and x {_shape(x)} must have the same leading dimensions")
     _check_same_dtype(grad_output=grad_output, x=x)
     check_mask_words(mask_words, lora_b.shape[0], lora_a.shape[1])
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
-def _without_autocast(tensor: Tensor) -> Any:
+def without_autocast(tensor: Tensor) -> Any:
     """Backward may run under autocast, which must not cast what the operators do inside."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -459,7 +462,7 @@ def _backward_masked_lora_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor 
     x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
     delta = (lora_a, lora_b, mask_words, scale, ctx.regime)
     grad_x = grad_a = grad_b = None
-    with _without_autocast(grad_output):
+    with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_lora_linear_input_gradient(grad_output, weight, *delta)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
@@ -518,7 +521,7 @@ def _check_masked_values_linear(
     _check_weight(weight, bias, shape)
     _check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, *shape)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
 
 
@@ -536,7 +539,7 @@ def _check_masked_values_linear_input_gradient(
     _check_weight(weight, None, (mask_words.shape[0], in_features))
     _check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, columns=in_features)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
 def _check_masked_values_linear_gradient(
@@ -548,7 +551,7 @@ def _check_masked_values_linear_gradient(
         raise ValueError(f"grad_output {_shape(grad_output)} and x {_shape(x)} must have the same leading dimensions")
     _check_same_dtype(grad_output=grad_output, x=x)
     check_mask_words(mask_words, columns=x.shape[-1])
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
 def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -560,7 +563,7 @@ def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tenso
 def _backward_masked_values_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, values, mask_words, scale = ctx.saved_tensors
     grad_x = grad_values = None
-    with _without_autocast(grad_output):
+    with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_values_linear_input_gradient(
                 grad_output, weight, values, mask_words, scale, x.shape[-1], ctx.regime
@@ -643,7 +646,7 @@ def _check_add_gathered_lora_(
     if (y.shape[1], x.shape[1]) != (widths[::-1] if by_column else widths):
         raise ValueError(f"y {_shape(y)} and x {_shape(x)} do not fit B A [{widths[0]}, {widths[1]}]")
     _check_positions(starts, y.shape[1], index=index, segment=segment)
-    _check_scale(scale)
+    _check_scale(scale, y)
     check_same_device(y=y, x=x, lora_a=lora_a, lora_b=lora_b, starts=starts, index=index, segment=segment)
 
 
@@ -655,7 +658,7 @@ def _check_add_gathered_values_(
     _check_positions(starts, y.shape[1], index=index, order=order)
     if values.numel() != index.numel():
         raise ValueError(f"values {_shape(values)} must be one for each of the {index.numel()} positions")
-    _check_scale(scale)
+    _check_scale(scale, y)
     check_same_device(y=y, x=x, values=values, order=order, starts=starts, index=index)
 
 
@@ -681,7 +684,7 @@ def _check_sampled_factor_gradients(
     _check_positions(column_starts, lora_a.shape[1], row_index=row_index, column_index=column_index, order=order)
     if tuple(gradient.shape) != (row_index.numel(),):
         raise ValueError(f"gradient {_shape(gradient)} must be one for each of the {row_index.numel()} positions")
-    _check_scale(scale)
+    _check_scale(scale, gradient)
     check_same_device(
         gradient=gradient,
         **{"row_starts": row_starts, "row_index": row_index, "column_starts": column_starts},
@@ -735,7 +738,7 @@ def _check_effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, mask
     _check_weight(weight, None, shape)
     _check_floats(weight=weight)
     check_mask_words(mask_words, *shape)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     check_same_device(weight=weight, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
 
 
@@ -758,7 +761,7 @@ def _check_effective_weight_from_values_out(
     _check_floats(out=out)
     _check_same_dtype(out=out, weight=weight)
     check_mask_words(mask_words, *out.shape)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     check_same_device(out=out, weight=weight, values=values, mask=mask_words)
 
 
@@ -780,7 +783,7 @@ def _check_masked_factor_gradients(
         )
     _check_floats(weight_gradient=weight_gradient)
     check_mask_words(mask_words, *weight_gradient.shape)
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
 def _setup_effective_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -791,7 +794,7 @@ def _setup_effective_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _backward_effective_weight(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_a = grad_b = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        with _without_autocast(grad_output):
+        with without_autocast(grad_output):
             grad_a, grad_b = torch.ops.fade_kernels.masked_factor_gradients(grad_output, *ctx.saved_tensors)
     return grad_output if ctx.needs_input_grad[0] else None, grad_a, grad_b, None, None
 
@@ -803,7 +806,7 @@ def _setup_masked_factor_values(ctx: Any, inputs: tuple[Any, ...], output: Tenso
 
 def _backward_masked_factor_values(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     lora_a, lora_b, mask_words = ctx.saved_tensors
-    with _without_autocast(grad_output):
+    with without_autocast(grad_output):
         dense = grad_output.new_zeros((lora_b.shape[0], lora_a.shape[1]))
         one = torch.ones((), dtype=grad_output.dtype)
         torch.ops.fade_kernels.scatter_masked_(dense, grad_output, mask_words)
@@ -898,7 +901,7 @@ def _check_masked_lora_conv2d(
     _check_weight(weight, bias, (lora_b.shape[0], *lora_a.shape[1:]))
     _check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     _check_window(x.shape, lora_a.shape[2:], stride, padding, dilation)
     check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
 
@@ -920,7 +923,7 @@ def _check_masked_lora_conv2d_input_gradient(
     _check_weight(weight, None, (lora_b.shape[0], *lora_a.shape[1:]))
     _check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     _check_window(tuple(input_size), lora_a.shape[2:], stride, padding, dilation)
 
 
@@ -940,7 +943,7 @@ def _check_masked_lora_conv2d_factor_gradients(
     _check_images("grad_output", grad_output, lora_b.shape[0])
     _check_same_dtype(grad_output=grad_output, x=x)
     check_mask_words(mask_words, lora_b.shape[0], _flat_columns(lora_a.shape))
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     _check_window(x.shape, lora_a.shape[2:], stride, padding, dilation)
 
 
@@ -965,7 +968,7 @@ def _check_masked_values_conv2d(
     _check_weight(weight, bias, shape)
     _check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, shape[0], _flat_columns(shape))
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
     check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
 
 
@@ -988,7 +991,7 @@ def _check_masked_values_conv2d_input_gradient(
     _check_weight(weight, None, shape)
     _check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, shape[0], _flat_columns(shape))
-    _check_scale(scale)
+    _check_scale(scale, mask_words)
 
 
 def _check_masked_values_conv2d_gradient(
@@ -1033,7 +1036,7 @@ def _backward_masked_lora_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor 
     x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
     delta = (lora_a, lora_b, mask_words, scale)
     grad_x = grad_a = grad_b = None
-    with _without_autocast(grad_output):
+    with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_lora_conv2d_input_gradient(
                 grad_output, weight, *delta, x.shape, *ctx.window
@@ -1050,7 +1053,7 @@ def _backward_masked_values_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tenso
     x, weight, values, mask_words, scale = ctx.saved_tensors
     delta = (values, mask_words, scale)
     grad_x = grad_values = None
-    with _without_autocast(grad_output):
+    with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_values_conv2d_input_gradient(
                 grad_output, weight, *delta, x.shape, *ctx.window

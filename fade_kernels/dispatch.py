@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
-from fade_kernels._extension import cuda_library_loaded, missing_cuda
+from fade_kernels._extension import MISSING_CUDA, build_info, cuda_library_loaded, missing_cuda, runs_on
 from fade_kernels.masked_lora import REGIMES, is_linear, pixels
 from fade_kernels.positions import MaskPositions, find_positions
 
@@ -34,10 +34,10 @@ class Thresholds(NamedTuple):
     its predictions.
     """
 
-    gather_density: float = 0.01
-    """Up to this density over the share of occupied tiles, only the mask's positions are computed: at 8192 tokens and
-    3072 channels 363 us, where occupied tiles take 490 (all of them occupied), at 4096 tokens and 1280 channels 38
-    against 44."""
+    gather_density: float = 0.0125
+    """Up to this density over the share of occupied tiles, only the mask's positions are computed. Two paths take
+    equally long at 0.0132 (8192 tokens, 3072 channels) and 0.0135 (4096 tokens, 1280 channels); at 0.01 363 us against
+    414 and 38 against 43. Clear of 0.01, which a random mask of 1 % meets on one side or the other."""
     gather_occupancy: float = 0.4
     """Below this share of occupied tiles they are cheaper, however few bits they hold: 4096 tokens at 1280 channels,
     both passes, 77 us against 74."""
@@ -47,12 +47,12 @@ class Thresholds(NamedTuple):
     sampled_density: float = 0.003
     """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
     tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
-    library_flops: float = 2e10
+    library_flops: float = 1.3e10
     """From this much arithmetic in x W^T on, a library product and a second kernel for the delta beat one fused kernel:
-    45 against 44 us at 1.3e10 (4096 tokens, 1280 channels), 490 against 457 at 1.5e11, tiles all occupied."""
+    46 us either way at 1.3e10 (4096 tokens, 1280 channels), 472 against 505 at 1.5e11, tiles all occupied."""
     whole_occupancy: float = 0.85
-    """From this share of occupied tiles on, the delta's product is the library's too, on a delta in scratch: at 1.5e11
-    414 us, where occupied tiles take 394 at 0.75 and 457 at 1."""
+    """From this share of occupied tiles on, the delta's product is the library's too, on a delta in scratch: 43 us at
+    1.3e10, where all tiles take 46; at 1.5e11 414, where they take 472."""
     compact_channels: float = 0.75
     """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
     guess: the model has no convolutions."""
@@ -189,11 +189,17 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
 _FORCED_PATHS = {REGIMES["gather"]: "gather", REGIMES["tile"]: "fused", REGIMES["whole"]: "whole"}
 
 
-def _path(like: Tensor, mask_words: Tensor, tokens: int, columns: int, regime: int) -> str:
+def _path(like: Tensor, mask_words: Tensor, tokens: int, columns: int, regime: int, rank: int = 1) -> str:
     if regime in _FORCED_PATHS:
-        return _FORCED_PATHS[regime]
-    facts = _facts_for_choice(mask_words, columns)
-    return choose_linear(like.dtype, tokens, mask_words.shape[0], columns, facts, _tf32(like))
+        path = _FORCED_PATHS[regime]
+    else:
+        facts = _facts_for_choice(mask_words, columns)
+        path = choose_linear(like.dtype, tokens, mask_words.shape[0], columns, facts, _tf32(like))
+    if path in ("fused", "split"):
+        from fade_kernels.triton_kernels.masked_lora_launch import MAX_RANK
+
+        return "whole" if rank > MAX_RANK else path
+    return path
 
 
 def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
@@ -217,6 +223,11 @@ def _precision(tensor: Tensor) -> str:
 
 
 # --- masked LoRA and masked values, linear ---------------------------------------------------------------------------
+
+
+def _alike(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors in one dtype; factors of two dtypes become fp32."""
+    return (lora_a, lora_b) if lora_a.dtype == lora_b.dtype else (lora_a.float(), lora_b.float())
 
 
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
@@ -244,7 +255,7 @@ def masked_lora_linear(
     rows, columns = lora_b.shape[0], lora_a.shape[1]
     flat = reference.as_rows(x)
     delta = (lora_a, lora_b, mask_words, scale)
-    path = _path(x, mask_words, flat.shape[0], columns, regime)
+    path = _path(x, mask_words, flat.shape[0], columns, regime, rank=lora_a.shape[0])
     if path == "fused":
         y = forward.masked_lora_forward(flat, weight, bias, *delta, input_precision=_precision(x))
     elif path == "scratch":
@@ -253,7 +264,7 @@ def masked_lora_linear(
         y = _linear(flat, weight, bias, rows)
         if path == "gather":
             by_row = mask_positions(mask_words, columns).by_row
-            torch.ops.fade_kernels.add_gathered_lora_(y, flat, lora_a, lora_b, *by_row, False, scale.float())
+            torch.ops.fade_kernels.add_gathered_lora_(y, flat, *_alike(lora_a, lora_b), *by_row, False, scale.float())
         elif path == "split":
             forward.add_masked_lora(y, flat, *delta, input_precision=_precision(x))
         elif path == "whole":
@@ -277,7 +288,7 @@ def masked_lora_linear_input_gradient(
     columns = lora_a.shape[1]
     flat = reference.as_rows(grad_output)
     delta = (lora_a, lora_b, mask_words, scale)
-    path = _path(grad_output, mask_words, flat.shape[0], columns, regime)
+    path = _path(grad_output, mask_words, flat.shape[0], columns, regime, rank=lora_a.shape[0])
     if path == "fused":
         dx = backward.masked_lora_input_gradient(flat, weight, *delta, input_precision=_precision(grad_output))
     elif path == "scratch":
@@ -286,7 +297,8 @@ def masked_lora_linear_input_gradient(
         dx = flat.new_zeros((flat.shape[0], columns)) if weight is None else flat @ weight
         if path == "gather":
             by_column = mask_positions(mask_words, columns).by_column
-            torch.ops.fade_kernels.add_gathered_lora_(dx, flat, lora_a, lora_b, *by_column, True, scale.float())
+            factors = _alike(lora_a, lora_b)
+            torch.ops.fade_kernels.add_gathered_lora_(dx, flat, *factors, *by_column, True, scale.float())
         elif path == "split":
             backward.add_masked_lora_input_gradient(dx, flat, *delta, input_precision=_precision(grad_output))
         elif path == "whole":
@@ -313,21 +325,21 @@ def masked_lora_linear_factor_gradients(
         facts = _facts_for_choice(mask_words, columns)
         path = choose_factor_gradients(flat.shape[0], dy.shape[1], columns, facts)
     if path == "zero" or flat.shape[0] == 0:
-        return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+        return lora_a.new_zeros(lora_a.shape), lora_b.new_zeros(lora_b.shape)
     if path == "gather":
         by_row, by_column, order = mask_positions(mask_words, columns)
         sampled = torch.ops.fade_kernels.sampled_gradient(dy, flat, *by_row)
-        return torch.ops.fade_kernels.sampled_factor_gradients(
+        grad_a, grad_b = torch.ops.fade_kernels.sampled_factor_gradients(
             sampled,
             by_row.starts,
             by_row.index,
             by_column.starts,
             by_column.index,
             order,
-            lora_a,
-            lora_b,
+            *_alike(lora_a, lora_b),
             scale.float(),
         )
+        return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
     return kernel.masked_lora_factor_gradients(
         dy, flat, lora_a, lora_b, mask_words, scale, input_precision=_precision(x)
     )
@@ -452,9 +464,12 @@ def effective_weight_from_values_out(
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
-    """(B A) at the mask's positions: a row of B times a column of A for each."""
-    by_row = mask_positions(mask_words, lora_a.shape[1]).by_row
-    return (lora_b[by_row.segment].float() * lora_a.t()[by_row.index].float()).sum(dim=1)
+    """(B A) at the mask's positions, read out of one pass that masks it: 4 N K bytes for the length of the call, where
+    a list of positions would stay with the mask."""
+    from fade_kernels.triton_kernels import effective_weight as merging
+
+    product = merging.effective_weight(None, lora_a, lora_b, mask_words, torch.ones(()), dtype=torch.float32)
+    return torch.ops.fade_kernels.gather_masked(product, mask_words, count)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -483,6 +498,9 @@ def _active_channels(mask_words: Tensor, in_channels: int, kernel: list[int]) ->
         mask = torch.ops.fade_kernels.unpack_mask(mask_words, columns).reshape(-1, in_channels, kernel[0] * kernel[1])
         touched = mask.any(dim=2)
         active = (touched.any(dim=1).nonzero().flatten(), touched.any(dim=0).nonzero().flatten())
+        if mask_words.is_cuda:
+            # Other streams may read them without having waited for this one.
+            torch.cuda.current_stream(mask_words.device).synchronize()
         few = [
             index if 0 < index.numel() <= THRESHOLDS.compact_channels * size else None
             for index, size in zip(active, touched.shape, strict=True)
@@ -540,9 +558,19 @@ def _conv2d_input_gradient(
     return dx.add_(term) if channels.inputs is None else dx.index_add_(1, channels.inputs, term)
 
 
-def _pixels_in_place(images: Tensor) -> bool:
-    """Whether the pixels of channels-last images can be seen as rows without a copy."""
-    return images.is_contiguous(memory_format=torch.channels_last)
+def _on_pixels(images: Tensor, kernel: list[int], stride: list[int], padding: list[int]) -> bool:
+    """Whether a convolution is computed as a linear layer on the pixels, seen as rows.
+
+    1 x 1 is, but for images that would have to be copied into channels last where one convolution with W + Delta does.
+    """
+    if not is_linear(kernel, stride, padding):
+        return False
+    return images.is_contiguous(memory_format=torch.channels_last) or not _one_convolution(images)
+
+
+def _flat(weight: Tensor | None) -> Tensor | None:
+    """A convolution's weight as [C_out, C_in kh kw]."""
+    return None if weight is None else weight.flatten(1)
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:
@@ -566,12 +594,11 @@ def masked_lora_conv2d(
     from fade_kernels.triton_kernels import effective_weight as merging
 
     shape, window = (lora_b.shape[0], *lora_a.shape[1:]), (stride, padding, dilation)
-    flat = None if weight is None else weight.flatten(1)
     delta = (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if _pixels_in_place(x) and is_linear(list(shape[2:]), stride, padding):
-        y = _images(masked_lora_linear(pixels(x), flat, bias, *delta, REGIMES["auto"]), x)
+    if _on_pixels(x, list(shape[2:]), stride, padding):
+        y = _images(masked_lora_linear(pixels(x), _flat(weight), bias, *delta, REGIMES["auto"]), x)
     elif _one_convolution(x):
-        y = F.conv2d(x, merging.effective_weight(flat, *delta, dtype=x.dtype).reshape(shape), bias, *window)
+        y = F.conv2d(x, merging.effective_weight(_flat(weight), *delta, dtype=x.dtype).reshape(shape), bias, *window)
     else:
         added = merging.effective_weight(None, *delta, dtype=x.dtype).reshape(shape)
         y = _conv2d(x, weight, bias, added, mask_words, window)
@@ -594,13 +621,12 @@ def masked_lora_conv2d_input_gradient(
     from fade_kernels.triton_kernels import effective_weight as merging
 
     shape, window = (lora_b.shape[0], *lora_a.shape[1:]), (stride, padding, dilation)
-    flat = None if weight is None else weight.flatten(1)
     delta = (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if _pixels_in_place(grad_output) and is_linear(list(shape[2:]), stride, padding):
-        rows = masked_lora_linear_input_gradient(pixels(grad_output), flat, *delta, REGIMES["auto"])
+    if _on_pixels(grad_output, list(shape[2:]), stride, padding):
+        rows = masked_lora_linear_input_gradient(pixels(grad_output), _flat(weight), *delta, REGIMES["auto"])
         dx = _images(rows, grad_output)
     elif _one_convolution(grad_output):
-        effective = merging.effective_weight(flat, *delta, dtype=grad_output.dtype).reshape(shape)
+        effective = merging.effective_weight(_flat(weight), *delta, dtype=grad_output.dtype).reshape(shape)
         dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
     else:
         added = merging.effective_weight(None, *delta, dtype=grad_output.dtype).reshape(shape)
@@ -644,11 +670,11 @@ def masked_values_conv2d(
 ) -> Tensor:
     """`masked_lora_conv2d` with the delta given by its values."""
     shape, window = (mask_words.shape[0], x.shape[1], *kernel_size), (stride, padding, dilation)
-    flat, columns = None if weight is None else weight.flatten(1), shape[1] * shape[2] * shape[3]
-    if _pixels_in_place(x) and is_linear(kernel_size, stride, padding):
-        y = _images(masked_values_linear(pixels(x), flat, bias, values, mask_words, scale, REGIMES["auto"]), x)
+    columns = shape[1] * shape[2] * shape[3]
+    if _on_pixels(x, kernel_size, stride, padding):
+        y = _images(masked_values_linear(pixels(x), _flat(weight), bias, values, mask_words, scale, REGIMES["auto"]), x)
     elif _one_convolution(x):
-        effective = _values_weight(x, flat, values, mask_words, scale, columns)
+        effective = _values_weight(x, _flat(weight), values, mask_words, scale, columns)
         y = F.conv2d(x, effective.reshape(shape), bias, *window)
     else:
         added = _values_weight(x, None, values, mask_words, scale, columns)
@@ -670,13 +696,13 @@ def masked_values_conv2d_input_gradient(
 ) -> Tensor:
     """dX of `masked_values_conv2d`."""
     shape, window = (mask_words.shape[0], input_size[1], *kernel_size), (stride, padding, dilation)
-    flat, columns = None if weight is None else weight.flatten(1), shape[1] * shape[2] * shape[3]
-    if _pixels_in_place(grad_output) and is_linear(kernel_size, stride, padding):
-        rows = pixels(grad_output)
-        flat_dx = masked_values_linear_input_gradient(rows, flat, values, mask_words, scale, shape[1], REGIMES["auto"])
+    columns = shape[1] * shape[2] * shape[3]
+    if _on_pixels(grad_output, kernel_size, stride, padding):
+        frozen, delta = _flat(weight), (values, mask_words, scale)
+        flat_dx = masked_values_linear_input_gradient(pixels(grad_output), frozen, *delta, shape[1], REGIMES["auto"])
         dx = _images(flat_dx, grad_output)
     elif _one_convolution(grad_output):
-        effective = _values_weight(grad_output, flat, values, mask_words, scale, columns)
+        effective = _values_weight(grad_output, _flat(weight), values, mask_words, scale, columns)
         dx = torch.nn.grad.conv2d_input(input_size, effective.reshape(shape), grad_output, *window)
     else:
         added = _values_weight(grad_output, None, values, mask_words, scale, columns).reshape(shape)
@@ -716,7 +742,7 @@ def accumulate_linear_gradient_magnitude_(
 
     if saliency.numel() == 0 or input.numel() == 0 or grad_output.numel() == 0:
         return
-    dtype = torch.promote_types(grad_output.dtype, input.dtype)  # autocast mixes them, the product cannot
+    dtype = torch.promote_types(grad_output.dtype, input.dtype)
     grad_output, input = grad_output.to(dtype), input.to(dtype)
     if not saliency.is_contiguous():
         scratch = saliency.contiguous()
@@ -820,7 +846,7 @@ def register(device: str) -> None:
 
 
 def _register_definitions(names: tuple[str, ...], reason: str) -> None:
-    """Definitions serve CUDA for what the missing CUDA library would; the first call says so, once for all."""
+    """Definitions serve CUDA for what the CUDA library would; the first call says so, once for all."""
     told: list[bool] = []
 
     def with_warning(definition: Callable[..., Any]) -> Callable[..., Any]:
@@ -852,9 +878,25 @@ LIBRARY_OPERATORS = (
 )
 """What csrc/cuda serves."""
 
+
+def _replace_what_no_gpu_can_run() -> None:
+    """Definitions serve CUDA where a GPU of this machine has a capability that the CUDA library holds no code for."""
+    held = build_info()["architectures"]
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(held, capability):
+            shown = ".".join(map(str, capability))
+            reason = f"it was built for compute capability {', '.join(held)}, and GPU {index} has {shown}"
+            _register_definitions(LIBRARY_OPERATORS, MISSING_CUDA.format(reason=reason))
+            return
+
+
 if FORCED in ("", "triton"):
     register("CUDA")
 if missing_cuda():
     _register_definitions(LIBRARY_OPERATORS, missing_cuda())
+elif cuda_library_loaded() and not FORCED:
+    # Once torch has made contact with the driver, and so before any tensor is on a GPU; not by importing this package.
+    torch.cuda._lazy_call(_replace_what_no_gpu_can_run)
 if INTERPRETED:
     register("CPU")

@@ -64,7 +64,8 @@ def masked_lora_linear(
         bias: [N] in x's dtype, or None.
         lora_a: [r, K], r >= 1; lora_b: [N, r]. fp32 factors may serve a 16-bit layer.
         mask: of shape (N, K).
-        scale: a number or a 0-d tensor, not differentiable.
+        scale: a number or a 0-d tensor, on the host or on x's device; not differentiable. Under torch.compile another
+            number compiles again, another tensor does not.
 
     Returns:
         [..., N] in x's dtype.
@@ -124,7 +125,8 @@ def masked_lora_conv2d(
         bias: [C_out] in x's dtype, or None.
         lora_a: [r, C_in, kh, kw]; lora_b: [C_out, r, 1, 1]: PEFT's shapes.
         mask: of shape (C_out, C_in kh kw), as BitMask.pack makes it from a bool [C_out, C_in, kh, kw].
-        scale: a number or a 0-d tensor, not differentiable.
+        scale: a number or a 0-d tensor, on the host or on x's device; not differentiable. Under torch.compile another
+            number compiles again, another tensor does not.
         stride, padding, dilation: as for torch.nn.functional.conv2d, numbers or pairs.
         groups: only 1: a grouped weight has another shape than B A.
 
@@ -235,7 +237,7 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tenso
 
 
 def _scale(scale: float | Tensor) -> Tensor:
-    """A tensor, so that another scale is another input to a compiled graph and not another graph."""
+    """The scale as a 0-d tensor. Under torch.compile a number is a constant of the graph, a tensor its input."""
     return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
 
 

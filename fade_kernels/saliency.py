@@ -61,9 +61,10 @@ def accumulate_linear_gradient_magnitude_(
         TypeError: the accumulator is not float32, or a dtype is not floating point.
         ValueError: shapes do not fit, unknown mode, different devices, per_sample without a leading dimension.
     """
-    _ops.accumulate_linear_gradient_magnitude_(
-        saliency.detach(), grad_output.detach(), input.detach(), mode, per_sample
-    )
+    with _ops.without_autocast(saliency):
+        _ops.accumulate_linear_gradient_magnitude_(
+            saliency.detach(), grad_output.detach(), input.detach(), mode, per_sample
+        )
 
 
 class _Call:
@@ -152,11 +153,10 @@ class _Layer:
             pad_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             input = nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=pad_mode)
             padding = (0, 0)
-        dtype = torch.promote_types(grad_output.dtype, input.dtype)
         return torch.ops.aten.convolution_backward(
-            grad_output.to(dtype),
-            input.to(dtype),
-            conv.weight.detach().to(dtype),
+            grad_output,
+            input,
+            conv.weight.detach().to(grad_output.dtype),
             None,
             conv.stride,
             padding,
@@ -288,7 +288,8 @@ class GradientMagnitude:
         if not self._active:
             return
         layer.waiting.discard(call)
-        layer.arrived.append((grad_output.detach(), call.take_input(layer.name)))
+        # Under autocast the layer computed, as `.grad` would be, in the dtype of its output, not in that of its input.
+        layer.arrived.append((grad_output.detach(), call.take_input(layer.name).to(grad_output.dtype)))
         if not layer.waiting:
             layer.fold(self.mode, self.per_sample)
         elif not self._callback_queued:

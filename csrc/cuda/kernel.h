@@ -63,8 +63,12 @@ class Device {
                           int64_t shared_bytes, const Arguments&... arguments) const {
     if (blocks == 0) return;
     if (shared_bytes > kSharedBytesOfAnyBlock) {
-      const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), most, static_cast<int>(shared_bytes)), name);
+      // Always all that the device has left: another thread may launch the same kernel with more at this moment.
+      const auto* function = reinterpret_cast<const void*>(kernel);
+      cudaFuncAttributes own{};
+      check(cudaFuncGetAttributes(&own, function), name);
+      const auto most = static_cast<int>(this->shared_bytes() - static_cast<int64_t>(own.sharedSizeBytes));
+      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -274,7 +274,7 @@ def _matrices(layer: Layer) -> _Matrices:
         weight = weight.reshape(n, k)
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
     return _Matrices(
-        out, rows, weight, lora_a.contiguous(), lora_b.contiguous(), layer.mask_words, layer.scale
+        out, rows, weight, lora_a.contiguous(), lora_b.contiguous(), layer.mask_words.contiguous(), layer.scale
     )  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def effective_weight(
     Args:
         weight: [N, K] or a convolution's [N, C, kh, kw], fp32, fp16 or bf16, or None.
         lora_a, lora_b: [R, K] and [N, R] (or PEFT's shapes for a convolution), fp32, fp16 or bf16.
-        mask_words: int32 [N, ceil(K/32)], contiguous.
+        mask_words: int32 [N, ceil(K/32)].
         scale: 0-d; read on the device where it lives there.
         out: where to write, which may be the weight itself; None: new memory.
         dtype: of the result; None: the one of `out`, the weight or, without either, the factors.

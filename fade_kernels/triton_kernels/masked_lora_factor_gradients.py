@@ -217,7 +217,7 @@ def masked_lora_factor_gradients(
     Args:
         dy, x: [T, N] and [T, K], fp32, fp16 or bf16, the same dtype; rows may be strided.
         lora_a, lora_b: [R, K] and [N, R], fp32, fp16 or bf16.
-        mask_words: int32 [N, ceil(K/32)], contiguous.
+        mask_words: int32 [N, ceil(K/32)].
         scale: 0-d; read on the device where it lives there.
         splits: ranges that T is divided into; None: as many as fill the device.
         atomics: adds into fp32 results directly; the last bits then depend on the order of arrival.
@@ -226,8 +226,9 @@ def masked_lora_factor_gradients(
     """
     (rows, n), (rank, k) = dy.shape, lora_a.shape
     if 0 in (rows, n, k, rank):
-        return torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+        return lora_a.new_zeros(lora_a.shape), lora_b.new_zeros(lora_b.shape)
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
+    mask_words = mask_words.contiguous()
     tiling = tiling or TILINGS[arithmetic(dy.dtype, input_precision)][0]
     tile_n, tile_k = tiling.blocks["BN"], tiling.blocks["BK"]
     tiles_n, tiles_k = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)

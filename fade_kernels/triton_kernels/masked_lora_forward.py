@@ -159,6 +159,12 @@ TF32_TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 16, "BN": 64, "BK": 32}, num_warps=4, num_stages=3),
 )
 
+WIDE_RANK_TF32_TILINGS: tuple[Tiling, ...] = (
+    Tiling({"BT": 128, "BN": 64, "BK": 32}, num_warps=4, num_stages=2),
+    Tiling({"BT": 16, "BN": 64, "BK": 32}, num_warps=4, num_stages=2),
+)
+"""Ranks above 64: with a stage more they need 105 KiB of shared memory, and sm_86 and sm_89 have 99."""
+
 IEEE_TILINGS: tuple[Tiling, ...] = (Tiling({"BT": 64, "BN": 32, "BK": 32}, num_warps=8, num_stages=3),)
 """fp32 without tensor cores: every product of a tile is unrolled, so tiles are small."""
 
@@ -166,7 +172,9 @@ IEEE_TILINGS: tuple[Tiling, ...] = (Tiling({"BT": 64, "BN": 32, "BK": 32}, num_w
 def candidate_tilings(dtype: torch.dtype, rank: int, input_precision: str) -> tuple[Tiling, ...]:
     """The tilings that serve an element type and rank."""
     if dtype == torch.float32:
-        return IEEE_TILINGS if input_precision == "ieee" else TF32_TILINGS
+        if input_precision == "ieee":
+            return IEEE_TILINGS
+        return TF32_TILINGS if rank <= 64 else WIDE_RANK_TF32_TILINGS
     return TILINGS if rank <= 32 else WIDE_RANK_TILINGS
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from kernel_testing import needs_interpreter
 
+from fade_kernels._extension import runs_on
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYER = """
@@ -85,3 +87,34 @@ print(len(caught), caught[0].message)
 """
     done = run(code)
     assert done.stdout.startswith("1 the CUDA library fade_kernels._C_cuda is not available (it was not built)"), done
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 0), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((12, 0), True)],
+)
+def test_which_gpus_run_a_library(capability: tuple[int, int], runs: bool) -> None:
+    assert runs_on(["8.0", "9.0"], capability) == runs
+
+
+def test_a_library_built_for_newer_or_other_gpus_runs_on_fewer() -> None:
+    assert not runs_on(["9.0"], (8, 0))
+    assert not runs_on(["8.9"], (8, 6))
+    assert not runs_on(["8.0", "12.0"], (10, 0))
+
+
+def test_a_gpu_that_the_library_holds_no_code_for_is_served_by_definitions() -> None:
+    code = """
+import torch
+from fade_kernels import dispatch
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_capability = lambda index: [(8, 6), (7, 0)][index]
+dispatch.build_info = lambda: {"architectures": ["8.0", "9.0"]}
+dispatch._ops.implement = lambda name, kernel, device: print("registered", name, device)
+real = dispatch._register_definitions
+dispatch._register_definitions = lambda names, reason: (print(reason), real(names, reason))
+dispatch._replace_what_no_gpu_can_run()
+"""
+    done = run(code)
+    assert "built for compute capability 8.0, 9.0, and GPU 1 has 7.0" in done.stdout, done
+    assert done.stdout.count("registered") == done.stdout.count(" CUDA\n") == 12

@@ -661,6 +661,7 @@ BAD_LINEAR: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask shape": ({"mask": BitMask.full((16, 41))}, ValueError, "mask of shape"),
     "scale shape": ({"scale": torch.ones(1)}, ValueError, "scale"),
     "scale gradient": ({"scale": torch.ones((), requires_grad=True)}, ValueError, "scale must not require"),
+    "scale device": ({"scale": torch.ones((), device="meta")}, ValueError, "scale is on meta"),
     "device": ({"weight": torch.zeros(16, 40, device="meta")}, ValueError, "one device.*weight on meta"),
 }
 

@@ -8,7 +8,7 @@ import torch
 from interpreter_testing import frobenius_error
 from torch import Tensor
 
-from fade_kernels import BitMask, dispatch, reference
+from fade_kernels import BitMask, accumulate_linear_gradient_magnitude_, dispatch, reference
 from fade_kernels.masked_lora import REGIMES
 
 # What makes `choose_linear` take a path: the regime that is asked for, and thresholds.
@@ -196,6 +196,68 @@ def test_linear_magnitude_of_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype
     dispatch.accumulate_linear_gradient_magnitude_(saliency, dy, x, "abs", False)
     reference.accumulate_linear_gradient_magnitude_(expected, dy.double(), x.double(), "abs", False)
     assert frobenius_error(saliency, expected) <= 1e-5
+
+
+def test_a_magnitude_under_autocast_is_summed_in_fp32(rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.2, rng)
+    saliency, expected = torch.zeros(37, 70), torch.zeros(37, 70, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        accumulate_linear_gradient_magnitude_(saliency, layer.dy, layer.x, "abs")
+    reference.accumulate_linear_gradient_magnitude_(expected, layer.dy.double(), layer.x.double(), "abs", False)
+    assert frobenius_error(saliency, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_ranks_beyond_those_of_the_tile_kernels(regime: int, dtype: torch.dtype, rng: torch.Generator) -> None:
+    layer = Layer(dtype, 0.3, rng)
+    lora_a, lora_b = (torch.randn(size, generator=rng).to(dtype) * 0.1 for size in ((129, 70), (37, 129)))
+    factors = (lora_a, lora_b, layer.mask.words, layer.scale, regime)
+    check("masked_lora_linear", (layer.x, layer.weight, layer.bias, *factors), dtype)
+    check("masked_lora_linear_input_gradient", (layer.dy, layer.weight, *factors), dtype)
+    check("masked_lora_linear_factor_gradients", (layer.dy, layer.x, *factors), dtype)
+
+
+@pytest.mark.parametrize("wide_factor", ["lora_a", "lora_b"])
+def test_factors_of_two_dtypes(regime: int, wide_factor: str, rng: torch.Generator) -> None:
+    layer = Layer(torch.float16, 0.3, rng)
+    setattr(layer, wide_factor, getattr(layer, wide_factor).float())
+    factors = (layer.lora_a, layer.lora_b, layer.mask.words, layer.scale, regime)
+    check("masked_lora_linear", (layer.x, layer.weight, layer.bias, *factors), torch.float16)
+    check("masked_lora_linear_input_gradient", (layer.dy, layer.weight, *factors), torch.float16)
+    check("masked_lora_linear_factor_gradients", (layer.dy, layer.x, *factors), torch.float16)
+    grads = dispatch.masked_lora_linear_factor_gradients(layer.dy, layer.x, *factors)
+    assert [grad.dtype for grad in grads] == [layer.lora_a.dtype, layer.lora_b.dtype]
+
+
+def test_layouts_of_factors_and_masks(regime: int, rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.3, rng)
+    words = torch.stack([layer.mask.words, ~layer.mask.words], dim=-1)[..., 0]
+    lora_a, lora_b = (factor.t().contiguous().t() for factor in (layer.lora_a, layer.lora_b))
+    factors = (lora_a, lora_b, words, layer.scale, regime)
+    check("masked_lora_linear", (layer.x, layer.weight, layer.bias, *factors), torch.float32)
+    check("masked_lora_linear_input_gradient", (layer.dy, layer.weight, *factors), torch.float32)
+    check("masked_lora_linear_factor_gradients", (layer.dy, layer.x, *factors), torch.float32)
+    check("effective_weight", (layer.weight, *factors[:-1]), torch.float32)
+    nothing = (lora_a, lora_b, torch.zeros_like(words), layer.scale, regime)
+    for given in (factors, nothing):  # torch.compile was promised contiguous ones
+        grads = dispatch.masked_lora_linear_factor_gradients(layer.dy, layer.x, *given)
+        assert all(grad.is_contiguous() for grad in grads)
+
+
+def test_values_of_factors_leave_nothing_behind(rng: torch.Generator) -> None:
+    layer = Layer(torch.float32, 0.3, rng)
+    dispatch.masked_factor_values(layer.lora_a, layer.lora_b, layer.mask.words, layer.mask.count)
+    assert not dispatch._positions_known(layer.mask.words)
+
+
+def test_one_by_one_convolutions_are_linear_layers_on_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, window = torch.zeros(2, 8, 4, 4), ([1, 1], [1, 1], [0, 0])
+    nhwc = images.contiguous(memory_format=torch.channels_last)
+    assert dispatch._on_pixels(nhwc, *window)
+    assert dispatch._on_pixels(images.half(), *window)
+    assert not dispatch._on_pixels(images, *window)  # one convolution with W + Delta copies nothing
+    assert not dispatch._on_pixels(nhwc, [3, 3], [1, 1], [1, 1])
+    assert not dispatch._on_pixels(nhwc, [1, 1], [2, 2], [0, 0])
 
 
 def test_while_a_graph_is_captured_nothing_is_gathered_from_unknown_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,4 +268,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
   *value = name == cudaDevAttrMultiProcessorCount ? 3 : static_cast<int>(kDynamicSharedBytes);
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
