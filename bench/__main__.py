@@ -3,14 +3,16 @@
     python -m bench --output FILE.json          on a CUDA machine: build, test, measure everything
     python -m bench --device cpu --output FILE  the tables of the CPU kernels
     python -m bench model [--chip h200]         what the roofline model predicts; nothing is measured
+    python -m bench show FILE                   print a result file's tables and targets, also of a run cut short
     python -m bench plot FILE... [--output PNG] draw results, predictions beside measurements
     python -m bench compare A B                 what differs between two results
 
 A GPU run ends within its budget by making fewer repetitions, never by leaving a table out, and writes its file after
-every row. Measuring happens in a process of its own: one that crashes or hangs loses one row.
+every row. Measuring happens in a process of its own: a candidate that ends it is left out of later rows.
 """
 
 import argparse
+import importlib
 import signal
 import subprocess
 import sys
@@ -27,17 +29,19 @@ from bench.harness import ROOT, DeviceLostError, environment
 from bench.plans import Budget, Plan, run_plans
 from bench.results_file import BadResultsError, Results, Table, show
 from bench.roofline import CHIPS, Chip
+from fade_kernels import dispatch
 
 NO_GPU = """There is no CUDA device here, so the GPU tables cannot be measured.
   python -m bench --device cpu --output FILE.json   measures the CPU kernels
   python -m bench model                             prints what is predicted for a GPU"""
 EXIT_NO_GPU, EXIT_RED = 2, 1
 
-# Shares of the budget that a step may take at most.
+# Shares of the budget that a step may take at most, and the share that they leave to the tables.
 MOST_BUILD, MOST_TESTS = 0.35, 0.45
 MOST_SANITIZER = {"memcheck": 0.12, "racecheck": 0.08}
+LEAST_TABLES = 0.4
 HANGING = 120.0  # seconds without a candidate's first result after which the measuring process is ended
-MOST_RESTARTS = 8
+MOST_RESTARTS = 16
 RESERVE = 6.0  # seconds kept for the end of the run
 
 
@@ -54,6 +58,8 @@ def gpu_plans(toy: bool) -> list[Plan]:
 
 def measure(results: Results, device: torch.device, seconds: float, plans: Sequence[Plan]) -> None:
     """Measures in this process what the results lack; the chip's own ceilings enter the predictions."""
+    if find_spec("peft") is not None:
+        importlib.import_module("peft")  # seconds that belong to no row
     budget, chip = Budget(seconds), CHIPS["h200"]
     ceilings = [plan for plan in plans if plan.name == "ceilings"]
     rest = [plan for plan in plans if plan.name != "ceilings"]
@@ -67,8 +73,8 @@ def measure(results: Results, device: torch.device, seconds: float, plans: Seque
 def supervise(path: Path, budget: Budget, device: str, toy: bool, hanging: float = HANGING) -> list[str]:
     """Lets worker processes fill the file at `path` until it is complete; returns what went wrong on the way.
 
-    A worker that dies, or gives no sign for `hanging` seconds, is ended; its row is recorded as failed and another
-    worker goes on after it.
+    A worker that dies, or gives no sign for `hanging` seconds, is ended. Another worker goes on without the candidate
+    that did it; where that is not known, without the row, which is recorded as failed.
     """
     troubles: list[str] = []
     for _ in range(MOST_RESTARTS):
@@ -77,7 +83,7 @@ def supervise(path: Path, budget: Budget, device: str, toy: bool, hanging: float
         command += ["--budget", str(seconds), *(["--toy"] if toy else [])]
         worker = subprocess.Popen(command, cwd=ROOT)
         try:
-            reason = _wait(worker, path, hanging)
+            reason = _wait(worker, Results(path, {}).pulse, hanging)
         finally:
             if worker.poll() is None:
                 worker.kill()
@@ -89,13 +95,19 @@ def supervise(path: Path, budget: Budget, device: str, toy: bool, hanging: float
         if current is None:
             troubles.append(f"the measuring process {reason} before its first row")
             return troubles
-        troubles.append(f"{current['table']}, {current['row']}: the measuring process {reason}")
-        table = results.table(current["table"])
-        results.add_row(table, current["row"], 0, {table["base"]: {"error": f"the process {reason}"}})
+        candidate = results.pulse.read_text(encoding="utf-8") if results.pulse.exists() else ""
+        where = f"{current['table']}, {current['row']}" + (f", {candidate}" if candidate else "")
+        troubles.append(f"{where}: the measuring process {reason}")
+        if candidate:
+            results.crashed.append(candidate)
+            results.save()
+        else:
+            table = results.table(current["table"])
+            results.add_row(table, current["row"], 0, {table["base"]: {"error": f"the process {reason}"}})
     return troubles
 
 
-def _wait(worker: subprocess.Popen, path: Path, hanging: float) -> str | None:
+def _wait(worker: subprocess.Popen, pulse: Path, hanging: float) -> str | None:
     """None when the worker is done; else what became of it."""
     started = time.time()
     while True:
@@ -103,13 +115,17 @@ def _wait(worker: subprocess.Popen, path: Path, hanging: float) -> str | None:
             code = worker.wait(timeout=0.5)
             return None if code == 0 else f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
-            if time.time() - max(path.stat().st_mtime, started) > hanging:
+            last = max(pulse.stat().st_mtime, started) if pulse.exists() else started
+            if time.time() - last > hanging:
                 return f"gave no sign for {hanging:g} s"
 
 
 def run_steps(results: Results, budget: Budget, seconds: float, arguments: argparse.Namespace) -> None:
-    """Builds and tests, as far as asked for, and records every step."""
+    """Builds and tests, as far as asked for, and records every step. The tables keep their share of the time."""
     steps = results.payload["steps"]
+
+    def limit(share: float) -> float:
+        return max(1.0, min(share * seconds, budget.remaining() - LEAST_TABLES * seconds))
 
     def record(name: str, step: checks.Step) -> None:
         steps[name] = step
@@ -120,11 +136,11 @@ def run_steps(results: Results, budget: Budget, seconds: float, arguments: argpa
             print("  " + "\n  ".join(step["output"].strip().splitlines()[-15:]))
 
     if arguments.build:
-        record("build", checks.build(min(MOST_BUILD * seconds, budget.remaining())))
+        record("build", checks.build(limit(MOST_BUILD)))
     if arguments.tests:
-        record("tests", checks.gpu_tests(min(MOST_TESTS * seconds, budget.remaining())))
+        record("tests", checks.gpu_tests(limit(MOST_TESTS)))
         for tool, share in MOST_SANITIZER.items():
-            record(f"sanitizer {tool}", checks.sanitizer(tool, min(share * seconds, budget.remaining())))
+            record(f"sanitizer {tool}", checks.sanitizer(tool, limit(share)))
 
 
 def finish(results: Results, speedups: bool) -> None:
@@ -138,11 +154,13 @@ def finish(results: Results, speedups: bool) -> None:
             for column, cell in row["cells"].items():
                 if "error" in cell:
                     print(f"  {row['row']}: {column}: {cell['error'].splitlines()[0][:150]}")
+    for operator in results.payload.get("definitions", ()):
+        print(f"  not ours: fade_kernels::{operator} ran as its definition, because its kernel cannot run here")
     found = targets.evaluate(results) if speedups else []
-    results.payload |= {"targets": found, "speedups": speedups, "complete": True}
     if found:
         targets.show(found)
-    results.save()
+        targets.show_unanswered(results)
+    results.payload |= {"targets": found, "speedups": speedups}
 
 
 def _show_ceilings(table: Table) -> None:
@@ -158,12 +176,19 @@ def run_gpu(arguments: argparse.Namespace) -> int:
     results.payload["environment"] = {}
     results.save()
     run_steps(results, budget, arguments.budget, arguments)
-    troubles = supervise(results.path, budget, arguments.device, arguments.toy)
-    results = Results.load(results.path)
-    results.payload["troubles"] = troubles
-    results.payload["seconds"] = arguments.budget - (budget.end - time.perf_counter())
-    passed = checks.green(results.payload["steps"])
-    finish(results, speedups=passed and not arguments.toy)
+    troubles, complete = ["the run was stopped"], False
+    try:
+        troubles = supervise(results.path, budget, arguments.device, arguments.toy)
+        complete = True
+    finally:
+        results = Results.load(results.path)
+        results.payload["troubles"] = troubles
+        results.payload["seconds"] = arguments.budget - (budget.end - time.perf_counter())
+        passed = checks.green(results.payload["steps"])
+        finish(results, speedups=passed and not arguments.toy)
+        results.payload["complete"] = complete
+        results.save()
+        results.pulse.unlink(missing_ok=True)
     for trouble in troubles:
         print(f"trouble: {trouble}")
     if not passed:
@@ -181,6 +206,10 @@ def run_worker(arguments: argparse.Namespace) -> int:
     except DeviceLostError as error:
         print(f"the device is lost to this process: {error}", file=sys.stderr)
         return EXIT_RED
+    finally:
+        before = results.payload.get("definitions", ())
+        results.payload["definitions"] = sorted({*before, *dispatch.served_by_definitions()})
+        results.save()
     return 0
 
 
@@ -192,7 +221,10 @@ def run_cpu(arguments: argparse.Namespace) -> int:
     budget = Budget(arguments.budget)
     run_plans(cpu_tables.plans(arguments.toy), results, torch.device("cpu"), CHIPS["h200"], budget, _progress)
     finish(results, speedups=not arguments.toy)
+    results.payload["complete"] = True
+    results.save()
     if results.path is not None:
+        results.pulse.unlink(missing_ok=True)
         print(f"written to {results.path}")
     return 0
 
@@ -235,6 +267,10 @@ def _command(name: str, rest: Sequence[str]) -> int:
         }
         changes = {field: value * unit for field, (value, unit) in given.items() if value is not None}
         model.main(replace(CHIPS[arguments.chip], **changes), arguments.output)
+    elif name == "show":
+        parser.add_argument("file", type=Path)
+        results = Results.load(parser.parse_args(rest).file)
+        finish(results, speedups=results.payload["kind"] != "gpu" or checks.green(results.payload["steps"]))
     elif name == "plot":
         from bench import plots
 
@@ -255,7 +291,7 @@ def _command(name: str, rest: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("model", "plot", "compare"):
+    if argv and argv[0] in ("model", "show", "plot", "compare"):
         try:
             return _command(argv[0], argv[1:])
         except BadResultsError as error:
@@ -271,8 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return EXIT_NO_GPU
-    if arguments.output is None:
-        arguments.output = ROOT / "bench" / "results" / "gpu.json"
+    arguments.output = (arguments.output or ROOT / "bench" / "results" / "gpu.json").resolve()
     return run_gpu(arguments)
 
 

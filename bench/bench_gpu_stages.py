@@ -169,7 +169,7 @@ def measure(
     device: torch.device,
     scale: Scale = SD15,
     dtype: torch.dtype = torch.bfloat16,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[str], None] = lambda candidate: None,
 ) -> dict[str, Any]:
     """Each procedure's stages, after an unmeasured run of one step each: {procedure: {stage: {seconds, bytes}}}.
 
@@ -178,11 +178,11 @@ def measure(
     pipeline = random_pipeline(scale, device, dtype)
     found: dict[str, Any] = {}
     for name, run in PROCEDURES.items():
-        beat()
+        beat("")
         run(pipeline, scale, 1)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        beat()
+        beat("")
         found[name] = run(pipeline, scale, scale.steps)
     return found
 
@@ -190,7 +190,7 @@ def measure(
 def plan(scale: Scale = SD15, dtype: torch.dtype = torch.bfloat16) -> Plan:
     """The same as a table: time of both stages, the larger of their peaks, and each stage beside it."""
 
-    def cells(device: torch.device, beat: Callable[[], None]) -> dict[str, Cell]:
+    def cells(device: torch.device, beat: Callable[[str], None]) -> dict[str, Cell]:
         result: dict[str, Cell] = {}
         for name, stages in measure(device, scale, dtype, beat).items():
             seconds = sum(stage["seconds"] for stage in stages.values())

@@ -67,7 +67,7 @@ class Stopwatch:
     queued the whole call: otherwise short kernels would be timed by how fast Python launches them.
     """
 
-    MOST_LEAD = 5e-3  # seconds of device time that a wait for the host may cost
+    MOST_LEAD = 0.1  # seconds of device time that a wait for the host may cost
     CLOCK = 2e9  # cycles a second; a slower clock only lengthens the wait
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -212,7 +212,11 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    """What git answers; "" where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 

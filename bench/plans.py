@@ -5,7 +5,7 @@ loop does what the result file lacks, so that a run which was cut off, or whose 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Row:
     costs: Callable[[Chip], Mapping[str, Cost]] = lambda chip: {}
     weight: float = 1.0
     repeats: int = REPEATS
-    measure: Callable[[torch.device, Callable[[], None]], dict[str, Cell]] | None = None
+    measure: Callable[[torch.device, Callable[[str], None]], dict[str, Cell]] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,14 @@ class Budget:
 
 
 def measure_row(
-    row: Row, mode: str, device: torch.device, chip: Chip, seconds: float, beat: Callable[[], None] = lambda: None
-) -> dict[str, Cell]:
+    row: Row, mode: str, device: torch.device, chip: Chip, seconds: float,
+    beat: Callable[[str], None] = lambda candidate: None, crashed: Collection[str] = (),
+) -> dict[str, Cell]:  # fmt: skip
     """Measures one row's candidates in about `seconds`: with less time fewer repetitions, at least one.
 
     A candidate that fails is a cell that says why; one whose result is wrong is timed and marked. `beat` is called
-    after every candidate's first calls, to show that something moves.
+    with the name of each candidate before its first calls, and with "" before the timed ones. Candidates in `crashed`
+    have ended a process before and are left out.
 
     Raises:
         DeviceLostError: the device can be used no more by this process.
@@ -101,7 +103,10 @@ def measure_row(
     prepared = row.prepare(device)
     working, one_round = {}, 0.0
     for name, call in prepared.calls.items():
-        beat()
+        if name in crashed:
+            cells[name] = {"error": "left out: it ended the measuring process in an earlier row"}
+            continue
+        beat(name)
         try:
             cell: Cell = {}
             result = call()
@@ -123,13 +128,16 @@ def measure_row(
             continue
         cells[name] = cell
         working[name] = call
-    left = max(0.0, seconds - (time.perf_counter() - start))
+    beat("")
+    # First calls compile kernels, which other rows then find compiled: half of a row's time stays its own.
+    left = max(0.5 * seconds, seconds - (time.perf_counter() - start))
     affordable = int(left / max(one_round, 1e-6))
     try:
         timings = interleaved(
             working,
             repeats=max(1, min(row.repeats, affordable)),
-            warmup=min(2, affordable // 4),
+            # One at least on a GPU: only then is it known for how long the host must be waited for.
+            warmup=max(int(device.type == "cuda"), min(2, affordable // 4)),
             budget=left,
             device=device,
             least=max(1, min(3, affordable)),
@@ -176,9 +184,10 @@ def run_plans(
         for row in todo:
             results.payload["current"] = {"table": plan.name, "row": row.name}
             results.save()
+            results.beat("")
             seconds = budget.share(row.weight, left)
             try:
-                cells = measure_row(row, plan.mode, device, chip, seconds, results.beat)
+                cells = measure_row(row, plan.mode, device, chip, seconds, results.beat, results.crashed)
             except DeviceLostError:
                 raise
             except Exception as error:

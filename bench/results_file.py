@@ -45,10 +45,20 @@ class Results:
         if self.path is not None:
             write_json(self.path, self.payload)
 
-    def beat(self) -> None:
-        """Shows that the run goes on, by the file's time of change."""
-        if self.path is not None:
-            self.path.touch()
+    @property
+    def pulse(self) -> Path | None:
+        """A file beside this one while a process measures: the candidate whose first calls run, "" for timed ones."""
+        return None if self.path is None else self.path.with_name(self.path.name + ".candidate")
+
+    def beat(self, candidate: str) -> None:
+        """Shows that the run goes on, and with what."""
+        if self.pulse is not None:
+            self.pulse.write_text(candidate, encoding="utf-8")
+
+    @property
+    def crashed(self) -> list[str]:
+        """Candidates that have ended a measuring process."""
+        return self.payload.setdefault("crashed", [])
 
     @property
     def tables(self) -> list[Table]:

@@ -62,6 +62,7 @@ class Kernel:
     bytes: float
     unit: str = "matrix"
     ours: bool = False
+    of_factors: bool = False  # belongs to the gradients of the factors
 
     def seconds(self, chip: Chip) -> float:
         arithmetic = self.flops / getattr(chip, self.unit)
@@ -208,7 +209,7 @@ def _factor_gradients(layer: Linear, rank: int, occupancy: float) -> Kernel:
     t, n, k = _sizes(layer)
     flops = occupancy * (2.0 * t * n * k + 4.0 * n * k * rank)
     bytes_ = BF16 * t * (n + k) + INT32_PER_BIT * n * k + (BF16 + FP32) * rank * (n + k)
-    return Kernel("factor gradients", flops, bytes_, ours=True)
+    return Kernel("factor gradients", flops, bytes_, ours=True, of_factors=True)
 
 
 def _delta_flops(layer: Linear, rank: int, occupancy: float, chip: Chip) -> float:
@@ -251,13 +252,17 @@ def whole(layer: Linear, rank: int) -> Cost:
     return Cost((*base.forward, build, added), (*base.backward, build, back, _factor_gradients(layer, rank, 1.0)))
 
 
-def scratch(layer: Linear, rank: int) -> Cost:
-    """W + D rounded into scratch in one pass, then the library's products with it; kept for the backward pass."""
+def scratch(layer: Linear, rank: int, kept: bool = False) -> Cost:
+    """W + D rounded into scratch in one pass, then the library's product with it.
+
+    For the backward pass it is made again, or, where `kept`, still there (N K elements a layer).
+    """
     _, n, k = _sizes(layer)
     bytes_ = n * k * (2 * BF16 + INT32_PER_BIT) + BF16 * rank * (n + k)
     build = Kernel("W + D", 2.0 * n * k * rank, bytes_, ours=True)
     base = frozen(layer)
-    return Cost((build, *base.forward), (*base.backward, _factor_gradients(layer, rank, 1.0)))
+    again = () if kept else (build,)
+    return Cost((build, *base.forward), (*again, *base.backward, _factor_gradients(layer, rank, 1.0)))
 
 
 def gather(layer: Linear, rank: int, density: float) -> Cost:
@@ -268,15 +273,23 @@ def gather(layer: Linear, rank: int, density: float) -> Cost:
     t, n, k = _sizes(layer)
     nnz = density * n * k
     values = Kernel("values of D", 2.0 * rank * nnz, 16 * nnz + BF16 * rank * (n + k), "gathered", ours=True)
-    product = Kernel("y += x Dᵀ", 2.0 * t * nnz, 8 * nnz + BF16 * (t * k + 2 * t * n), "gathered", ours=True)
-    back = Kernel("dX += dY D", 2.0 * t * nnz, 8 * nnz + BF16 * (t * n + 2 * t * k), "gathered", ours=True)
-    sampled = Kernel("dYᵀ X sampled", 2.0 * t * nnz, 8 * nnz + BF16 * t * (n + k), "sampled", ours=True)
+    flops = 2.0 * t * nnz
+    product = Kernel("y += x Dᵀ", flops, 8 * nnz + BF16 * (t * k + 2 * t * n), "gathered", ours=True)
+    back = Kernel("dX += dY D", flops, 8 * nnz + BF16 * (t * n + 2 * t * k), "gathered", ours=True)
+    sampled = Kernel("dYᵀ X sampled", flops, 8 * nnz + BF16 * t * (n + k), "sampled", ours=True, of_factors=True)
     # One partial sum a block, two blocks on each of 132 multiprocessors or one for each 32 rows of x.
     parts = min(264, -(-t // 32))
-    summed = Kernel("its partial sums", 0.0, 2 * FP32 * parts * nnz, ours=True)
-    contracted = Kernel("dA, dB", 4.0 * rank * nnz, 16 * nnz + (BF16 + FP32) * rank * (n + k), "gathered", ours=True)
+    summed = Kernel("its partial sums", 0.0, 2 * FP32 * parts * nnz, ours=True, of_factors=True)
+    moved = 16 * nnz + (BF16 + FP32) * rank * (n + k)
+    contracted = Kernel("dA, dB", 4.0 * rank * nnz, moved, "gathered", ours=True, of_factors=True)
     base = frozen(layer)
     return Cost((*base.forward, values, product), (*base.backward, values, back, sampled, summed, contracted))
+
+
+def combined(products: Cost, gradients: Cost) -> Cost:
+    """The products of one path with the factors' gradients of another."""
+    kept = [kernel for kernel in products.backward if not kernel.of_factors]
+    return Cost(products.forward, (*kept, *(kernel for kernel in gradients.backward if kernel.of_factors)))
 
 
 # --- saliency and selection ------------------------------------------------------------------------------------------

@@ -839,6 +839,11 @@ def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any
     return serve
 
 
+def served_by_definitions() -> list[str]:
+    """Operators of this file whose kernel could not run here, so that their definitions serve."""
+    return sorted(_unusable)
+
+
 def register(device: str) -> None:
     """Makes the kernels of this file serve tensors on a device type."""
     for name, kernel in _KERNELS.items():

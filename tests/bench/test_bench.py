@@ -195,14 +195,16 @@ def test_a_row_that_cannot_be_set_up_does_not_stop_the_others(tmp_path):
     assert first["cells"] == {"a": {"error": "RuntimeError: out of something"}} and "median" in second["cells"]["a"]
 
 
+@pytest.mark.parametrize("candidate", ["", "b"])
 @pytest.mark.parametrize(
     ("script", "what"), [("import sys; sys.exit(7)", "exit code 7"), ("import time; time.sleep(60)", "no sign")]
 )
-def test_a_worker_that_dies_or_hangs_loses_one_row(tmp_path, monkeypatch, script, what):
+def test_a_worker_that_dies_or_hangs_loses_one_candidate_or_one_row(tmp_path, monkeypatch, script, what, candidate):
     path = tmp_path / "r.json"
     results = Results(path, {"current": {"table": "table", "row": "one"}})
     results.open_table("table", "table", "forward", "a")
     results.save()
+    results.beat(candidate)
     scripts = iter([script, "pass"])
     started = []
 
@@ -215,8 +217,49 @@ def test_a_worker_that_dies_or_hangs_loses_one_row(tmp_path, monkeypatch, script
     troubles = command.supervise(path, Budget(5), "cpu", toy=True, hanging=1.0)
     assert len(started) == 2 and "--worker" in started[0]
     assert len(troubles) == 1 and what in troubles[0]
-    (lost,) = Results.load(path).tables[0]["rows"]
+    after = Results.load(path)
+    if candidate:
+        assert after.crashed == ["b"] and not after.tables[0]["rows"]
+        return
+    (lost,) = after.tables[0]["rows"]
     assert lost["row"] == "one" and what in lost["cells"]["a"]["error"]
+
+
+def test_a_candidate_that_ended_a_process_is_left_out():
+    cells = measure_row(row(a=lambda: None, b=lambda: 1 / 0), "forward", CPU, CHIP, 1.0, crashed=["b"])
+    assert "median" in cells["a"] and "left out" in cells["b"]["error"]
+
+
+def test_a_stopped_run_keeps_and_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "r.json"
+
+    def stopped(path, *_):
+        results = Results.load(path)
+        cell = {"median": 0.25, "low": 0.25, "high": 0.25, "repeats": 3}
+        results.add_row(results.open_table("table", "what was measured", "forward", "a"), "one", 1, {"a": cell})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "supervise", stopped)
+    arguments = SimpleNamespace(budget=5.0, output=path, device="cpu", toy=False, build=False, tests=False)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_gpu(arguments)
+    payload = results_file.load(path)
+    assert payload["troubles"] == ["the run was stopped"] and not payload["complete"]
+    assert "what was measured" in capsys.readouterr().out
+    assert command.main(["show", str(path)]) == 0
+    assert "what was measured" in capsys.readouterr().out
+
+
+def test_steps_leave_the_tables_their_time(monkeypatch):
+    limits = []
+    monkeypatch.setattr(checks, "build", lambda limit: limits.append(limit) or checks._step("built", 0.0))
+    monkeypatch.setattr(checks, "gpu_tests", lambda limit: limits.append(limit) or checks._step("passed", 0.0))
+    monkeypatch.setattr(checks, "sanitizer", lambda tool, limit: limits.append(limit) or checks._step("passed", 0.0))
+    now = [0.0]
+    budget = Budget(100, clock=lambda: now[0])
+    now[0] = 55.0  # what came before took long
+    command.run_steps(Results(None, {}), budget, 100, SimpleNamespace(build=True, tests=True))
+    assert limits == [5.0, 5.0, 5.0, 5.0]
 
 
 def test_interleaved_takes_turns():
@@ -268,6 +311,7 @@ def test_what_the_sanitizer_says(monkeypatch):
         (0, "bench.sanitized: done\n== ERROR SUMMARY: 0 errors"): "passed",
         (86, "== ERROR SUMMARY: 3 errors"): "failed",
         (0, "Device not supported"): "unavailable",
+        (1, "Traceback (most recent call last)"): "unavailable",
         (None, ""): "unfinished",
     }.items():
         monkeypatch.setattr(checks, "_run", lambda *_, answer=answer: answer)

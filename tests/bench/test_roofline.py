@@ -55,7 +55,7 @@ def test_split_whole_scratch_and_gather_by_hand():
     assert split.forward[1].bytes == pytest.approx(0.4 * 3 * X + 1280 * 1280 / 8 + 2 * 16 * 2560)
     scratch = roofline.scratch(LAYER, 16)
     assert scratch.forward[0].bytes == 2 * W + 1280 * 1280 / 8 + 2 * 16 * 2560
-    assert scratch.flops() == 3 * GEMM + 6 * 1280 * 1280 * 16
+    assert scratch.flops() == 3 * GEMM + 8 * 1280 * 1280 * 16
     whole = roofline.whole(LAYER, 16)
     assert whole.forward[2].bytes == 3 * X + W and whole.forward[1].bytes == W + 1280 * 1280 / 8 + 2 * 16 * 2560
     assert whole.flops() == 5 * GEMM + 8 * 1280 * 1280 * 16
@@ -84,6 +84,29 @@ def test_selection_and_accumulation_by_hand():
 def test_ratios_that_the_specification_states():
     for path, values in model.stated_ratios(CHIP).items():
         assert values == pytest.approx(model.STATED[path], rel=0.05), path
+
+
+def test_gradients_of_one_path_beside_products_of_another():
+    whole, gather = roofline.whole(LAYER, 16), roofline.gather(LAYER, 16, 0.01)
+    both = roofline.combined(whole, gather)
+    assert both.forward == whole.forward
+    assert [k.name for k in both.backward] == ["dY W", "D", "dX += dY D", "dYᵀ X sampled", "its partial sums", "dA, dB"]
+    assert roofline.combined(gather, whole).backward == (*gather.backward[:3], whole.backward[-1])
+
+
+def test_ours_costs_what_the_dispatch_would_choose():
+    from bench.gpu_tables import linear_cost
+    from bench.masked_layer import Provider
+
+    def names(mask: str, tokens: int) -> list[str]:
+        layer = Linear(tokens, 3072, 3072, bias=False, count=1)
+        return [kernel.name for kernel in linear_cost(Provider("ours", mask), layer, CHIP).kernels("training")]
+
+    assert names("random 10 %", 64) == ["x (W, D)ᵀ", "dY (W, D)", "factor gradients"]
+    assert names("random 10 %", 8192) == ["x Wᵀ", "D", "y += x Dᵀ", "dY W", "D", "dX += dY D", "factor gradients"]
+    assert names("random 1 %", 8192)[:3] == ["x Wᵀ", "values of D", "y += x Dᵀ"]
+    assert names("random 1 %", 8192)[-1] == "factor gradients"
+    assert names("tiles 10 %", 8192) == ["x Wᵀ", "y += x Dᵀ", "dY W", "dX += dY D", "factor gradients"]
 
 
 def test_occupancy_of_masks():

@@ -1,11 +1,12 @@
 """Every operator of fade_kernels on a GPU against the definitions in float64, and what only a GPU can show.
 
 `python -m pytest tests/fade_kernels/test_cuda.py` needs torch and pytest. Each test runs on the CPU, too, so that its
-own code is known to be right before a GPU is there; without one the GPU's half is skipped. Expected values are computed
-on the CPU from the rounded inputs.
+own code is known to be right before a GPU is there; without one the GPU's half is skipped, and FADE_TEST_DEVICES=cuda
+leaves out the CPU's half. Expected values are computed on the CPU from the rounded inputs.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ from fade_kernels.masked_lora import REGIMES, force_regime
 from fade_kernels.positions import find_positions
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+DEVICES = [
+    device
+    for device in ("cpu", pytest.param("cuda", marks=needs_cuda))
+    if os.environ.get("FADE_TEST_DEVICES") != "cuda" or device != "cpu"
+]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 # Frobenius norm of the error over that of the result (design: kernels.md, numerics contract).
@@ -50,6 +55,13 @@ def exact_fp32_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture(autouse=True)
+def kernels_run_themselves() -> Iterator[None]:
+    """A definition in place of a kernel would pass every test of numbers."""
+    yield
+    assert not dispatch.served_by_definitions()
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
