@@ -11,6 +11,7 @@ from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_
 from fade_kernels.masked_lora import (
     effective_weight,
+    effective_weights,
     masked_factor_values,
     masked_lora_conv2d,
     masked_lora_linear,
@@ -34,6 +35,7 @@ __all__ = [
     "accumulate_linear_gradient_magnitude_",
     "build_info",
     "effective_weight",
+    "effective_weights",
     "gather_masked",
     "masked_factor_values",
     "masked_lora_conv2d",

@@ -751,6 +751,30 @@ def _check_effective_weight_out(
     _check_same_dtype(out=out, weight=weight)
 
 
+def _check_effective_weights_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    lists = {"out": out, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "mask": mask_words, "scale": scale}
+    if len({len(tensors) for tensors in lists.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
+        raise ValueError(f"every layer needs one of each, got {lengths}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    for i, layer in enumerate(zip(*lists.values(), strict=True)):
+        try:
+            _check_effective_weight_out(*layer)
+            check_same_device(out=layer[0], **{"out[0]": out[0]})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
+
+
 def _check_effective_weight_from_values_out(
     out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
 ) -> None:
@@ -840,6 +864,14 @@ effective_weight_out = _define(
     check=_check_effective_weight_out,
     fake=_no_output,
     default=reference.effective_weight_out,
+)
+
+effective_weights_out = _define(
+    "effective_weights_out(Tensor(a!)[] out, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor[] mask_words, "
+    "Tensor[] scale, bool stochastic, int seed) -> ()",
+    check=_check_effective_weights_out,
+    fake=_no_output,
+    default=reference.effective_weights_out,
 )
 
 effective_weight_from_values_out = _define(

@@ -448,6 +448,26 @@ def effective_weight_out(
     merging.effective_weight(weight, lora_a, lora_b, mask_words, scale, out=out)
 
 
+def effective_weights_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    """The same of many layers: a launch for each combination of dtypes and alignment."""
+    from fade_kernels.triton_kernels import effective_weight as merging
+
+    layers = [
+        merging.Layer(base, *delta, out=result)
+        for result, base, *delta in zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True)
+    ]
+    merging.effective_weights(layers, stochastic=stochastic, seed=seed)
+
+
 def effective_weight_from_values_out(
     out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
 ) -> None:
@@ -782,6 +802,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
         masked_factor_values,
         effective_weight,
         effective_weight_out,
+        effective_weights_out,
         effective_weight_from_values_out,
         accumulate_linear_gradient_magnitude_,
     )
@@ -790,9 +811,15 @@ _KERNELS: dict[str, Callable[..., Any]] = {
 _unusable: set[str] = set()
 
 
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Those among the arguments that are no scalars, in lists too."""
+    flat = [b for a in arguments for b in (a if isinstance(a, list) else [a])]
+    return [a for a in flat if isinstance(a, Tensor) and a.dim() > 0]
+
+
 def _wide(arguments: tuple[Any, ...]) -> bool:
     """fp64 is for definitions: nobody trains in it, and no matrix unit that Triton reaches computes it."""
-    return any(isinstance(a, Tensor) and a.dtype == torch.float64 and a.dim() > 0 for a in arguments)
+    return any(tensor.dtype == torch.float64 for tensor in _tensors(arguments))
 
 
 @functools.cache
@@ -818,7 +845,7 @@ def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any
     def serve(*arguments: Any) -> Any:
         if name in _unusable or _wide(arguments):
             return definition(*arguments)
-        first = next(a for a in arguments if isinstance(a, Tensor) and a.dim() > 0)
+        first = _tensors(arguments)[0]
         reason = _too_old(first.device.index) if first.is_cuda else ""
         if not reason:
             try:

@@ -1,11 +1,11 @@
 """Masked LoRA: y = x (W + s M o (B A))^T with a frozen weight and a packed mask, for linear and convolution layers.
 
-The public functions, and the CPU kernels of the convolutions, which are compositions of torch's own convolutions with
-the effective weight. Definitions: `reference.py`; the linear's CPU kernels and their choice: csrc/cpu/masked_lora.cpp.
-The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
+The public functions, and CPU kernels that are compositions: the convolutions, of torch's own with the effective weight,
+and the effective weights of many layers. Definitions: `reference.py`; the linear's CPU kernels and their choice:
+csrc/cpu/masked_lora.cpp. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
 
@@ -217,6 +217,54 @@ def effective_weight(
         else:
             out.copy_(_ops.effective_weight(weight.flatten(1), *factors).reshape(weight.shape))
     return out
+
+
+def effective_weights(
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    masks: Sequence[BitMask],
+    scales: Sequence[float | Tensor],
+    *,
+    out: Sequence[Tensor] | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    """`effective_weight` of many layers; on CUDA one launch for all that agree in dtypes. Not differentiable.
+
+    Args:
+        weights, lora_as, lora_bs, masks, scales: one of each per layer, as for `effective_weight`.
+        out: memory for the results, contiguous, of the weights' shapes and dtypes; may be the weights themselves.
+        stochastic: rounds fp16 and bf16 results up or down so that their mean over seeds is the exact value; a delta
+            below half the weight's spacing is then not lost but there as often as it is large.
+        seed: of that rounding, from 0 on; counted modulo 2^31. The same seed gives the same bits.
+
+    Raises:
+        TypeError: dtypes that do not agree. ValueError: numbers of layers, shapes or devices that do not agree, memory
+        that is not contiguous; the message names the layer.
+    """
+    weights = [weight.detach() for weight in weights]
+    results = [w.new_empty(w.shape) for w in weights] if out is None else list(out)
+    for i, (mask, a, b) in enumerate(zip(masks, lora_as, lora_bs, strict=False)):
+        try:
+            _check_mask(mask, b.shape[:1], a.shape[1:])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
+    for i, result in enumerate(results):
+        if not result.is_contiguous():
+            raise ValueError(f"layer {i}: out must be contiguous, not of strides {result.stride()}")
+    if weights or results:
+        _ops.effective_weights_out(
+            [result.detach().flatten(1) for result in results],
+            [weight.flatten(1) for weight in weights],
+            [a.detach().flatten(1) for a in lora_as],
+            [b.detach().flatten(1) for b in lora_bs],
+            [mask.words for mask in masks],
+            [_scale(scale) for scale in scales],
+            stochastic,
+            seed,
+        )
+    return results
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tensor:
@@ -431,7 +479,25 @@ def _masked_values_conv2d_gradient_cpu(
     return (scale.to(gathered.dtype) * gathered).to(values.dtype)
 
 
+def _effective_weights_out_cpu(
+    out: list[Tensor],
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    if stochastic:
+        return reference.effective_weights_out(out, weight, lora_a, lora_b, mask_words, scale, stochastic, seed)
+    for layer in zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True):
+        torch.ops.fade_kernels.effective_weight_out(*layer)
+    return None
+
+
 _CPU_KERNELS = (
+    ("effective_weights_out", _effective_weights_out_cpu),
     ("masked_lora_conv2d", _masked_lora_conv2d_cpu),
     ("masked_lora_conv2d_input_gradient", _masked_lora_conv2d_input_gradient_cpu),
     ("masked_lora_conv2d_factor_gradients", _masked_lora_conv2d_factor_gradients_cpu),

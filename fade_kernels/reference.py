@@ -349,6 +349,56 @@ def effective_weight_out(
     out.copy_(effective_weight(base, lora_a, lora_b, mask_words, scale))
 
 
+def _hash_bits(bits: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers, held in int64, in which every input bit changes every output bit half the time."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """fp32 values rounded to one of their two neighbours in fp16 or bf16 so that the mean over `random` is exact.
+
+    `random` holds 32 random bits per value, in int64. How: triton_kernels/effective_weight.py.
+    """
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    exponent = (bits >> 23) & 0xFF
+    if dtype == torch.float16:
+        dropped = 13 + (113 - exponent).clamp(0, 10)
+        low = torch.bitwise_left_shift(torch.ones_like(bits), dropped) - 1
+    else:
+        low = torch.full_like(bits, 0xFFFF)
+    rounded = (bits + (random & low)) & (low ^ 0xFFFFFFFF)
+    if dtype == torch.float16:
+        up = (random >> 8).float() < values.abs() * 2.0**48
+        rounded = torch.where(exponent < 103, torch.where(up, 0x33800000, 0) | (bits & 0x80000000), rounded)
+    rounded = torch.where(exponent == 255, bits, rounded)
+    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded)
+    return signed.int().view(torch.float32).to(dtype)
+
+
+def effective_weights_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    """`effective_weight_out` of every layer. `stochastic` rounds to 16 bits so that the mean over seeds is exact."""
+    for i, (result, base, *delta) in enumerate(zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True)):
+        if not stochastic or result.dtype.itemsize != 2:
+            effective_weight_out(result, base, *delta)
+            continue
+        exact = base.float() + _factor_delta(*delta, torch.float32)
+        layer = _hash_bits(torch.tensor(i, device=result.device)) + seed % 2**31 & 0xFFFFFFFF
+        elements = torch.arange(result.numel(), device=result.device).reshape(result.shape) & 0xFFFFFFFF
+        random = _hash_bits(_hash_bits(elements) + _hash_bits(layer) & 0xFFFFFFFF)
+        result.copy_(round_stochastically(exact, result.dtype, random))
+
+
 def effective_weight_from_values_out(
     out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
 ) -> None:

@@ -27,9 +27,9 @@ from torch import Tensor
 from fade_kernels.triton_kernels.blocks import any_nonzero, expand_rows
 from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, as_scale, on_device
 
-TABLE_FIELDS = tl.constexpr(12)
+TABLE_FIELDS = tl.constexpr(13)
 """Columns of a `LayerTable`: addresses of out, weight, A, B, mask words, scale; N, K, R, row strides of weight and out,
-first tile."""
+first tile, place among all layers of the call."""
 
 SEEDS = 2**31
 """Seeds are taken modulo this."""
@@ -189,7 +189,7 @@ def effective_weights_kernel(
     b_first = tl.load(p_first, mask=o_layer < LAYERS, other=0x7FFFFFFF)  # [BL]
     i_layer = tl.sum((b_first <= tl.program_id(0)).to(tl.int32), axis=0) - 1
     p_row = table + i_layer * TABLE_FIELDS
-    key = hash_bits(i_layer.to(tl.uint32)) + seed.to(tl.uint32)
+    key = hash_bits(tl.load(p_row + 12).to(tl.uint32)) + seed.to(tl.uint32)
     effective_weight_tile(
         load_pointer(p_row, 0, OUT_TYPE, ALIGNED),
         load_pointer(p_row, 1, WEIGHT_TYPE, ALIGNED),
@@ -232,8 +232,12 @@ class Layer(NamedTuple):
 
 
 class _Matrices(NamedTuple):
-    """A layer as the kernel takes it: rows of `out` and `weight` with stride 1 inside, factors contiguous and alike."""
+    """A layer as the kernel takes it, and its place among all.
 
+    Rows of `out` and `weight` with stride 1 inside; factors contiguous and of one dtype.
+    """
+
+    index: int
     result: Tensor
     out: Tensor
     weight: Tensor | None
@@ -251,7 +255,7 @@ class _Matrices(NamedTuple):
         )  # fmt: skip
 
 
-def _matrices(layer: Layer) -> _Matrices:
+def _matrices(layer: Layer, index: int = 0) -> _Matrices:
     """Flattens convolutions, allocates the result and brings factors to one dtype."""
     weight, out = layer.weight, layer.out
     lora_a, lora_b = layer.lora_a.flatten(1), layer.lora_b.flatten(1)
@@ -273,9 +277,8 @@ def _matrices(layer: Layer) -> _Matrices:
     if weight is not None:
         weight = weight.reshape(n, k)
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    return _Matrices(
-        out, rows, weight, lora_a.contiguous(), lora_b.contiguous(), layer.mask_words.contiguous(), layer.scale
-    )  # fmt: skip
+    factors = (lora_a.contiguous(), lora_b.contiguous())
+    return _Matrices(index, out, rows, weight, *factors, layer.mask_words.contiguous(), layer.scale)
 
 
 def effective_weight(
@@ -361,7 +364,7 @@ class LayerTable:
     def build(cls, layers: Sequence[Layer], tiling: Tiling | None = None) -> "LayerTable":
         """One group, so one launch, for each combination of device, dtypes and alignment."""
         tiling = tiling or TILINGS[0]
-        matrices = [_matrices(layer) for layer in layers]
+        matrices = [_matrices(layer, index) for index, layer in enumerate(layers)]
         groups: dict[tuple[object, ...], list[_Matrices]] = {}
         for layer in matrices:
             if layer.out.numel() == 0:
@@ -387,7 +390,7 @@ def _row(layer: _Matrices, first_tile: int) -> list[int]:
     weight = layer.weight if layer.weight is not None else layer.out
     tensors = (layer.out, weight, layer.lora_a, layer.lora_b, layer.mask_words, layer.scale)
     sizes = (*layer.out.shape, layer.lora_a.shape[0], weight.stride(0), layer.out.stride(0))
-    return [*(t.data_ptr() for t in tensors), *sizes, first_tile]
+    return [*(t.data_ptr() for t in tensors), *sizes, first_tile, layer.index]
 
 
 def _aligned(layer: _Matrices) -> bool:

@@ -459,6 +459,26 @@ def test_merge_and_restore_are_exact(dtype: torch.dtype, device: str) -> None:
     assert cuda_checks.same_bits(weight, layer.weight)
 
 
+@on_every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_effective_weights_of_many_layers(dtype: torch.dtype, device: str) -> None:
+    layers = [make_linear(device, shape, "10 %", dtype, seed) for seed, shape in enumerate(SHAPES)]
+    lists = [[getattr(layer, name) for layer in layers] for name in ("weight", "lora_a", "lora_b", "mask", "scale")]
+    for layer, merged in zip(layers, fade_kernels.effective_weights(*lists), strict=True):
+        alone = fade_kernels.effective_weight(layer.weight, layer.lora_a, layer.lora_b, layer.mask, layer.scale)
+        assert error(merged, alone) <= torch.finfo(dtype).eps
+    drawn, again = (fade_kernels.effective_weights(*lists, stochastic=True, seed=5) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(drawn, again, strict=True))
+    # The definition draws the same bits; a sum in another order may fall on the other side of one.
+    cpu = [[tensor.cpu() for tensor in tensors] for tensors in lists[:3]]
+    words, scales = [layer.words for layer in layers], [torch.tensor(layer.scale) for layer in layers]
+    expected = [torch.empty_like(weight) for weight in cpu[0]]
+    reference.effective_weights_out(expected, *cpu, words, scales, True, 5)
+    for one, other in zip(drawn, expected, strict=True):
+        assert error(one, other) <= torch.finfo(dtype).eps
+        assert (one.cpu() == other).float().mean() > 0.98 or dtype == torch.float32
+
+
 # --- convolution -----------------------------------------------------------------------------------------------------
 
 # n, C_in, C_out, height, width, kernel, stride, padding, dilation, r
@@ -647,6 +667,10 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "effective_weight": (layer.weight, *lora),
         "effective_weight_out": (layer.weight.clone(), layer.weight, *fixed),
         "effective_weight_from_values_out": (layer.weight.clone(), layer.weight, layer.values, words, scale),
+        "effective_weights_out": (
+            [layer.weight.clone(), layer.weight.half()], [layer.weight, layer.weight.half()], [layer.lora_a] * 2,
+            [layer.lora_b] * 2, [words] * 2, [scale] * 2, True, 3,
+        ),
         "masked_lora_conv2d": (images, conv.weight, conv.bias, ca, cb, conv.mask.words, scale, *window),
         "masked_lora_conv2d_input_gradient": (
             conv.grad_output, conv.weight, *conv_fixed, list(sizes["x"]), *window,

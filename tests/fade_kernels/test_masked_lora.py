@@ -570,6 +570,81 @@ def test_opcheck_linear(weight: bool) -> None:
         opcheck(OPS.masked_values_linear_gradient, (layer.grad_output, x.detach(), *sparse, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_effective_weights_are_those_of_each_layer(dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    layers = [make_layer(shape, "half", dtype, seed, factor_dtype=wide) for seed, shape in enumerate(SHAPES)]
+    names = ("weight", "lora_a", "lora_b", "mask", "scale")
+    weights, *rest = lists = [[getattr(layer, name) for layer in layers] for name in names]
+    merged = fade_kernels.effective_weights(*lists)
+    for i, result in enumerate(merged):
+        assert torch.equal(result, fade_kernels.effective_weight(*(column[i] for column in lists)))
+    own = [weight.clone() for weight in weights]
+    assert fade_kernels.effective_weights(own, *rest, out=own)[0] is own[0]
+    assert all(torch.equal(one, other) for one, other in zip(own, merged, strict=True))
+    assert fade_kernels.effective_weights([], [], [], [], []) == []
+
+
+def test_effective_weights_of_convolutions() -> None:
+    lora_a, lora_b, weight = torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1), torch.randn(4, 3, 3, 3)
+    mask = BitMask.full((4, 27))
+    (merged,) = fade_kernels.effective_weights([weight], [lora_a], [lora_b], [mask], [0.5])
+    assert error(merged, weight + 0.5 * torch.einsum("nr,rchw->nchw", lora_b[:, :, 0, 0], lora_a)) <= 1e-6
+
+
+# (values, dtype, distance of neighbours): of both signs; fp16 below its normal and below its smallest numbers.
+ROUNDED = {
+    "bf16": (1.0, torch.bfloat16, 2.0**-7),
+    "fp16": (1.0, torch.float16, 2.0**-10),
+    "fp16, subnormal": (2.0**-15, torch.float16, 2.0**-24),
+    "fp16, below the smallest": (2.0**-25, torch.float16, 2.0**-24),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_stochastic_rounding_is_unbiased(case: str) -> None:
+    size, dtype, step = ROUNDED[case]
+    values = (size * (1 + 0.9 * torch.rand(1, 64))).repeat(400, 1) * torch.tensor([1.0, -1.0]).repeat(32)
+    weight, lora_b = torch.zeros(400, 64, dtype=dtype), torch.ones(400, 1)
+    lora = ([weight], [values[:1]], [lora_b], [BitMask.full((400, 64))], [1.0])
+    draws = torch.cat(
+        [fade_kernels.effective_weights(*lora, stochastic=True, seed=seed)[0].double() for seed in range(8)]
+    )
+    exact = values[0].double()
+    assert ((draws - exact).abs() < step).all()
+    fraction = (exact / step).abs().frac()
+    deviation = step * (fraction * (1 - fraction) / len(draws)).sqrt()
+    inexact = (fraction > 0.01) & (fraction < 0.99)
+    assert 0.6 < float(((draws.mean(dim=0) - exact) / deviation)[inexact].square().mean().sqrt()) < 1.4
+
+
+def test_stochastic_rounding_keeps_what_is_representable() -> None:
+    kept = torch.tensor([[0.0, -0.0, 1.0, -2.5, 65504.0, 2.0**-24, float("inf"), -float("inf"), float("nan")]])
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = kept.to(dtype).float()
+        for seed in range(5):
+            random = torch.randint(0, 2**32, exact.shape, generator=torch.Generator().manual_seed(seed))
+            drawn = reference.round_stochastically(exact, dtype, random)
+            assert torch.equal(drawn.float().nan_to_num(7.0), exact.nan_to_num(7.0))
+
+
+def test_effective_weights_name_the_layer_of_bad_input() -> None:
+    good = [torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2, 1), BitMask.full((2, 3)), 1.0]
+    for position, bad, message in (
+        (0, torch.zeros(2, 4), "layer 1: weight"),
+        (1, torch.zeros(2, 3), "layer 1: .*ranks must agree"),
+        (3, BitMask.full((2, 4)), "layer 1: a mask of shape"),
+        (4, torch.zeros(2), "layer 1: scale"),
+    ):
+        lists = [[item, bad if i == position else item] for i, item in enumerate(good)]
+        with pytest.raises(ValueError, match=message):
+            fade_kernels.effective_weights(*lists)
+    with pytest.raises(ValueError, match="every layer needs one of each.*weight 1, lora_a 2"):
+        fade_kernels.effective_weights([good[0]], *([item, item] for item in good[1:]))
+    with pytest.raises(ValueError, match="layer 0: out must be contiguous"):
+        fade_kernels.effective_weights(*([item] for item in good), out=[torch.zeros(3, 2).t()])
+
+
 def test_opcheck_effective_weight() -> None:
     layer = make_layer((1, 5, 35, 3), "half")
     delta = (layer.lora_a, layer.lora_b, layer.mask.words, torch.tensor(0.7))
@@ -578,6 +653,9 @@ def test_opcheck_effective_weight() -> None:
     opcheck(OPS.effective_weight, (*grads, *delta[2:]))
     opcheck(OPS.masked_factor_values, (*grads[1:], layer.mask.words, layer.mask.count))
     opcheck(OPS.masked_factor_gradients, (layer.weight, *delta))
+    for stochastic in (False, True):
+        two = [[tensor, tensor.clone()] for tensor in (layer.weight.half(), *delta)]
+        opcheck(OPS.effective_weights_out, ([torch.empty(5, 35).half() for _ in range(2)], *two, stochastic, 1))
     for weight in (layer.weight, None):
         opcheck(OPS.effective_weight_out, (torch.empty(5, 35), weight, *delta))
         opcheck(OPS.effective_weight_from_values_out, (torch.empty(5, 35), weight, *sparse))

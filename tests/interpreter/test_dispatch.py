@@ -161,6 +161,19 @@ def test_merging(dtype: torch.dtype, rng: torch.Generator) -> None:
             assert torch.equal(out[~layer.bits], outside[~layer.bits])
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_merging_many_layers(stochastic: bool, rng: torch.Generator) -> None:
+    layers = [Layer(dtype, 0.3, rng) for dtype in (torch.float16, torch.float32, torch.float16)]
+    lists = [[getattr(layer, name) for layer in layers] for name in ("weight", "lora_a", "lora_b")]
+    rest = ([layer.mask.words for layer in layers], [layer.scale for layer in layers], stochastic, 7)
+    results, expected = ([torch.full_like(weight, float("nan")) for weight in lists[0]] for _ in range(2))
+    dispatch.effective_weights_out(results, *lists, *rest)
+    reference.effective_weights_out(expected, *lists, *rest)
+    for got, want in zip(results, expected, strict=True):  # the same random bits
+        assert frobenius_error(got, want) <= 1e-3
+        assert (got == want).float().mean() > 0.98 or got.dtype == torch.float32
+
+
 def test_one_token_without_a_weight_leaves_the_bias_alone(regime: int, rng: torch.Generator) -> None:
     layer = Layer(torch.float32, 0.3, rng)
     words, scale, bias = layer.mask.words, layer.scale, layer.bias.clone()
