@@ -148,7 +148,7 @@ def summary(rows: list[dict[str, Any]]) -> Any:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """UA against keep, one line per saliency: digits left, styles right; the band spans all concepts and seeds."""
+    """UA against keep, digits left, styles right: a colour per saliency, dashed unscaled; dots are the worst runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,20 +157,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from fade.digitcanvas import DIGITS
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
+    colors = list(dict.fromkeys(saliency for saliency, _ in VARIANTS))
     for axis, digits, title in zip(axes, (True, False), ("digits", "styles"), strict=True):
-        for index, name in enumerate(dict.fromkeys(label({"saliency": s, "scaling": m}) for s, m in VARIANTS)):
+        for index, (saliency, scaling) in enumerate(VARIANTS):
+            name = label({"saliency": saliency, "scaling": scaling})
             chosen = [r for r in rows if label(r) == name and (r["forget"] in DIGITS) == digits]
             if not chosen:
                 continue
             keeps = sorted({r["keep"] for r in chosen})
             values = [[r["UA"] for r in chosen if r["keep"] == keep] for keep in keeps]
-            axis.plot(keeps, [mean(v) for v in values], marker="o", color=f"C{index}", label=name)
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(keeps, low, high, color=f"C{index}", alpha=0.12)
+            color = f"C{colors.index(saliency)}"
+            style = "-" if scaling == "module" else "--"
+            axis.plot(keeps, [mean(v) for v in values], style, color=color, label=name, linewidth=2)
+            # Side by side, so that equal ones can be told apart.
+            beside = [keep * 1.04 ** (index - len(VARIANTS) // 2) for keep in keeps]
+            axis.plot(beside, [min(v) for v in values], "o", color=color, markersize=4,
+                      markerfacecolor=color if style == "-" else "white")  # fmt: skip
         axis.set(xscale="log", xlabel="kept fraction of target weights", title=f"forgetting {title}", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("UA, % forgotten")
-    figure.legend(*axes[0].get_legend_handles_labels(), title="saliency", loc="outside right center")
+    title = "lines: mean\ndots: worst run"
+    figure.legend(*axes[0].get_legend_handles_labels(), title=title, loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
