@@ -18,7 +18,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from fade.adapter_file import LayerTensors, read_adapter_file, write_adapter_file
+from fade.adapter_file import MOST_SCALE, LayerTensors, read_adapter_file, write_adapter_file
 from fade.backbones import backbone_for
 from fade.base_model import base_name, fingerprint, refuse_merged, same_base, short_digest, target_layers
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
@@ -112,8 +112,8 @@ class Adapter:
     @scale.setter
     def scale(self, value: float) -> None:
         self._refuse_while_merged()
-        if not math.isfinite(value):
-            raise FadeError(f"the scale must be a finite number, not {value}")
+        if not (math.isfinite(value) and abs(value) <= MOST_SCALE):
+            raise FadeError(f"the scale must be a number between {-MOST_SCALE:g} and {MOST_SCALE:g}, not {value}")
         for layer in self._require_layers().values():
             layer.set_scale(self.name, float(value))
 
@@ -275,15 +275,20 @@ def load_adapter(
         values=values,
         metadata=file.metadata,
     )
-    with torch.no_grad():
-        for layer, tensors in file.layers.items():
-            if layer not in adapter.layers:
-                continue
-            parameters = adapter.layers[layer].adapter_parameters(name)
-            for parameter, tensor in zip(parameters, tensors.factors or (tensors.values,), strict=True):
-                parameter.copy_(tensor.view(parameter.shape))
-    set_active_adapters(backbone.denoiser, [*active, name])
-    adapter.scale = scale
+    try:
+        with torch.no_grad():
+            for layer, tensors in file.layers.items():
+                if layer not in adapter.layers:
+                    continue
+                parameters = adapter.layers[layer].adapter_parameters(name)
+                for parameter, tensor in zip(parameters, tensors.factors or (tensors.values,), strict=True):
+                    parameter.copy_(tensor.view(parameter.shape))
+        set_active_adapters(backbone.denoiser, [*active, name])
+        adapter.scale = scale
+    except BaseException:
+        adapter.remove()
+        set_active_adapters(backbone.denoiser, active)
+        raise
     return adapter
 
 

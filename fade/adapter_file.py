@@ -22,6 +22,10 @@ from fade_kernels import BitMask, masked_factor_values
 
 FORMAT, FORMAT_VERSION = "fade-adapter", 1
 PREFIX = "fade.unet."
+MOST_WEIGHTS = 2**31
+"""Weights of a layer; the largest of today's models have 6e8. A damaged size must not ask for all memory."""
+MOST_SCALE = 1e6
+"""Beyond any strength that draws something, and within every dtype's range that it meets."""
 
 
 @dataclass(frozen=True)
@@ -111,20 +115,52 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             name: _read_layer(PREFIX + name, (int(shape[0]), int(shape[1])), metadata["form"], tensors)
             for name, shape in metadata["shapes"].items()
         }
-        float(metadata["scale"])
-        metadata["fingerprint"].items(), metadata["concept"]["forget"]
+        _check_metadata(metadata, layers)
     except AdapterFileError:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise AdapterFileError(f"{path} is damaged or was not written by FADE: {error}") from error
     if tensors:
         raise AdapterFileError(f"{path} holds tensors that belong to no layer: {', '.join(sorted(tensors)[:3])}")
     return AdapterFile(metadata, layers, path.stat().st_size)
 
 
+def _check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -> None:
+    """Raises ValueError where something has another type or size than what is written here."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    scale = metadata["scale"]
+    require(type(scale) in (int, float) and abs(scale) <= MOST_SCALE, f"scale {scale!r}"[:60])
+    digests = metadata["fingerprint"]
+    require(isinstance(digests, dict) and len(digests) > 0, "fingerprint is empty")
+    require(all(isinstance(word, str) for pair in digests.items() for word in pair), "fingerprint is no text")
+    concept = metadata["concept"]
+    require(isinstance(concept["forget"], str), "concept has no words")
+    require(isinstance(concept.get("surrogate", ""), str), "surrogate has no words")
+    require(isinstance(metadata.get("base", ""), str), "base is no name")
+    for part, inner in (
+        ("config", ("data", "locate", "overwrite")),
+        ("run", ("seconds", "peak_memory_bytes", "losses")),
+    ):
+        section = metadata.get(part, {})
+        require(isinstance(section, dict), f"{part} is no table")
+        require(all(isinstance(section.get(name, {}), dict) for name in inner), f"{part} is no table of tables")
+    for name in ("seconds", "peak_memory_bytes"):
+        numbers = metadata.get("run", {}).get(name, {}).values()
+        require(all(type(number) in (int, float) for number in numbers), f"{name} are no numbers")
+    require(isinstance(metadata.get("versions", {}), dict), "versions is no table")
+    ranks = {tensors.factors[0].shape[0] for tensors in layers.values() if tensors.factors is not None}
+    require(len(ranks) <= 1 and 0 not in ranks, f"layers have the ranks {sorted(ranks)}")
+
+
 def _read_layer(key: str, shape: tuple[int, int], form: str, tensors: dict[str, Tensor]) -> LayerTensors:
     """Takes one layer's tensors out of `tensors`, checking sizes before anything is built from them."""
     n, k = shape
+    if n < 1 or k < 1 or n * k > MOST_WEIGHTS:
+        raise ValueError(f"{key} has the shape {list(shape)}"[:120])
 
     def take(part: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> Tensor:
         tensor = tensors.pop(f"{key}.{part}", None)

@@ -6,6 +6,7 @@ in one line on stderr and a status: 2 for bad input, 1 for a failing system, 130
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shlex
@@ -266,8 +267,10 @@ def generate(
         typer.Option(metavar="FILE", help="Adapter file; several add up. None draws with the base model."),
     ] = None,
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapters: 0 off, 1 as trained.")] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the first image; image n has seed + n - 1.")] = 0,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to draw.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**40, metavar="N", help="Seed of the first image; image n has seed + n - 1.")
+    ] = 0,
+    count: Annotated[int, typer.Option(min=1, max=10_000, metavar="N", help="Images to draw.")] = 1,
     steps: DrawSteps = 20,
     guidance: Guidance = 3.0,
     device: Device = None,
@@ -417,7 +420,8 @@ def inspect(
         record = {**metadata, "bytes": content.bytes, "selected": content.selected, "total": content.total}
         print(json.dumps({**record, "layers": layers}, indent=2, ensure_ascii=False))
         return
-    concept, run = metadata["concept"], metadata.get("run", {})
+    concept, run, settings_used = metadata["concept"], metadata.get("run", {}), metadata.get("config", {})
+    memory = run.get("peak_memory_bytes", {})
     digests = [f"{dtype} {digest[:16]}…" for dtype, digest in metadata["fingerprint"].items()]
     console = _console()
     console.print(
@@ -436,15 +440,15 @@ def inspect(
                 "size": human_bytes(content.bytes),
                 **{
                     f"{part} cost": f"{seconds:.1f} s"
-                    + (f", peak {human_bytes(peak)}" if (peak := run["peak_memory_bytes"].get(part)) else "")
+                    + (f", peak {human_bytes(peak)}" if (peak := memory.get(part)) else "")
                     for part, seconds in run.get("seconds", {}).items()
                 },
             },
         )
     )
-    flat = {f"{section}.{key}": value for section, values in metadata["config"].items() if isinstance(values, dict)
+    flat = {f"{section}.{key}": value for section, values in settings_used.items() if isinstance(values, dict)
             for key, value in values.items()}  # fmt: skip
-    console.print(_facts("settings", {**flat, "seed": metadata["config"]["seed"]}))
+    console.print(_facts("settings", {**flat, "seed": settings_used.get("seed", "unknown")}))
     from rich.table import Table
 
     table = Table(title="layers", title_justify="left")
@@ -497,6 +501,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # On import the libraries speak up about optional parts that nothing here uses, later about names that they change
     # and about several adapters at once, which is what was asked for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a character must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft")
@@ -511,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = error.ctx.command_path if getattr(error, "ctx", None) else "fade"
         return _fail(f"{error.format_message().rstrip('.')}. See {where} --help", 2)
     except FadeError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 1 if _is_the_systems(error.__cause__) else 2)
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -522,7 +529,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{what}{error.strerror or error}{full}", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_how_to_go_on(arguments), 130, "interrupted")
+    except Exception as error:
+        if os.environ.get("FADE_DEBUG"):
+            raise
+        told = (str(error).strip() or "no message").splitlines()[0]
+        return _fail(f"{type(error).__name__}: {told} (unexpected: FADE_DEBUG=1 shows where; please report it)", 1)
     return 0
+
+
+def _is_the_systems(cause: BaseException | None) -> bool:
+    """Whether what a FadeError tells of is a failing system: a full or broken disk, and not bad input."""
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return full or (type(cause).__name__ == "SafetensorError" and "I/O error" in str(cause))
 
 
 # typer brings its own copy of click from some release on, so the class is taken from typer's own public error.
@@ -532,6 +550,10 @@ _USAGE_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ ==
 def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[0] != "unlearn":
         return "nothing that was there before is harmed; run the same command again"
+    given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    output = next((a.partition("=")[2] for a in arguments if a.startswith("--output=")), given.get("--output", ""))
+    if not (Path(output) / "request.json").is_file():
+        return "nothing was started yet, and nothing that was there before is harmed; run the same command again"
     again = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
     return f"go on with: {shlex.join(['fade', *again, '--resume'])}"
 

@@ -50,6 +50,11 @@ class Concept:
             raise FadeError("there must be as many surrogate prompts as forget prompts, and at least one")
         if not self.retain_prompts:
             raise FadeError("no retain prompt is left; give at least one prompt of what the model must keep")
+        for prompt in (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise FadeError(f"the prompt {prompt!r} is no valid text; check its encoding") from error
 
 
 def concept_from_words(
@@ -63,6 +68,9 @@ def concept_from_words(
     `retain` defaults to `RETAIN_PROMPTS`, without those that contain the concept. Raises FadeError for a template
     without exactly one `{}`, and where concept and surrogate are the same.
     """
+    for name, given in (("templates", templates), ("retain", retain)):
+        if isinstance(given, str):
+            raise FadeError(f"{name} must be a list of texts, not one text: {name}=[{given!r}]")
     templates = tuple(templates) if templates else TEMPLATES
     for template in templates:
         if template.count("{}") != 1:
@@ -85,6 +93,8 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
     """
     from fade.digitcanvas import DIGITS, STYLES, prompt
 
+    if isinstance(retain, str):
+        raise FadeError(f"retain must be a list of texts, not one text: retain=[{retain!r}]")
     for axis, pairs in (
         (DIGITS, lambda word: tuple(prompt(word, style) for style in STYLES)),
         (STYLES, lambda word: tuple(prompt(digit, word) for digit in DIGITS)),

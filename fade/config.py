@@ -6,6 +6,7 @@ those that measured best over many concepts and seeds (`bench/sweep.py`); the pa
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -20,6 +21,9 @@ Scaling = Literal["none", "module"]
 Granularity = Literal["element", "tile", "channel", "module", "none"]
 Parameters = Literal["factors", "values"]
 TimestepSampler = Literal["uniform", "band", "targeted"]
+
+MOST_SEED = 2**40
+"""Seeds of images are made from it by multiplication, and torch takes 64 bits."""
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -214,8 +218,10 @@ def _check(config: Config) -> None:
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
     require(len(locate.targets) > 0, "targets must name at least one layer pattern")
-    require(locate.tile >= 1, f"tile must be at least 1, not {locate.tile}")
-    require(0 <= config.seed < 2**63, f"seed must be in [0, 2^63), not {config.seed}")
+    require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")
+    require(0 <= config.seed <= MOST_SEED, f"seed must be in [0, 2^40], not {config.seed}")
+    require(overwrite.rank <= 4096, f"rank must be at most 4096, not {overwrite.rank}")
+    require(math.isfinite(data.guidance_scale), f"guidance_scale must be a finite number, not {data.guidance_scale}")
     for section, name in (
         (data, "forget_samples"), (data, "retain_samples"), (data, "sampling_steps"), (data, "batch_size"),
         (locate, "passes"), (locate, "batch_size"),
@@ -224,9 +230,11 @@ def _check(config: Config) -> None:
     ):  # fmt: skip
         require(getattr(section, name) >= 1, f"{name} must be at least 1, not {getattr(section, name)}")
     for name in ("learning_rate", "alpha", "max_grad_norm"):
-        require(getattr(overwrite, name) > 0, f"{name} must be positive, not {getattr(overwrite, name)}")
+        value = getattr(overwrite, name)
+        require(0 < value < math.inf, f"{name} must be a positive, finite number, not {value}")
     for name in ("forget_weight", "retain_weight", "weight_decay", "warmup_steps"):
-        require(getattr(overwrite, name) >= 0, f"{name} must not be negative: {getattr(overwrite, name)}")
+        value = getattr(overwrite, name)
+        require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
     require(data.resolution is None or data.resolution >= 8, f"resolution must be at least 8, not {data.resolution}")

@@ -104,25 +104,32 @@ def overwrite(
                 (scale * loss / config.accumulation).backward()
                 sums += torch.stack([loss_forget, loss_retain]).detach().cpu() / config.accumulation
             if not torch.isfinite(sums).all():
-                kept = f"; the last checkpoint is in {checkpoint}" if checkpoint and checkpoint.is_file() else ""
-                raise DivergedError(
-                    f"the loss became {sums.sum().item()} at step {step + 1}{kept}. Lower the learning rate "
-                    f"(now {config.learning_rate})"
-                )
+                raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
+            # Written only now, when what the steps before made is known to have a finite loss.
+            if checkpoint is not None and step > first and step % config.checkpoint_every == 0:
+                _save_checkpoint(checkpoint, parameters, optimizer, losses)
             if scale != 1.0:
                 torch._foreach_div_([p.grad for p in parameters], scale)
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise _diverged(f"gradient became {norm.item()}", step, config, checkpoint)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses.forget.append(float(f"{sums[0].item():.5g}"))
             losses.retain.append(float(f"{sums[1].item():.5g}"))
             advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
-            if checkpoint is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                _save_checkpoint(checkpoint, parameters, optimizer, losses)
     for parameter in parameters:
         parameter.requires_grad_(False)
     return losses
+
+
+def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Path | None) -> DivergedError:
+    kept = f" The last good checkpoint is kept in {checkpoint}." if checkpoint and checkpoint.is_file() else ""
+    return DivergedError(
+        f"the {what} at step {step + 1}.{kept} Start again with --overwrite and a learning rate below "
+        f"{config.learning_rate:g}"
+    )
 
 
 def _cosine_with_warmup(step: int, config: OverwriteConfig) -> float:
@@ -159,7 +166,7 @@ def _load_checkpoint(
     path: Path,
     parameters: list[Tensor],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
     losses: Losses,
 ) -> int:
     """Restores the state and returns the number of steps done. Raises FadeError for a file that does not fit."""
@@ -181,6 +188,8 @@ def _load_checkpoint(
         raise FadeError(f"the checkpoint {path} does not fit this run ({error}); use --overwrite") from error
     losses.forget, losses.retain = saved["forget"], saved["retain"]
     done = len(losses.forget)
-    schedule.last_epoch = done - 1
-    schedule.step()
+    # Not by schedule.step(), which warns where no optimiser step of this process went before it.
+    schedule.last_epoch = done
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(done)
     return done

@@ -12,6 +12,7 @@ from typing import Any
 
 from fade.adapter import Adapter, MergeReport
 from fade.errors import FadeError
+from fade.files import WRITE_ERRORS, reason
 from fade.loading import without_loading_bars
 
 
@@ -22,7 +23,7 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     no adapter any more, and its weights stay merged. Raises FadeError where the folder exists (`overwrite` replaces it)
     or cannot be written; an old folder then stays as it was.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.exists() and not (output / "model_index.json").is_file():
         raise FadeError(f"{output} is not a diffusers model folder, so it is not replaced; name another output")
     if (output.exists() or output.is_symlink()) and not overwrite:
@@ -52,8 +53,8 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
             if old.exists():
                 os.replace(old, output)
             raise
-    except OSError as error:
-        raise FadeError(f"cannot write {output}: {error.strerror or error}; nothing was changed") from error
+    except WRITE_ERRORS as error:
+        raise FadeError(f"cannot write {output}: {reason(error)}; nothing was changed") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

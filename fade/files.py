@@ -6,7 +6,17 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fade.errors import FadeError
+
+WRITE_ERRORS = (OSError, SafetensorError)
+"""What a file that cannot be written raises: safetensors has an error of its own, also for a full disk."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be written, in a few words."""
+    return getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2] or type(error).__name__
 
 
 def check_writable(path: str | Path) -> None:
@@ -52,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.chmod(mode)  # some writers replace the file by one that only its owner may read
         os.replace(temporary, path)
-    except OSError as error:
-        raise FadeError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    except WRITE_ERRORS as error:
+        raise FadeError(f"cannot write {path}: {reason(error)}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)

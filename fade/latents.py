@@ -134,11 +134,14 @@ def _read(
         try:
             with Image.open(path) as image:
                 images.append(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             unreadable.append(path.name)
             continue
         sidecar = path.with_suffix(".txt")
-        captions.append(sidecar.read_text(encoding="utf-8").strip() or None if sidecar.is_file() else None)
+        try:
+            captions.append(sidecar.read_text(encoding="utf-8").strip() or None if sidecar.is_file() else None)
+        except (OSError, UnicodeDecodeError) as error:
+            raise FadeError(f"cannot read the caption {sidecar}: {error}; write it in UTF-8 or remove it") from error
     if not images:
         raise FadeError(f"none of the {len(unreadable)} images in {folder} can be read; are they really images?")
     if unreadable:

@@ -58,15 +58,20 @@ def _load(model: str, dtype: torch.dtype) -> Any:
         config = diffusers.DiffusionPipeline.load_config(source)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise FadeError(f"cannot load the model {model!r}: {_first_line(error)}") from error
-    name = config.get("_class_name", "an unknown class") if isinstance(config, dict) else "an unknown class"
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = name if isinstance(name, str) else "pipeline of an unknown class"
     cls = getattr(diffusers, name, None)
-    if cls is None or not any(base.__name__ in BACKBONES for base in cls.__mro__):
+    if not isinstance(cls, type) or not any(base.__name__ in BACKBONES for base in cls.__mro__):
         raise FadeError(f"{model} is a {name}, which is not supported; supported: {', '.join(BACKBONES)}")
     try:
         with without_loading_bars():
-            return cls.from_pretrained(source, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+            pipeline = cls.from_pretrained(source, torch_dtype=dtype)
+    # A damaged folder shows itself anywhere in the libraries that read it.
+    except Exception as error:
         raise FadeError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+    if getattr(pipeline.tokenizer, "model_max_length", 2**20) >= 2**20:
+        raise FadeError(f"cannot load the model {model!r}: its tokenizer is missing or damaged")
+    return pipeline
 
 
 @contextlib.contextmanager

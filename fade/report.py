@@ -80,7 +80,7 @@ def render_report(
         figures=_key_figures(evaluation, run, adapter_bytes),
         grids=_grids(evaluation),
         matrices=_matrices(evaluation),
-        layer_charts=_layer_charts(run, metadata["config"]),
+        layer_charts=_layer_charts(run, metadata.get("config", {})),
         layers=run.get("layers", []),
         losses=_loss_chart(run.get("losses", {})),
         metrics=_metric_rows(evaluation),
@@ -321,7 +321,7 @@ def _layer_charts(run: dict[str, Any], config: dict[str, Any]) -> list[dict[str,
     layers = run.get("layers", [])
     if not layers:
         return []
-    scaled = config["locate"]["scaling"] == "module"
+    scaled = config.get("locate", {}).get("scaling") == "module"
 
     def saliency(layer: dict[str, Any]) -> float | None:
         if layer["saliency_max"] is None:
@@ -481,7 +481,7 @@ def _setting_rows(evaluation: Evaluation, metadata: dict[str, Any]) -> list[tupl
                 rows.append((f"{prefix}{key}", shown))
         return rows
 
-    rows = flatten(metadata["config"], "") + flatten(evaluation.settings, "evaluation.")
+    rows = flatten(metadata.get("config", {}), "") + flatten(evaluation.settings, "evaluation.")
     if "form" in metadata:
         rows.append(("file form", metadata["form"]))
     fingerprint = metadata.get("fingerprint", {})

@@ -82,12 +82,12 @@ def unlearn(
                     backbone, concept, config.data, config.seed, next(iter(digests.values())),
                     folder and folder / LATENTS_FILE, progress,
                 )  # fmt: skip
+                embeddings = _encode(backbone, latents)
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None and not resume:
                     (folder / REQUEST_FILE).unlink(missing_ok=True)
                 raise
-            embeddings = _encode(backbone, latents)
         with backbone.only_denoiser_on_device():
             with measured(backbone.device) as located_in:
                 located = _located_before(folder) if resume else None
@@ -149,9 +149,17 @@ def _concept(
 
 
 def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
-    """Every prompt of the run, encoded once."""
+    """Every prompt of the run, encoded once. Raises FadeError where a concept does not reach the text encoder."""
     prompts = sorted({*latents.forget_prompts, *latents.surrogate_prompts, *latents.retain_prompts})
-    return dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+    embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+    for forget, surrogate in set(zip(latents.forget_prompts, latents.surrogate_prompts, strict=True)):
+        if torch.equal(embeddings[forget], embeddings[surrogate]):
+            shown = forget if len(forget) <= 60 else f"{forget[:60]}…"
+            raise FadeError(
+                f"the text encoder reads the prompt {shown!r} and its surrogate as the same; if they are longer than "
+                "the tokens it takes, shorten the template so that the concept is among them"
+            )
+    return embeddings
 
 
 @contextlib.contextmanager
@@ -188,9 +196,16 @@ def _open_folder(
         except (OSError, json.JSONDecodeError) as error:
             state = "is complete" if (folder / ADAPTER_FILE).exists() else "was never started"
             raise FadeError(f"there is nothing to resume in {folder}: the run {state}; leave out --resume") from error
-        changed = [key for key in request if before.get(key) != request[key]]
+        changed = (
+            [path for path, value in _flat(request).items() if _flat(before).get(path, ...) != value]
+            if isinstance(before, dict)
+            else ["everything"]
+        )
         if changed:
-            raise FadeError(f"the run in {folder} has another {' and '.join(changed)}; resume with the same settings")
+            raise FadeError(
+                f"the run in {folder} has another {', '.join(changed[:3])}; resume with the same settings, or start "
+                "again with --overwrite"
+            )
         return folder
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         going_on = " or --resume to go on" if (folder / REQUEST_FILE).exists() else ""
@@ -200,6 +215,14 @@ def _open_folder(
         (folder / leftover).unlink(missing_ok=True)
     _write_json(folder / REQUEST_FILE, request)
     return folder
+
+
+def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
+    return flat
 
 
 def _write_json(path: Path, value: Any) -> None:

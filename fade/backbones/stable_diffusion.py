@@ -5,6 +5,7 @@ the scheduler's betas (DDPM's closed form), sampling calls the pipeline itself.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,11 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
+from fade.errors import FadeError
 from fade.progress import track
+
+MOST_PIXELS = 8192
+"""Side of an image; attention over more takes more memory than there is."""
 
 
 class StableDiffusionBackbone:
@@ -46,6 +51,13 @@ class StableDiffusionBackbone:
         size = self.denoiser.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.pipeline.vae_scale_factor
 
+    def _side(self, resolution: int | None) -> int:
+        """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
+        side, least = resolution or self.resolution, self.pipeline.vae_scale_factor
+        if side % least or side > MOST_PIXELS:
+            raise FadeError(f"resolution must be a multiple of {least} up to {MOST_PIXELS}, not {side}")
+        return side
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Embeddings [len(prompts), tokens, width]."""
@@ -63,7 +75,7 @@ class StableDiffusionBackbone:
     ) -> Tensor:
         """Latents of images, resized and centre-cropped to `resolution`. The VAE runs in float32: in float16 it
         overflows."""
-        side = resolution or self.resolution
+        side = self._side(resolution)
         pixels = self.pipeline.image_processor.preprocess(
             [_square(image, side) for image in images], height=side, width=side
         )
@@ -95,7 +107,13 @@ class StableDiffusionBackbone:
         description: str = "sampling",
     ) -> Tensor:
         """Latents [n, 4, h, w] sampled by the pipeline. Image i depends on `prompts[i]` and `seeds[i]` alone."""
-        side = resolution or self.resolution
+        side = self._side(resolution)
+        if not math.isfinite(guidance_scale):
+            raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
+        if not 1 <= steps <= self.num_timesteps:
+            raise FadeError(f"denoising steps must be between 1 and the model's {self.num_timesteps}, not {steps}")
+        if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
+            raise FadeError("seeds must be between 0 and 2^63 - 1")
         unique = sorted(set(prompts))
         embeddings = self.encode_prompts([*unique, ""])
         row = {prompt: index for index, prompt in enumerate(unique)}

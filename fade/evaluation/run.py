@@ -159,7 +159,7 @@ def full_record(
     seconds = {**run.get("seconds", {}), "evaluate": evaluate_seconds, "total": total_seconds}
     return {
         **evaluation.metrics,
-        "keep": metadata["config"]["locate"]["keep"],
+        "keep": metadata.get("config", {}).get("locate", {}).get("keep"),
         "adapter_bytes": adapter_bytes,
         "seconds": {part: value for part, value in seconds.items() if value is not None},
         "peak_memory_bytes": run.get("peak_memory_bytes", {}),

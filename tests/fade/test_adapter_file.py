@@ -106,10 +106,23 @@ def damaged(path: Path, **changes: object) -> Path:
         ({"header_version": 99}, "format version 99"),
         ({"header_shapes": {"a": [41, 70]}}, "has dtype torch.int32 and shape"),
         ({"header_shapes": {"a": "wide"}}, "damaged"),
-        ({"header_shapes": {"a": [2**40, 2**40]}}, "has dtype torch.int32 and shape"),
+        ({"header_shapes": {"a": [2**40, 2**40]}}, "has the shape"),
         ({"header_fingerprint": None}, "damaged"),
         ({"header_concept": None}, "damaged"),
         ({"header_scale": "much"}, "damaged"),
+        ({"header_scale": float("nan")}, "scale"),
+        ({"header_scale": 1e300}, "scale"),
+        ({"header_scale": 10**400}, "scale"),
+        ({"header_shapes": {"a": [float("inf"), 70]}}, "damaged"),
+        ({"header_shapes": {"a": [40, 10**30]}}, "has the shape"),
+        ({"header_shapes": {"a": [0, 70]}}, "has the shape"),
+        ({"header_fingerprint": {}}, "fingerprint is empty"),
+        ({"header_fingerprint": {"float32": 5}}, "fingerprint is no text"),
+        ({"header_config": "none"}, "config is no table"),
+        ({"header_config": {"locate": 3}}, "config is no table of tables"),
+        ({"header_run": []}, "run is no table"),
+        ({"header_run": {"seconds": {"locate": "long"}}}, "seconds are no numbers"),
+        ({"header_versions": "all"}, "versions is no table"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, changes: dict, message: str) -> None:
@@ -132,6 +145,22 @@ def test_factors_and_masks_are_checked(tmp_path: Path) -> None:
     ]:
         with pytest.raises(AdapterFileError, match=message):
             read_adapter_file(damaged(tmp_path / "f", **changes))
+
+
+def test_layers_of_different_ranks(tmp_path: Path) -> None:
+    write_adapter_file(tmp_path / "f", METADATA, {"a": layer(0.9, 4), "b": layer(0.9, 3)})
+    with pytest.raises(AdapterFileError, match=r"ranks \[3, 4\]"):
+        read_adapter_file(tmp_path / "f")
+
+
+def test_a_failed_load_leaves_nothing_attached(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    adapter, path = random_adapter(pipeline), tmp_path / "adapter.safetensors"
+    adapter.save(path)
+    adapter.remove()
+    with pytest.raises(FadeError, match="the scale must be a number between"):
+        fade.load_adapter(pipeline, path, scale=1e300)
+    assert not getattr(pipeline.unet, "peft_config", {})
+    assert fade.load_adapter(pipeline, path).enabled
 
 
 def test_truncated_and_foreign_files(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_results_that_could_not_be_written_are_refused_before_the_work(
 
 def test_a_scale_must_be_a_number(refused: Any, model: Path, adapter: Path, tmp_path: Path) -> None:
     words = ["generate", model, "--adapter", adapter, "--prompt", "x", "--output", tmp_path / "x.png"]
-    assert "must be a finite number, not nan" in refused(*words, "--scale", "nan", "--device", "cpu")
+    assert "must be a number between -1e+06 and 1e+06, not nan" in refused(*words, "--scale", "nan", "--device", "cpu")
 
 
 def test_others_may_read_what_is_written(model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -364,9 +364,38 @@ def test_a_merge_that_fails_half_way_keeps_the_old_folder(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    assert "No space left on device; nothing was changed" in refused(*words, "--overwrite")
+    assert "No space left on device; nothing was changed" in refused(*words, "--overwrite", status=1)
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.safetensors", "merged", "model"]
+
+
+def test_what_nobody_thought_of_is_one_line(
+    refused: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the moon is full\nand more")
+
+    monkeypatch.setattr(fade.unlearning, "unlearn", fail)
+    words = ["unlearn", model, "--forget", "a cat", "--surrogate", "dog", "--output", tmp_path / "out"]
+    line = refused(*words, status=1)
+    assert line.startswith("error: RuntimeError: the moon is full (unexpected: FADE_DEBUG=1 shows where")
+    monkeypatch.setenv("FADE_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        cli.main([str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seed", "99999999999999999999"], "seed"),
+        (["--count", "1000000000"], "count"),
+        (["--steps", "5000"], "denoising steps must be between 1 and"),
+        (["--guidance", "nan"], "guidance scale must be a finite number"),
+    ],
+)
+def test_numbers_nobody_can_draw_with(refused: Any, model: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    assert told in refused("generate", model, "--prompt", "a dog", "--output", tmp_path / "o.png", *words)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_ctrl_c_says_how_to_go_on(refused: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +404,9 @@ def test_ctrl_c_says_how_to_go_on(refused: Any, model: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(fade.unlearning, "unlearn", interrupt)
     words = ["unlearn", model, "--forget", "a cat", "--surrogate", "dog", "--output", tmp_path / "out", "--overwrite"]
+    assert "nothing was started yet" in refused(*words, status=130)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "request.json").write_text("{}")
     line = refused(*words, status=130)
     assert line.startswith("interrupted: go on with: fade unlearn ")
     assert "--forget 'a cat'" in line

@@ -59,3 +59,16 @@ def test_prompt_files(tmp_path: Path) -> None:
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(FadeError, match="cannot read"):
         read_prompts(tmp_path / "missing.txt")
+
+
+def test_one_text_is_no_list_of_texts() -> None:
+    for name in ("templates", "retain"):
+        with pytest.raises(FadeError, match=f"{name} must be a list of texts"):
+            concept_from_words("cat", "dog", **{name: "a {}"})
+    with pytest.raises(FadeError, match="retain must be a list of texts"):
+        digitcanvas_concept("three", "eight", "the digit two")
+
+
+def test_text_that_is_none_is_refused() -> None:
+    with pytest.raises(FadeError, match="is no valid text"):
+        concept_from_words("cat", "dog", ["\udcff{}"])

@@ -4,9 +4,10 @@ import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fade.errors import FadeError
-from fade.files import atomic_write
+from fade.files import WRITE_ERRORS, atomic_write
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -18,11 +19,16 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("no"), OSError(errno.ENOSPC, "No space left")])
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), RuntimeError("no"), OSError(errno.ENOSPC, "No space left"), FULL], ids=repr
+)
 def test_the_old_file_survives(tmp_path: Path, failure: BaseException) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    expected = FadeError if isinstance(failure, OSError) else type(failure)
+    expected = FadeError if isinstance(failure, WRITE_ERRORS) else type(failure)
     with pytest.raises(expected), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise failure
@@ -34,6 +40,12 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(FadeError, match=r"cannot write .*file: No space left; nothing was changed"):
         with atomic_write(tmp_path / "file"):
             raise OSError(errno.ENOSPC, "No space left")
+
+
+def test_a_full_disk_under_safetensors_is_the_same_message(tmp_path: Path) -> None:
+    with pytest.raises(FadeError, match=r"cannot write .*file: No space left on device .*; nothing was changed"):
+        with atomic_write(tmp_path / "file"):
+            raise FULL
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

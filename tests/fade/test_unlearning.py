@@ -2,11 +2,13 @@
 costs nothing."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import fade
@@ -118,9 +120,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert {p.name for p in out.iterdir()} >= {"checkpoint.safetensors", "masks.safetensors", "request.json"}
     with pytest.raises(FadeError, match=r"in use; pass --overwrite to replace it or --resume"):
         fade.unlearn(pipeline, **WORDS, config=config, output=out)
-    with pytest.raises(FadeError, match="has another config; resume with the same settings"):
+    with pytest.raises(FadeError, match=r"has another config\.seed; resume with the same settings"):
         fade.unlearn(pipeline, **WORDS, config=config.replace(seed=9), output=out, resume=True)
-    resumed = fade.unlearn(pipeline, **WORDS, config=config, output=out, resume=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler")
+        resumed = fade.unlearn(pipeline, **WORDS, config=config, output=out, resume=True)
     assert same_bits(tensors(resumed), tensors(whole))
     assert resumed.run["losses"] == whole.run["losses"]
     with pytest.raises(FadeError, match=r"nothing to resume .* is complete"):
@@ -141,11 +145,34 @@ def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
-    with pytest.raises(DivergedError, match=r"the loss became nan at step 6; the last checkpoint is in .*Lower the"):
-        fade.unlearn(pipeline, **WORDS, config=quick, output=tmp_path / "out")
-    assert (tmp_path / "out" / "checkpoint.safetensors").is_file()
+    told = r"the loss became nan at step 6\. The last good checkpoint is kept in .* Start again with --overwrite and"
+    with pytest.raises(DivergedError, match=told):
+        fade.unlearn(pipeline, **WORDS, config=quick.replace(overwrite__checkpoint_every=1), output=tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "checkpoint.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())  # not what the poisoned step left
     assert same_bits(weights(pipeline), before)
     assert not getattr(pipeline.unet, "peft_config", {})
+
+
+def test_a_gradient_that_diverges_changes_nothing(
+    pipeline: StableDiffusionPipeline, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self, *args, **kwargs):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(DivergedError, match="the gradient became inf at step 1"):
+        fade.unlearn(pipeline, **WORDS, config=quick)
+
+
+def test_a_prompt_whose_concept_does_not_reach_the_encoder(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path
+) -> None:
+    template = "very " * 200 + "{}"
+    with pytest.raises(FadeError, match="its surrogate as the same; .* shorten the template"):
+        fade.unlearn(pipeline, **{**WORDS, "templates": [template]}, config=quick, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "request.json").exists()
 
 
 def test_clipping_clips(pipeline: StableDiffusionPipeline, quick: Config, monkeypatch: pytest.MonkeyPatch) -> None:
