@@ -911,8 +911,8 @@ LIBRARY_OPERATORS = (
 """What csrc/cuda serves."""
 
 
-def _replace_what_no_gpu_can_run() -> None:
-    """Definitions serve CUDA where a GPU of this machine has a capability that the CUDA library holds no code for."""
+def _serve_gpus_without_code() -> None:
+    """Definitions take the CUDA library's place where it holds no code for a GPU of this machine."""
     held = build_info()["architectures"]
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -929,6 +929,6 @@ if missing_cuda():
     _register_definitions(LIBRARY_OPERATORS, missing_cuda())
 elif cuda_library_loaded() and not FORCED:
     # Once torch has made contact with the driver, and so before any tensor is on a GPU; not by importing this package.
-    torch.cuda._lazy_call(_replace_what_no_gpu_can_run)
+    torch.cuda._lazy_call(_serve_gpus_without_code)
 if INTERPRETED:
     register("CPU")

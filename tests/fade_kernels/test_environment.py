@@ -113,7 +113,7 @@ dispatch.build_info = lambda: {"architectures": ["8.0", "9.0"]}
 dispatch._ops.implement = lambda name, kernel, device: print("registered", name, device)
 real = dispatch._register_definitions
 dispatch._register_definitions = lambda names, reason: (print(reason), real(names, reason))
-dispatch._replace_what_no_gpu_can_run()
+dispatch._serve_gpus_without_code()
 """
     done = run(code)
     assert "built for compute capability 8.0, 9.0, and GPU 1 has 7.0" in done.stdout, done
