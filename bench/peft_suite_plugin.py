@@ -65,9 +65,9 @@ def _mask_after(update_layer: Any, values: bool) -> Any:
         layer.set_mask(adapter_name, mask)
         if values:
             # With low_cpu_mem_usage PEFT makes the factors on the meta device, and a file's take their place.
-            meta = layer.lora_A[adapter_name].weight.is_meta
-            trained = torch.zeros(mask.count) if meta else layer.packed_values(adapter_name)
-            layer.set_values(adapter_name, mask, trained)
+            factor = layer.lora_A[adapter_name].weight
+            trained = torch.zeros(mask.count) if factor.is_meta else layer.packed_values(adapter_name)
+            layer.set_values(adapter_name, mask, trained.to(factor.dtype))
             layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
     return update_and_mask
