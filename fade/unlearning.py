@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fade.adapter import Adapter, active_adapters, attach, check_name, new_metadata, set_active_adapters
+from fade.adapter import Adapter, adapters_off, attach, check_name, new_metadata
 from fade.backbones import Backbone, backbone_for
-from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, target_layers
+from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, refuse_offloaded, target_layers
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import overwrite as run_overwrite
@@ -71,11 +71,12 @@ def unlearn(
     layers = target_layers(backbone.denoiser, config.locate.targets)
     check_name(backbone.denoiser, name)
     refuse_merged(backbone.denoiser)
+    refuse_offloaded(backbone.denoiser)
     digests = fingerprint(backbone.denoiser)
     folder = None if output is None else _open_folder(Path(output), concept, config, digests, overwrite, resume)
 
     data, located_in, overwritten = Measurement(), Measurement(), Measurement()
-    with _frozen(backbone.denoiser) as active:
+    with _frozen(backbone.denoiser):
         with measured(backbone.device) as data:
             try:
                 latents = prepare_latents(
@@ -97,13 +98,12 @@ def unlearn(
                         _keep_located(folder, located)
             values = config.overwrite.parameters == "values"
             scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
-            torch.manual_seed(config.seed)
             adapter = attach(
                 pipeline, name, located.masks, rank=config.overwrite.rank,
                 alpha=scale if values else config.overwrite.alpha, values=values,
-                metadata=new_metadata(concept, config, base_name(pipeline), digests, scale),
+                metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
             )  # fmt: skip
-            set_active_adapters(backbone.denoiser, [name])
+            adapter.enable()
             try:
                 with measured(backbone.device) as overwritten:
                     losses = run_overwrite(
@@ -113,7 +113,7 @@ def unlearn(
             except BaseException:
                 adapter.remove()
                 raise
-        active.append(name)
+    adapter.enable()
 
     adapter.metadata["run"] = {
         "seconds": {"data": data.seconds, "locate": located_in.seconds, "overwrite": overwritten.seconds},
@@ -163,23 +163,16 @@ def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _frozen(denoiser: nn.Module) -> Iterator[list[str]]:
-    """The denoiser in evaluation mode, its weights needing no gradient, its adapters off; all as it was afterwards.
-
-    Yields the names of the adapters to switch on at the end, to which a new one may be added.
-    """
-    training = denoiser.training
-    needed = [p for p in denoiser.parameters() if p.requires_grad]
-    active = active_adapters(denoiser)
-    denoiser.eval().requires_grad_(False)
-    set_active_adapters(denoiser, [])
-    try:
-        yield active
-    finally:
-        set_active_adapters(denoiser, active)
-        for parameter in needed:
-            parameter.requires_grad_(True)
-        denoiser.train(training)
+def _frozen(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser in evaluation mode, its weights needing no gradient, its adapters off; all as it was afterwards."""
+    training = [module for module in denoiser.modules() if module.training]
+    with adapters_off(denoiser):
+        denoiser.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _open_folder(

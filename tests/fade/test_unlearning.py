@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import fade
-from fade.adapter import active_adapters
 from fade.adapter_file import read_adapter_file
 from fade.config import Config
 from fade.errors import DivergedError, FadeError
 
-from .adapters import random_adapter
+from .adapters import on, random_adapter
 from .conftest import denoise, same_bits, tiny_pipeline, weights
 
 TEMPLATES = ("{}", "an image of {}", "a picture of {}")
@@ -214,7 +213,7 @@ def test_a_second_concept_beside_the_first(pipeline: StableDiffusionPipeline, qu
     alone = tensors(fade.unlearn(pipeline, **WORDS, config=quick))
     first_only = denoise(pipeline)
     second = fade.unlearn(pipeline, "bird", "fish", templates=TEMPLATES, config=quick, name="second", progress=False)
-    assert active_adapters(pipeline.unet) == ["fade", "second"]
+    assert on(pipeline) == ["fade", "second"]
     first = fade.Adapter(pipeline, "fade", second.metadata)
     assert same_bits(tensors(first), alone)
     both = denoise(pipeline)
