@@ -15,7 +15,7 @@ from typing import Any
 from fade.files import atomic_write
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
-MODULES = ("tests.fade.test_peft_conformance",)
+MODULES = ("tests.fade.test_peft_conformance", "tests.fade.test_pipeline_conformance")
 """Test modules whose behaviours the table lists."""
 
 KINDS = {

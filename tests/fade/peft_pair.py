@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fade.layers import MASKED_LAYERS, MaskedLoraLayer
+from fade.tuner import FadeConfig
 from fade_kernels import BitMask
 
 FORMS = ("factors", "values")
@@ -48,10 +49,14 @@ def columns(weight: Tensor) -> int:
     return weight[0].numel()
 
 
-def masked_config(form: str, targets: Sequence[str] = LAYERS, scale: float = 1.0, **settings: Any) -> LoraConfig:
-    """A LoraConfig whose layers PEFT makes of ours."""
+def masked_config(
+    form: str, targets: Sequence[str] = LAYERS, scale: float = 1.0, fade: bool = False, **settings: Any
+) -> LoraConfig:
+    """A configuration whose layers are ours: a LoraConfig that names them to PEFT, or a FadeConfig, not pinned."""
     rank = 1 if form == "values" else RANK
     settings = {"r": rank, "lora_alpha": scale * rank, "target_modules": list(targets)} | settings
+    if fade:
+        return FadeConfig(**({"pinned": False} | settings))
     config = LoraConfig(**settings)
     config._register_custom_module(MASKED_LAYERS)
     return config
@@ -115,12 +120,18 @@ class Pair:
         base: the network; a new Net without.
         wrapped: in a PeftModel; otherwise the layers are injected into the network itself, where those of several PEFT
             methods may wrap one another.
+        fade: our adapters by FadeConfig, as the product makes them, and not by a LoraConfig with our layers.
     """
 
     def __init__(
-        self, form: str = "factors", mask: str = "random", base: nn.Module | None = None, wrapped: bool = True
+        self,
+        form: str = "factors",
+        mask: str = "random",
+        base: nn.Module | None = None,
+        wrapped: bool = True,
+        fade: bool = False,
     ) -> None:
-        self.form, self.mask, self.wrapped = form, mask, wrapped
+        self.form, self.mask, self.wrapped, self.fade = form, mask, wrapped, fade
         self.base = (base or Net()).eval()
         self.ours: Any = copy.deepcopy(self.base)
         self.peft: Any = copy.deepcopy(self.base)
@@ -141,10 +152,11 @@ class Pair:
     def masked(self, name: str = "ours", scale: float = 1.0, **settings: Any) -> "Pair":
         """A masked adapter with random Δ on our side, its dense equal on PEFT's."""
         targets = targets_of(self.mask)
-        self.ours = self._add(self.ours, name, masked_config(self.form, targets, scale, **settings))
+        self.ours = self._add(self.ours, name, masked_config(self.form, targets, scale, self.fade, **settings))
         ranks = {layer: columns(self.base.get_submodule(layer).weight) for layer in targets}
         alphas = {layer: scale * rank for layer, rank in ranks.items()}
-        plain = LoraConfig(**({"target_modules": list(targets)} | settings), rank_pattern=ranks, alpha_pattern=alphas)
+        settings = {"target_modules": list(targets)} | {k: v for k, v in settings.items() if k != "pinned"}
+        plain = LoraConfig(**settings, rank_pattern=ranks, alpha_pattern=alphas)
         self.peft = self._add(self.peft, name, plain)
         self.give_delta(name)
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft import (
     BOFTConfig,
     HRAConfig,
@@ -28,14 +29,13 @@ from peft import (
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora.config import KasaConfig
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fade.layers import MASKED_LAYERS
 from fade_kernels import BitMask
 
 from .conformance_table import DOCUMENT, behaviour, table
@@ -43,6 +43,7 @@ from .peft_pair import (
     FORMS,
     LAYERS,
     MASKS,
+    RANK,
     Net,
     Pair,
     columns,
@@ -65,6 +66,12 @@ TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A masked adapter "ours" on our side, its dense equal on PEFT's."""
     return Pair(*request.param).masked("ours", scale=0.7)
+
+
+@pytest.fixture(params=[(form, mask) for form in FORMS for mask in MASKS], ids=lambda p: f"{p[0]}-{p[1]}")
+def ours(request: pytest.FixtureRequest) -> Pair:
+    """As `pair`, our adapter made as the product makes it."""
+    return Pair(*request.param, fade=True).masked("ours", scale=0.7)
 
 
 @pytest.fixture
@@ -203,6 +210,32 @@ def test_set_adapter(two: Pair) -> None:
     two.is_dense(x, second=1.3)
     activate(two)
     torch.testing.assert_close(two.ours(x), two.base(x))
+
+
+@behaviour(1, "ours is pinned: what names others leaves it on, beside those named")
+@BOTH_FORMS
+def test_pinned_in_a_peft_model(form: str) -> None:
+    """`set_adapter`, `delete_adapter`, `merge_adapter` of others in a PeftModel with a pinned adapter"""
+    pair = Pair(form, fade=True).masked(scale=0.7, pinned=True).masked("second", scale=1.3).masked("third")
+    model = pair.ours
+    model.set_adapter("second")
+    pair.is_dense(ours=0.7, second=1.3)
+    model.set_adapter("third")
+    pair.is_dense(ours=0.7, third=1.0)
+    model.merge_adapter(adapter_names=["third"])
+    pair.is_dense(ours=0.7, third=1.0)
+    model.unmerge_adapter()
+    model.delete_adapter("third")
+    pair.is_dense(ours=0.7)
+    x = images()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), pair.base(x))
+    pair.is_dense(x, ours=0.7)
+    model.set_adapter("ours")
+    pair.is_dense(x, ours=0.7)
+    model.delete_adapter("ours")
+    model.set_adapter("second")
+    pair.is_dense(x, second=1.3)
 
 
 @behaviour(1)
@@ -443,19 +476,37 @@ def test_scale_and_unscale_layer(two: Pair) -> None:
     pair.is_dense(second=1.3)
 
 
+@behaviour(1, "diffusers brings plain LoRAs back to 1 after a scale of 0; ours to what they were")
+@BOTH_FORMS
+def test_scaled_by_diffusers_and_back(form: str) -> None:
+    """diffusers' `scale_lora_layers` and `unscale_lora_layers`, 0 included, one inside another"""
+    pair = Pair(form).masked(scale=0.7)
+    for layer in tuner_layers(pair.ours).values():
+        layer.set_scale("ours", 0.5)
+    for scale in (0.0, 0.25, 1.0, 3.0):
+        scale_lora_layers(pair.ours, scale)
+        pair.is_dense(ours=0.35 * scale)
+        unscale_lora_layers(pair.ours, scale)
+        pair.is_dense(ours=0.35)
+    scale_lora_layers(pair.ours, 0.5)
+    scale_lora_layers(pair.ours, 0.0)
+    unscale_lora_layers(pair.ours, 0.0)
+    pair.is_dense(ours=0.175)
+    unscale_lora_layers(pair.ours, 0.5)
+    pair.is_dense(ours=0.35)
+
+
 @behaviour(1, "PEFT divides by zero; ours comes back to the scale it had")
 @BOTH_FORMS
 def test_scaled_to_zero_and_back(form: str) -> None:
-    """`scale_layer(0)` and back"""
+    """`scale_layer(0)`, `unscale_layer(0)`"""
     pair = Pair(form).masked(scale=0.7)
-    layers = tuner_layers(pair.ours).values()
-    for layer in layers:
-        layer.scale_layer(0.5)
+    for layer in tuner_layers(pair.ours).values():
         layer.scale_layer(0)
     pair.is_dense(ours=0.0)
-    for layer in layers:
+    for layer in tuner_layers(pair.ours).values():
         layer.unscale_layer(0)
-    pair.is_dense(ours=0.35)
+    pair.is_dense(ours=0.7)
 
 
 @behaviour(1)
@@ -535,8 +586,10 @@ def test_dora_does_not_rescale_ours(form: str) -> None:
 
 
 OTHERS: dict[str, PeftConfig] = {
-    "LoHa": LoHaConfig(r=2, target_modules=list(LAYERS), init_weights=False),
-    "LoKr": LoKrConfig(r=2, target_modules=list(LAYERS), init_weights=False),
+    "LoHa": LoHaConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False),
+    "LoKr": LoKrConfig(r=2, target_modules=["lin0", "lin1"], init_weights=False),
+    "LoHa on a convolution": LoHaConfig(r=2, target_modules=["conv"], init_weights=False),
+    "LoKr on a convolution": LoKrConfig(r=2, target_modules=["conv"], init_weights=False),
     "IA3": IA3Config(target_modules=["lin0", "lin1"], feedforward_modules=["lin1"], init_ia3_weights=False),
     "OFT": OFTConfig(r=2, oft_block_size=0, target_modules=["lin0", "lin1"], init_weights=False),
     "BOFT": BOFTConfig(boft_block_size=2, target_modules=["lin0", "lin1"], init_weights=False),
@@ -549,10 +602,20 @@ OTHERS: dict[str, PeftConfig] = {
 @behaviour(2)
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("fade", [False, True])
 @BOTH_FORMS
-def test_other_methods_on_the_same_layers(form: str, method: str, ours_first: bool) -> None:
+def test_other_methods_on_the_same_layers(form: str, method: str, ours_first: bool, fade: bool) -> None:
     """Another method's layer around ours, or ours around it: LoHa, LoKr, IA³, OFT, BOFT, HRA, SHiRA, MiSS"""
-    pair = Pair(form, wrapped=False)
+    pair = Pair(form, wrapped=False, fade=fade)
+    if ours_first and method == "SHiRA":
+        pair.masked()
+        for model in pair.both:
+            with pytest.raises(ValueError, match="nested"):
+                inject_adapter_in_model(OTHERS[method], model, "other")
+        pair.is_dense(ours=1.0)
+        return
+    if "convolution" in method and not ours_first:
+        pytest.skip("PEFT's own LoRA cannot sit on them either")
     if ours_first:
         pair.masked().neighbour("other", OTHERS[method])
     else:
@@ -569,10 +632,10 @@ def test_other_methods_on_the_same_layers(form: str, method: str, ours_first: bo
 
 
 @behaviour(2)
-@pytest.mark.parametrize("method", ["LoHa", "LoKr", "OFT", "SHiRA"])
+@pytest.mark.parametrize("method", ["LoHa", "LoKr", "OFT"])
 @BOTH_FORMS
 def test_mixed_models(form: str, method: str) -> None:
-    """PeftMixedModel with a masked adapter and LoHa, LoKr, OFT or SHiRA"""
+    """PeftMixedModel with a masked adapter and LoHa, LoKr or OFT"""
     base = Net().eval()
     config = copy.deepcopy(OTHERS[method])
     seed = int(torch.randint(2**31, ()))
@@ -644,6 +707,23 @@ def test_mixed_batches(two: Pair) -> None:
     torch.testing.assert_close(mixed[rows], two.base(x)[rows], rtol=1e-4, atol=1e-5)
 
 
+@behaviour(2, "a pinned adapter acts on every sample but those of `__base__`")
+@BOTH_FORMS
+def test_mixed_batches_beside_a_pinned_one(form: str) -> None:
+    """`adapter_names` beside a pinned adapter that is on, and one that is off"""
+    pair = Pair(form, fade=True).masked(scale=0.7, pinned=True).masked("second", scale=1.3)
+    names = ["second", "__base__", "ours", "second", "ours"]
+    x = images(len(names))
+    strengths = {"second": {"ours": 0.7, "second": 1.3}, "ours": {"ours": 0.7}, "__base__": {}}
+    wanted = torch.stack([pair.expected(x[i : i + 1], **strengths[name])[0] for i, name in enumerate(names)])
+    torch.testing.assert_close(pair.ours(x, adapter_names=names).double(), wanted, rtol=1e-4, atol=1e-5)
+    for layer in masked_layers(pair.ours, "ours").values():
+        layer.switch("ours", False)
+    strengths["second"] = {"second": 1.3}
+    wanted = torch.stack([pair.expected(x[i : i + 1], **strengths[name])[0] for i, name in enumerate(names)])
+    torch.testing.assert_close(pair.ours(x, adapter_names=names).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 @behaviour(2)
 @BOTH_FORMS
 def test_mixed_batches_that_are_refused(form: str) -> None:
@@ -679,6 +759,42 @@ def test_weighted_combination_of_neighbours(form: str) -> None:
         )
         activate(pair, "ours", f"by_{kind}")
         pair.same()
+
+
+@behaviour(2, "PEFT adds up factors, exactly for `cat` alone; ours is Σ w·s·Δ on the union of the masks for each")
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+def test_weighted_combination_of_ours(ours: Pair, combination: str) -> None:
+    """`add_weighted_adapter` of masked adapters: `cat`, `linear`, `svd`"""
+    ours.masked("second", scale=1.3)
+    ours.ours.add_weighted_adapter(["ours", "second"], [0.6, -1.5], "sum", combination_type=combination)
+    ours.ours.set_adapter("sum")
+    ours.is_dense(ours=0.7 * 0.6, second=-1.5 * 1.3)
+    for layer in masked_layers(ours.ours, "sum").values():
+        masks = [layer.lora_mask[name].mask.unpack() for name in ("ours", "second", "sum")]
+        assert torch.equal(masks[0] | masks[1], masks[2])
+    x = images()
+    before = ours.ours(x)
+    ours.ours.merge_adapter()
+    torch.testing.assert_close(ours.ours(x), before, rtol=1e-4, atol=1e-5)
+    ours.ours.unmerge_adapter()
+    ours.ours.delete_adapter("sum")
+    ours.ours.set_adapter("ours")
+    ours.is_dense(ours=0.7)
+
+
+@behaviour(2, "PEFT prunes factors at random or by size; of masked adapters nothing is pruned, the call is refused")
+@BOTH_FORMS
+@pytest.mark.parametrize(
+    "combination", ["ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune", "magnitude_prune_svd", "typo"]
+)
+def test_combinations_that_prune(form: str, combination: str) -> None:
+    """`add_weighted_adapter` by ways that prune, and unknown ones: refused, nothing is changed"""
+    pair = Pair(form, fade=True).masked().masked("second")
+    names = set(pair.ours.state_dict())
+    with pytest.raises(ValueError, match=combination):
+        pair.ours.add_weighted_adapter(["ours", "second"], [1.0, 1.0], "sum", combination_type=combination)
+    assert set(pair.ours.state_dict()) == names and "sum" not in pair.ours.peft_config
+    pair.is_dense(ours=1.0)
 
 
 @behaviour(2)
@@ -741,17 +857,19 @@ def test_a_neighbours_training(form: str) -> None:
 # Wrapped and moved
 
 
-@behaviour(3)
+@behaviour(3, "the values form's lora_B is a constant one, which never trains")
 def test_which_parameters_train(two: Pair) -> None:
     """`requires_grad` after adding, switching, disabling, deleting and in inference mode: the active adapter's alone"""
 
     def trained(model: nn.Module) -> set[str]:
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name for name in names if two.form == "factors" or "lora_B" not in name}
 
     def check() -> None:
-        assert {n.rpartition(".weight")[0] for n in trained(two.ours)} == {
-            n.rpartition(".weight")[0] for n in trained(two.peft)
-        }
+        assert trained(two.ours) == trained(two.peft)
+        assert two.form == "factors" or not any(
+            p.requires_grad for n, p in two.ours.named_parameters() if "lora_B" in n
+        )
 
     check()
     for action in (
@@ -974,54 +1092,57 @@ def test_state_dict_brings_its_mask(pair: Pair, assign: bool) -> None:
 
 
 @behaviour(4)
-def test_state_dict_makes_a_mask(pair: Pair) -> None:
-    """A state dict with a mask, loaded into an adapter that has none: it has one then"""
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_peft_state_dict(ours: Pair, wrapped: bool) -> None:
+    """`get_peft_model_state_dict` and `set_peft_model_state_dict`, under another name, in a PeftModel or without"""
     x = images()
-    wanted = pair.ours(x)
-    config = masked_config(pair.form, targets_of(pair.mask), scale=0.7)
-    other = get_peft_model(copy.deepcopy(pair.base), config, "other").eval()
-    assert not masked_layers(other, "other")
-    set_peft_model_state_dict(other, get_peft_model_state_dict(pair.ours, adapter_name="ours"), adapter_name="other")
-    assert masked_layers(other, "other").keys() == set(targets_of(pair.mask))
+    wanted = ours.ours(x)
+    state = get_peft_model_state_dict(ours.ours, adapter_name="ours")
+    config = masked_config(ours.form, targets_of(ours.mask), scale=0.7, fade=True)
+    base = copy.deepcopy(ours.base)
+    other = get_peft_model(base, config, "other") if wrapped else inject_adapter_in_model(config, base, "other")
+    other.eval()
+    torch.testing.assert_close(other(x), ours.base(x))
+    result = set_peft_model_state_dict(other, state, adapter_name="other")
+    assert not result.unexpected_keys
     torch.testing.assert_close(other(x), wanted)
+    layers = masked_layers(other, "other")
+    assert layers.keys() == set(targets_of(ours.mask))
+    for name, layer in masked_layers(ours.ours, "ours").items():
+        assert torch.equal(layer.lora_mask["ours"].mask.unpack(), layers[name].lora_mask["other"].mask.unpack())
 
 
 @behaviour(4)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(pair: Pair, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+def test_save_and_load(ours: Pair, tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     """`save_pretrained`, `from_pretrained`, `load_adapter`, also with `low_cpu_mem_usage`"""
     x = images()
-    wanted = pair.ours(x)
-    pair.ours.save_pretrained(tmp_path, selected_adapters=["ours"])
+    wanted = ours.ours(x)
+    ours.ours.save_pretrained(tmp_path, selected_adapters=["ours"])
     folder = tmp_path / "ours"
-    config = LoraConfig.from_pretrained(folder)
-    config._register_custom_module(MASKED_LAYERS)
     loaded = PeftModel.from_pretrained(
-        copy.deepcopy(pair.base), folder, adapter_name="again", config=config, low_cpu_mem_usage=low_cpu_mem_usage
+        copy.deepcopy(ours.base), folder, adapter_name="again", low_cpu_mem_usage=low_cpu_mem_usage
     ).eval()
     torch.testing.assert_close(loaded(x), wanted)
-    assert masked_layers(loaded, "again").keys() == set(targets_of(pair.mask))
-    third = LoraConfig.from_pretrained(folder)
-    third._register_custom_module(MASKED_LAYERS)
-    loaded.load_adapter(folder, adapter_name="third", peft_config=third, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert masked_layers(loaded, "again").keys() == set(targets_of(ours.mask))
+    loaded.load_adapter(folder, adapter_name="third", low_cpu_mem_usage=low_cpu_mem_usage)
     loaded.set_adapter("third")
     torch.testing.assert_close(loaded.eval()(x), wanted)
     loaded.base_model.set_adapter(["again", "third"])
     loaded.merge_adapter()
     loaded.unmerge_adapter()
-    torch.testing.assert_close(loaded(x).double(), pair.expected(x, ours=1.4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded(x).double(), ours.expected(x, ours=1.4), rtol=1e-4, atol=1e-5)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
 
 
-@behaviour(4, "a plain LoRA's file loads; a masked one's does not, because without its mask it would be another edit")
-def test_a_loader_that_knows_no_masks(pair: Pair, tmp_path: Path) -> None:
-    """A masked adapter's folder in a model whose layers know no masks: an error, or nothing of it is drawn"""
-    pair.ours.save_pretrained(tmp_path, selected_adapters=["ours"])
-    x = images()
-    try:
-        loaded = PeftModel.from_pretrained(copy.deepcopy(pair.base), tmp_path / "ours").eval()
-    except (RuntimeError, ValueError):
-        return
-    torch.testing.assert_close(loaded(x).double(), pair.expected(x, ours=0.7), rtol=1e-4, atol=1e-5)
+@behaviour(4, "a plain LoRA's state dict loads; a masked one without its mask would be another edit")
+def test_a_loader_that_knows_no_masks(ours: Pair) -> None:
+    """A masked adapter's state dict in layers that know no masks: an error"""
+    state = get_peft_model_state_dict(ours.ours, adapter_name="ours")
+    rank = 1 if ours.form == "values" else RANK
+    plain = get_peft_model(copy.deepcopy(ours.base), LoraConfig(r=rank, target_modules=list(targets_of(ours.mask))))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(plain, state)
 
 
 @behaviour(4)
