@@ -114,8 +114,8 @@ def _plain_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _looked_at(module: nn.Module, own: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """The module's own tensors are there meanwhile, also where offloading holds them elsewhere."""
-    if any(tensor.is_meta for _, tensor in own):
+    """The module's own tensors are there meanwhile, also where accelerate's offloading holds them elsewhere."""
+    if hasattr(module, "_hf_hook") and any(tensor.is_meta for _, tensor in own):
         with align_module_device(module, "cpu"):
             yield
     else:

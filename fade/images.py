@@ -131,16 +131,14 @@ def find_pictures(folder: str | Path, leave_out: str | Path | None = None) -> Pi
             other.append(name)
         if suffix in _CAPTION_LIKE:
             caption_like.append(name)
+    unknown = f"image(s) of kinds that this Pillow cannot open in {root}: {listed(other)}"
+    if any(name.lower().endswith((".heic", ".heif")) for name in other):
+        unknown += "; HEIC opens where pillow-heif is installed"
     if not paths:
-        hint = f"; it holds {len(other)} of kinds that this Pillow cannot open ({listed(other)})" if other else ""
+        hint = f"; there are {len(other)} {unknown}" if other else ""
         raise FadeError(f"the folder {root} holds no image that can be read{hint}. {_kinds()}")
 
-    notes = []
-    if other:
-        kinds = "; HEIC opens where pillow-heif is installed" if any(n.lower().endswith(".heic") for n in other) else ""
-        notes.append(
-            f"skipped {len(other)} image(s) of kinds that this Pillow cannot open in {root}: {listed(other)}{kinds}"
-        )
+    notes = [f"skipped {len(other)} {unknown}"] if other else []
     if closed:
         notes.append(f"cannot look into {len(closed)} folder(s) in {root}: {listed(closed)}")
     tabled = _read_tables(root, tables, paths, notes)
@@ -177,7 +175,7 @@ def _walk(root: Path, excluded: str | None, closed: list[str]) -> Iterator[tuple
                 seen.add(real)
                 entered.append(folder)
         folders[:] = entered
-        for file in files:
+        for file in sorted(files):
             path = Path(directory, file)
             # A broken link counts as a file: it is named among what cannot be read. A pipe would block.
             if not file.startswith(".") and (path.is_file() or path.is_symlink()):
@@ -337,24 +335,26 @@ def read_square(path: str | Path, side: int) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on damaged tags; what cannot be read is named by the caller
         with Image.open(path, formats=openable_formats()) as image:
-            image.draft(None, (2 * side, 2 * side))
+            drafted = image.draft(None, (2 * side, 2 * side))
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
             _scale_key(image)
             image.load()
-            return square(image, side)
+            return square(image, side, drafted and drafted[1][2:])
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """As `read_square`, of an opened picture."""
+def square(image: Image.Image, side: int, extent: tuple[float, float] | None = None) -> Image.Image:
+    """As `read_square`, of an opened picture; `extent` is its width and height where they are no whole pixels."""
     profile, turn = image.info.get("icc_profile"), _orientation(image)
     image = _plain(image)
     # The square is cut out before scaling: a strip scaled as a whole would be larger than memory.
-    least = min(image.size)
-    left, top = (image.width - least) / 2, (image.height - least) / 2
+    width, height = extent or image.size
+    least = min(width, height)
+    left, top = (width - least) / 2, (height - least) / 2
     box = (left, top, left + least, top + least)
     image = image.resize((side, side), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    image.info = {}  # what it says is done here, and must not be done again
     if turn is not None:
         image = image.transpose(turn)
     if "A" not in image.getbands() or image.mode == "LAB":

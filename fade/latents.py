@@ -21,7 +21,7 @@ from fade.concept import Concept, mentions, substitute
 from fade.config import DataConfig
 from fade.errors import FadeError
 from fade.files import atomic_write
-from fade.images import Picture, PictureFolder, find_pictures, listed, read_square
+from fade.images import Picture, PictureFolder, find_pictures, listed, read_square, shown
 from fade.progress import progress_bar, tell
 
 MOST_PIXELS_AT_ONCE = 2**21
@@ -212,13 +212,13 @@ def _read(
     parts: list[Tensor] = []
     captions: list[tuple[str, ...]] = []
     batch: list[Image.Image] = []
-    unreadable: list[str] = []
+    unreadable: dict[str, str] = {}
     with progress_bar(f"encoding {found.folder.name}", min(most, len(candidates)), progress) as advance:
         for picture in candidates:
             try:
                 batch.append(read_square(picture.path, side))
-            except Exception:  # decoders raise anything for broken files
-                unreadable.append(picture.name)
+            except Exception as error:  # decoders raise anything for broken files
+                unreadable[picture.name] = (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             captions.append(picture.caption)
             advance()
@@ -229,15 +229,13 @@ def _read(
                 break
     if batch:
         parts.append(backbone.encode_images(batch, config.resolution, generator))
-    if not parts:
-        raise FadeError(
-            f"none of the {len(unreadable)} images in {found.folder} can be read ({listed(unreadable)}); are they "
-            "really images?"
-        )
     if unreadable:
-        warnings.warn(
-            f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {listed(unreadable)}", stacklevel=2
-        )
+        named = f"{listed(unreadable)}; of the first: {shown(next(iter(unreadable.values())))}"
+        if not parts:
+            raise FadeError(
+                f"none of the {len(unreadable)} images in {found.folder} can be read; are they really images? {named}"
+            )
+        warnings.warn(f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {named}", stacklevel=2)
     return torch.cat(parts), captions
 
 
