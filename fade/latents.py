@@ -4,7 +4,7 @@ there are none. Made once and kept in a file, which a rerun with the same reques
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -111,22 +111,33 @@ def _forget_latents(
         return latents, forget_prompts, surrogate_prompts
 
     latents, captions = _read(backbone, folder, config.forget_samples, config, seed, progress)
-    forget_prompts, surrogate_prompts, unnamed = [], [], 0
-    for caption, (forget_prompt, surrogate_prompt) in zip(captions, cycle(pairs), strict=False):
-        line = next((line for line in caption if mentions(line, concept.forget, config.plurals)), None)
-        if line is not None:
-            forget_prompt = line
-            surrogate_prompt = substitute(line, concept.forget, concept.surrogate, config.plurals)
-        unnamed += bool(caption) and line is None
-        forget_prompts.append(forget_prompt)
-        surrogate_prompts.append(surrogate_prompt)
-    if unnamed:
-        warnings.warn(
-            f"{unnamed} of {sum(map(bool, captions))} captions in {folder.folder} do not name {concept.forget!r}; "
-            "their images are trained with the templates instead",
-            stacklevel=3,
-        )
-    return latents, tuple(forget_prompts), tuple(surrogate_prompts)
+    named = [next((line for line in c if mentions(line, concept.forget, config.plurals)), None) for c in captions]
+    answers = {line: substitute(line, concept.forget, concept.surrogate, config.plurals) for line in named if line}
+    cut_off = {line for line, same in zip(answers, _read_as_the_same(backbone, answers), strict=True) if same}
+    chosen = [
+        pair if line is None or line in cut_off else (line, answers[line])
+        for line, pair in zip(named, cycle(pairs), strict=False)
+    ]
+    for many, why in (
+        (sum(line is None and bool(caption) for line, caption in zip(named, captions, strict=True)), "do not name"),
+        (sum(line in cut_off for line in named), "name only behind what the text encoder reads"),
+    ):
+        if many:
+            warnings.warn(
+                f"{many} of {sum(map(bool, captions))} captions in {folder.folder} {why} {concept.forget!r}; their "
+                "images are trained with the templates instead",
+                stacklevel=3,
+            )
+    forget_prompts, surrogate_prompts = zip(*chosen, strict=True)
+    return latents, forget_prompts, surrogate_prompts
+
+
+def _read_as_the_same(backbone: Backbone, answers: Mapping[str, str]) -> list[bool]:
+    """For each caption whether the text encoder cannot tell it from its answer: the concept is beyond its tokens."""
+    if not answers:
+        return []
+    captions, surrogates = backbone.encode_prompts([*answers, *answers.values()]).chunk(2)
+    return [torch.equal(caption, surrogate) for caption, surrogate in zip(captions, surrogates, strict=True)]
 
 
 def _retain_latents(

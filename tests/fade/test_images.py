@@ -383,6 +383,7 @@ def test_subfolders_are_walked_in_order_and_what_is_hidden_is_not(tmp_path: Path
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "empty.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
     assert names(tmp_path) == shown
     assert names(tmp_path, leave_out=tmp_path / "b") == ["B.PNG", "a.jpg", "x.png/e.png"]
 

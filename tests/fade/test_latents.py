@@ -181,6 +181,20 @@ def test_captions_of_several_lines(pipeline: StableDiffusionPipeline, tmp_path: 
     assert latents.retain_prompts == ("a wall",)
 
 
+def test_a_caption_too_long_for_the_text_encoder_gives_way_to_a_template(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    forget = folder_of(tmp_path / "forget", 2)
+    (forget / "00.txt").write_text("a very long story " * 60 + "about a cat")
+    (forget / "01.txt").write_text("a cat in " + "a very long story " * 60)
+    config = DataConfig(forget_images=str(forget), retain_samples=1, sampling_steps=1)
+    with pytest.warns(
+        UserWarning, match="1 of 2 captions in .*forget name only behind what the text encoder reads 'cat'"
+    ):
+        latents = prepare_latents(backbone_for(pipeline), CONCEPT, config, 0, "base")
+    assert latents.forget_prompts[0] == "a cat" and latents.forget_prompts[1].startswith("a cat in a very")
+
+
 def test_retain_images_without_caption_serve_every_retain_prompt(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
