@@ -35,7 +35,8 @@ class DataConfig:
     Without image folders they are sampled from the frozen model itself, from the prompts: no data set is needed.
     Folders are read with their subfolders and captions (`fade.images`). A forget image is trained with the first line
     of its caption that names the concept, else with a template; a retain image with the first line of its caption,
-    else with a retain prompt. Retain images whose caption names the concept are left out, with a warning.
+    else with a retain prompt. (Trainers that read several lines take them for several captions, too, and use the first
+    or a random one.) Retain images whose caption names the concept in any line are left out, with a warning.
     """
 
     forget_images: str | None = None
