@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fade.errors import FadeError
+from fade.images import square
 from fade.progress import track
 
 MOST_PIXELS = 8192
@@ -51,7 +52,7 @@ class StableDiffusionBackbone:
         size = self.denoiser.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.pipeline.vae_scale_factor
 
-    def _side(self, resolution: int | None) -> int:
+    def side(self, resolution: int | None) -> int:
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.pipeline.vae_scale_factor
         if side % least or side > MOST_PIXELS:
@@ -73,11 +74,11 @@ class StableDiffusionBackbone:
     def encode_images(
         self, images: Sequence[Image.Image], resolution: int | None, generator: torch.Generator
     ) -> Tensor:
-        """Latents of images, resized and centre-cropped to `resolution`. The VAE runs in float32: in float16 it
-        overflows."""
-        side = self._side(resolution)
+        """Latents of images, cropped and resized to `resolution` (`fade.images.square`). The VAE runs in float32: in
+        float16 it overflows."""
+        side = self.side(resolution)
         pixels = self.pipeline.image_processor.preprocess(
-            [_square(image, side) for image in images], height=side, width=side
+            [square(image, side) for image in images], height=side, width=side
         )
         with self._vae_in_float32() as vae:
             posterior = vae.encode(pixels.to(self.device, torch.float32)).latent_dist
@@ -107,7 +108,7 @@ class StableDiffusionBackbone:
         description: str = "sampling",
     ) -> Tensor:
         """Latents [n, 4, h, w] sampled by the pipeline. Image i depends on `prompts[i]` and `seeds[i]` alone."""
-        side = self._side(resolution)
+        side = self.side(resolution)
         if not math.isfinite(guidance_scale):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
         if not 1 <= steps <= self.num_timesteps:
@@ -197,13 +198,3 @@ class StableDiffusionBackbone:
             yield
         finally:
             self.pipeline.set_progress_bar_config(**before)
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the shorter side fits, then cropped around the centre."""
-    image = image.convert("RGB")
-    scale = side / min(image.size)
-    width, height = (max(side, round(extent * scale)) for extent in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
