@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,15 +49,21 @@ class StableDiffusionBackbone:
         _refuse_other_inputs(self.denoiser, pipeline.vae)
 
     @staticmethod
+    def has_its_parts(parts: Mapping[str, str]) -> bool:
+        """Whether a pipeline whose parts have these classes, by name, is made of Stable Diffusion's."""
+        return parts.keys() >= set(_PARTS) and parts["unet"] == "UNet2DConditionModel" and "text_encoder_2" not in parts
+
+    @staticmethod
     def text_to_image(pipeline: Any) -> StableDiffusionPipeline | None:
         """A text-to-image pipeline of the same parts as an image-to-image, inpainting, ControlNet, … pipeline of Stable
         Diffusion; None for a pipeline of another family."""
-        parts = {name: getattr(pipeline, name, None) for name in _PARTS}
-        unet = parts["unet"]
-        if not all(hasattr(pipeline, name) for name in _PARTS) or not isinstance(unet, nn.Module):
+        found = getattr(pipeline, "components", {})
+        classes = {name: type(part).__name__ for name, part in found.items()}
+        if isinstance(found.get("unet"), nn.Module):
+            classes["unet"] = type(unwrapped(found["unet"])).__name__
+        if not StableDiffusionBackbone.has_its_parts(classes):
             return None
-        if not isinstance(unwrapped(unet), UNet2DConditionModel) or hasattr(pipeline, "text_encoder_2"):
-            return None
+        parts = {name: found[name] for name in _PARTS}
         # Its constructor rewrites the config of a scheduler that it finds outdated, so it is shown a copy.
         given = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
         whole = StableDiffusionPipeline(
