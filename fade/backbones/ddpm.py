@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 
 from fade.errors import FadeError
 
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 _NOT_TEXT_TO_IMAGE = ("RePaintScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
@@ -60,6 +61,7 @@ def training_schedule(scheduler: Any) -> DDPMScheduler:
 
     # DDPM's add_noise and get_velocity read alphas_cumprod alone, which some schedulers do not derive from betas alone.
     schedule = DDPMScheduler(num_train_timesteps=len(alphas_cumprod), prediction_type=prediction)
+    schedule.register_to_config(**{name: config[name] for name in _BETAS if name in config})
     schedule.alphas_cumprod = alphas_cumprod
     return schedule
 
@@ -73,7 +75,7 @@ def _warn(name: str, config: Any, prediction: str) -> None:
             stacklevel=2,
         )
     defaults = set(config.get("_use_default_values", ()))
-    if {"beta_start", "beta_end", "beta_schedule", "trained_betas"} <= defaults and config["beta_schedule"] == "linear":
+    if defaults.issuperset(_BETAS) and config["beta_schedule"] == "linear":
         warnings.warn(
             f"{name} was made with its class's default betas (linear, {config['beta_start']} to {config['beta_end']}), "
             "which no Stable Diffusion was trained with; make it with "

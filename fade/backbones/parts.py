@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import get_parameter_device
+from peft import PeftModel
 from torch import Tensor, nn
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside a wrapper: torch.compile's has `_orig_mod` as its one child, DDP's and averaging's `module`."""
-    while [name for name, _ in module.named_children()] in (["_orig_mod"], ["module"]):
-        (module,) = module.children()
-    return module
+    """The module inside a wrapper: torch.compile's has `_orig_mod` as its one child, DDP's and averaging's `module`;
+    PEFT's model has the one that its adapters were put into."""
+    while True:
+        if isinstance(module, PeftModel):
+            module = module.get_base_model()
+        elif [name for name, _ in module.named_children()] in (["_orig_mod"], ["module"]):
+            (module,) = module.children()
+        else:
+            return module
 
 
 def tensors(module: nn.Module) -> Iterator[Tensor]:

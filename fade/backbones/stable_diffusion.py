@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ConsistencyDecoderVAE, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -59,8 +59,8 @@ class StableDiffusionBackbone:
         Diffusion; None for a pipeline of another family."""
         found = getattr(pipeline, "components", {})
         classes = {name: type(part).__name__ for name, part in found.items()}
-        if isinstance(found.get("unet"), nn.Module):
-            classes["unet"] = type(unwrapped(found["unet"])).__name__
+        if isinstance(unet := found.get("unet"), nn.Module) and isinstance(unwrapped(unet), UNet2DConditionModel):
+            classes["unet"] = UNet2DConditionModel.__name__
         if not StableDiffusionBackbone.has_its_parts(classes):
             return None
         parts = {name: found[name] for name in _PARTS}
@@ -156,10 +156,11 @@ class StableDiffusionBackbone:
         the same for every image."""
         parts = []
         with self._vae_in_float32() as vae:
+            draws = isinstance(unwrapped(vae), ConsistencyDecoderVAE)
             for chunk in latents.split(batch_size):
                 unscaled = (chunk.float() / vae.config.scaling_factor).to(execution_device(vae), vae.dtype)
-                generators = [torch.Generator("cpu").manual_seed(0) for _ in chunk]
-                image = vae.decode(unscaled, return_dict=False, generator=generators)[0].float()
+                noise = {"generator": [torch.Generator("cpu").manual_seed(0) for _ in chunk]} if draws else {}
+                image = vae.decode(unscaled, return_dict=False, **noise)[0].float()
                 parts.append((image / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
@@ -181,7 +182,8 @@ class StableDiffusionBackbone:
         side = self._side(resolution)
         if not math.isfinite(guidance_scale):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
-        most = getattr(self.pipeline.scheduler, "config", {}).get("num_train_timesteps") or steps
+        scheduler = self._part("scheduler")
+        most = getattr(scheduler, "config", {}).get("num_train_timesteps") or steps
         if not 1 <= steps <= most:
             raise FadeError(f"denoising steps must be between 1 and the model's {most}, not {steps}")
         if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
@@ -208,8 +210,8 @@ class StableDiffusionBackbone:
                 # What a scheduler that does not suit the model raises, somewhere inside its step or the pipeline.
                 except (ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    scheduler = type(self.pipeline.scheduler).__name__
-                    raise FadeError(f"the pipeline cannot draw {steps} steps with {scheduler}: {reason}") from error
+                    name = type(scheduler).__name__
+                    raise FadeError(f"the pipeline cannot draw {steps} steps with {name}: {reason}") from error
                 latents.append(result.images)
         return torch.cat(latents)
 
@@ -314,6 +316,8 @@ def _refuse_other_inputs(unet: nn.Module, vae: nn.Module | None) -> None:
         raise FadeError(
             f"this UNet predicts {config.out_channels} channels where latents have {channels}; that is not supported"
         )
+    if vae is not None and vae.config.get("out_channels", 3) != 3:
+        raise FadeError(f"this VAE decodes to {vae.config.out_channels} channels, not to an RGB image; not supported")
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         raise FadeError(
             "this UNet needs an image beside the prompt (an IP-Adapter is loaded): call pipeline.unload_ip_adapter() "
