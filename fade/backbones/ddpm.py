@@ -16,8 +16,10 @@ from fade.errors import FadeError
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-_NOT_TEXT_TO_IMAGE = ("RePaintScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
-"""Their betas are the model's, but they inpaint or turn images into noise: with them a pipeline draws no prompt."""
+_NOT_TEXT_TO_IMAGE = (
+    "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler", "UnCLIPScheduler",
+)  # fmt: skip
+"""They have betas, but turn images into noise, inpaint, or draw for other models: with them a pipeline draws no prompt."""
 
 _INSTEAD = (
     "for unlearning set the scheduler that the model came with, e.g. pipeline.scheduler = "
@@ -37,7 +39,7 @@ def training_schedule(scheduler: Any) -> DDPMScheduler:
     if scheduler is None:
         raise FadeError(f"the pipeline has no scheduler; {_INSTEAD}")
     if name in _NOT_TEXT_TO_IMAGE:
-        raise FadeError(f"{name} draws no image from a prompt alone; {_INSTEAD}")
+        raise FadeError(f"{name} does not draw Stable Diffusion's images from a prompt; {_INSTEAD}")
     if not torch.is_tensor(alphas_cumprod) or not {"beta_schedule", "trained_betas"} & config.keys():
         raise FadeError(f"{name} does not state the betas that the model was trained with; {_INSTEAD}")
     if config.get("use_flow_sigmas"):

@@ -35,6 +35,7 @@ TRAINED = {
 }  # fmt: skip
 NEEDED = {
     "AmusedScheduler": {"mask_token_id": 0},
+    "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "VQDiffusionScheduler": {"num_vec_classes": 4},
     "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0, "tsr_sigma": 1.0},
 }
