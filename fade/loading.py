@@ -222,7 +222,7 @@ def weights_variant(model: str, parts: Mapping[str, Collection[str]], loader: st
                 f"once, if you trust it, with {loader}.from_pretrained({model!r}).save_pretrained(FOLDER)"
             )
         elif "config.json" in files:
-            raise FadeError(f"cannot load {model!r}: {prefix or 'it '}holds no weights (*.safetensors)")
+            raise FadeError(f"cannot load {model!r}: {prefix or 'it'} holds no weights (*.safetensors)")
     only = [found for found in variants.values() if None not in found]
     if not only:
         return None

@@ -19,7 +19,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _NOT_TEXT_TO_IMAGE = (
     "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler", "UnCLIPScheduler",
 )  # fmt: skip
-"""They have betas, but turn images into noise, inpaint, or draw for other models: with them a pipeline draws no prompt."""
+"""They have betas, but turn images into noise, inpaint, or belong to other models: they draw no prompt here."""
 
 _INSTEAD = (
     "for unlearning set the scheduler that the model came with, e.g. pipeline.scheduler = "
