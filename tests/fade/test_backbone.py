@@ -147,18 +147,21 @@ def pipelines_of_the_same_parts() -> list[str]:
 @pytest.mark.parametrize("name", pipelines_of_the_same_parts())
 def test_pipelines_of_the_same_parts_draw_as_the_ordinary_one(pipeline: StableDiffusionPipeline, name: str) -> None:
     cls = getattr(diffusers, name)
-    parts = {part: pipeline.components.get(part) for part in inspect.signature(cls).parameters}
-    parts.update({part: False for part in parts if part == "requires_safety_checker"})
+    parts = {
+        part: pipeline.components.get(part)
+        for part, parameter in inspect.signature(cls).parameters.items()
+        if parameter.default is parameter.empty or part in pipeline.components
+    }
     try:
-        other = cls(**{part: value for part, value in parts.items() if not part.endswith("_size")})
+        other = cls(**parts)
     except Exception as error:
         pytest.skip(f"{name} cannot be made of these parts alone: {error}")
     config = dict(other.scheduler.config)
     backbone = backbone_for(other)
     assert backbone.denoiser is other.unet and backbone.pipeline.scheduler is other.scheduler
     assert denoiser_of(other) == ("unet", pipeline.unet)
-    wanted = backbone_for(pipeline).generate(["a cat", "a dog"], [1, 2], steps=2)
-    assert torch.equal(backbone.generate(["a cat", "a dog"], [1, 2], steps=2), wanted)
+    wanted = backbone_for(pipeline).generate(["a cat"], [1], steps=1)
+    assert torch.equal(backbone.generate(["a cat"], [1], steps=1), wanted)
     assert dict(other.scheduler.config) == config
 
 
@@ -175,6 +178,7 @@ def test_the_callers_scheduler_stays_as_it_is(pipeline: StableDiffusionPipeline)
 
 def test_unlearning_through_an_img2img_pipeline(pipeline: StableDiffusionPipeline, quick: Config) -> None:
     """The same adapter as through the ordinary pipeline; it acts in the img2img pipeline."""
+    quick = quick.replace(overwrite__steps=2, overwrite__learning_rate=1.0)
     other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     found = fade.unlearn(other, "three", "eight", config=quick, progress=False, name="through")
     values = [parameter.detach().clone() for parameter in found.parameters()]
@@ -184,10 +188,12 @@ def test_unlearning_through_an_img2img_pipeline(pipeline: StableDiffusionPipelin
         image = Image.effect_noise((32, 32), 80).convert("RGB")
         return other("a three", image=image, num_inference_steps=2, generator=generator, output_type="np").images
 
+    on = draw()
+    found.disable()
+    assert not np.allclose(on, draw(), atol=1e-3)
     found.remove()
     wanted = fade.unlearn(pipeline, "three", "eight", config=quick, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(values, wanted.parameters(), strict=True))
-    assert draw().shape == (1, 32, 32, 3)
 
 
 def test_a_distilled_denoiser_is_told_a_guidance_scale(pipeline: StableDiffusionPipeline, quick: Config) -> None:
@@ -199,7 +205,7 @@ def test_a_distilled_denoiser_is_told_a_guidance_scale(pipeline: StableDiffusion
         wanted = pipeline.unet(noised, timesteps, embeddings, timestep_cond=told).sample
         assert torch.equal(backbone.predict(noised, timesteps, embeddings), wanted)
         assert not torch.equal(pipeline.unet(noised, timesteps, embeddings).sample, wanted)
-    fade.unlearn(pipeline, "three", "eight", config=quick, progress=False)
+    fade.unlearn(pipeline, "three", "eight", config=quick.replace(overwrite__steps=1), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +311,8 @@ def vae_of(kind: str) -> nn.Module:
         return AutoencoderTiny(**blocks, **{f"num_{side}_blocks": (1, 1, 1) for side in sides})
     if kind == "asymmetric":
         return AsymmetricAutoencoderKL(
-            down_block_types=down, up_block_types=up, down_block_out_channels=(8, 8, 8), up_block_out_channels=(8, 8, 8),
-            norm_num_groups=4,
+            down_block_types=down, up_block_types=up, norm_num_groups=4,
+            down_block_out_channels=(8, 8, 8), up_block_out_channels=(8, 8, 8),
         )  # fmt: skip
     if kind == "consistency decoder":
         return ConsistencyDecoderVAE(
