@@ -66,6 +66,7 @@ def unlearn(
     if not isinstance(config, Config):
         raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
     backbone = backbone_for(pipeline)
+    backbone.check_trainable()
     if concept is None:
         concept = _concept(pipeline, forget, surrogate, templates, retain, config.data.plurals)
     layers = target_layers(backbone.denoiser, config.locate.targets)
