@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from fade.adapter_file import MOST_SCALE, LayerTensors, read_adapter_file, write_adapter_file
 from fade.backbones import denoiser_of
-from fade.base_model import BaseLayer, base_layers, base_name, fingerprint, refuse_merged, refuse_on_disk, same_base, short_digest
+from fade.base_model import (
+    BaseLayer,
+    base_layers,
+    base_name,
+    fingerprint,
+    refuse_merged,
+    refuse_on_disk,
+    same_base,
+    short_digest,
+)
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
 from fade.guards import concept_is_back, put_guards, remove_guards
 from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
@@ -218,18 +227,18 @@ class Adapter:
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter to one safetensors file and returns its bytes. Raises FadeError where it cannot."""
-        layers = {}
         groups = groups_on_disk(self.denoiser)
-        for group in groups:
-            group.onload_()
-        for name, layer in self._require_layers().items():
-            mask, tensors = layer.adapter_tensors(self.name)
-            layers[name] = (
-                LayerTensors(mask, values=tensors[0])
-                if len(tensors) == 1
-                else LayerTensors(mask, factors=(tensors[0], tensors[1]))
-            )
         try:
+            for group in groups:
+                group.onload_()
+            layers = {}
+            for name, layer in self._require_layers().items():
+                mask, tensors = layer.adapter_tensors(self.name)
+                layers[name] = (
+                    LayerTensors(mask, values=tensors[0])
+                    if len(tensors) == 1
+                    else LayerTensors(mask, factors=(tensors[0], tensors[1]))
+                )
             return write_adapter_file(path, self.metadata, layers)
         finally:
             for group in groups:
@@ -307,7 +316,8 @@ def status(pipeline: Any) -> Status:
     rows = []
     for name, config in getattr(denoiser, "peft_config", {}).items():
         masked = isinstance(config, FadeConfig)
-        layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()]
+        tuners = (m for m in denoiser.modules() if isinstance(m, BaseTunerLayer))
+        layers = [m for m in tuners if name in m._get_available_adapters()]
         states = {
             "merged" if name in m.merged_adapters
             else "on" if name in m.active_adapters and not m.disable_adapters

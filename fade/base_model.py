@@ -202,7 +202,7 @@ def refuse_on_disk(denoiser: nn.Module, instead: str) -> None:
 
 
 def refuse_offloaded(denoiser: nn.Module) -> None:
-    """Raises FadeError where the weights are not at hand for training: offloaded piece by piece, or stored in 8 bits."""
+    """Raises FadeError where the weights are not at hand for training: offloaded in pieces, or stored in 8 bits."""
     for _, _, module in own_modules(denoiser):
         for parameter in module._parameters.values():
             if parameter is None:
