@@ -66,8 +66,9 @@ def unlearn(
     if not isinstance(config, Config):
         raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
     backbone = backbone_for(pipeline)
+    backbone.check_trainable()
     if concept is None:
-        concept = _concept(pipeline, forget, surrogate, templates, retain)
+        concept = _concept(pipeline, forget, surrogate, templates, retain, config.data.plurals)
     layers = target_layers(backbone.denoiser, config.locate.targets)
     check_name(backbone.denoiser, name)
     refuse_merged(backbone.denoiser)
@@ -140,12 +141,13 @@ def _concept(
     surrogate: str | None,
     templates: Sequence[str] | None,
     retain: Sequence[str] | None,
+    plurals: bool,
 ) -> Concept:
     if forget is None or surrogate is None:
         raise FadeError("name the concept to forget and its surrogate, e.g. forget='three', surrogate='eight'")
     if templates is None and is_digitcanvas(pipeline):
         return digitcanvas_concept(forget, surrogate, retain)
-    return concept_from_words(forget, surrogate, templates, retain)
+    return concept_from_words(forget, surrogate, templates, retain, plurals)
 
 
 def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
