@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def put_masked_layers_under_lora(values: bool) -> None:
     """Patches LoraConfig and the masked layers' `update_layer` for the rest of the process."""
+    # As attaching an adapter does: it also changes how PEFT adds masked adapters up.
+    import fade.tuner  # noqa: F401
     from fade.layers import MASKED_LAYERS
 
     post_init = LoraConfig.__post_init__
