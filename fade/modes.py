@@ -1,0 +1,81 @@
+"""The modes PyTorch can be in when somebody calls, and the state of a model's modules: put to what training needs, and
+back to what they were afterwards."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def plain_mode(device: torch.device) -> Iterator[None]:
+    """Gradients on; no inference mode, autocast, default device or default dtype but PyTorch's own.
+
+    So that what runs inside gives the same result from within any of them. The default dtype is the process's, all
+    else the thread's.
+    """
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            if torch.amp.is_autocast_available(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            modes.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The module and all within it in evaluation mode; each of them as it was afterwards.
+
+    Modules that were put in meanwhile are then in the mode of the whole.
+    """
+    training = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training[module])
+        for inner, mode in training.items():
+            inner.training = mode
+
+
+_seeding = threading.Lock()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's global CPU generator starts from `seed` and has its own state back afterwards. One thread at a time."""
+    with _seeding:
+        state = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.random.set_rng_state(state)
+
+
+def out_of_inference_mode(module: nn.Module) -> None:
+    """Replaces weights and buffers that were made under inference_mode, through which no gradient passes, by ordinary
+    ones of the same bits. Those shared between modules stay shared."""
+    replaced: dict[int, Tensor] = {}
+
+    def ordinary(tensor: Tensor) -> Tensor:
+        if id(tensor) not in replaced:
+            with torch.no_grad():
+                copy = tensor.clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            replaced[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+        return replaced[id(tensor)]
+
+    for inner in module.modules():
+        for tensors in (inner._parameters, inner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    tensors[name] = ordinary(tensor)
