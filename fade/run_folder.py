@@ -165,7 +165,8 @@ class RunFolder:
             if record.pop("origin") != self._origin:
                 raise FadeError("they were made with other latents")
             shapes = {name: (m.weight.shape[0], m.weight[0].numel()) for name, m in layers.items()}
-            if {name: tuple(shape) for name, shape in record.pop("shapes").items()} != shapes or words.keys() != shapes.keys():
+            recorded = {name: tuple(shape) for name, shape in record.pop("shapes").items()}
+            if recorded != shapes or words.keys() != shapes.keys():
                 raise FadeError("they are another model's")
             masks = {name: BitMask.from_words(words[name], shape) for name, shape in shapes.items()}
             located = Located(masks=masks, **record)
