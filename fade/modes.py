@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def plain_mode(device: torch.device) -> Iterator[None]:
+def plain_mode() -> Iterator[None]:
     """Gradients on; no inference mode, autocast, default device or default dtype but PyTorch's own.
 
     So that what runs inside gives the same result from within any of them. The default dtype is the process's, all
@@ -19,9 +19,9 @@ def plain_mode(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
-            if torch.amp.is_autocast_available(kind):
-                modes.enter_context(torch.autocast(kind, enabled=False))
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))
         if torch.get_default_dtype() != torch.float32:

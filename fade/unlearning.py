@@ -29,6 +29,7 @@ from fade.saliency import Located, locate
 __all__ = ["ADAPTER_FILE", "unlearn"]
 
 
+@plain_mode()
 def unlearn(
     pipeline: Any,
     forget: str | None = None,
@@ -75,7 +76,7 @@ def unlearn(
     else:
         given = {"forget": forget, "surrogate": surrogate, "templates": templates, "retain": retain}
         _check_concept(concept, [name for name, value in given.items() if value is not None])
-    with plain_mode(backbone.device), _alone(backbone.denoiser), contextlib.ExitStack() as resources:
+    with _alone(backbone.denoiser), contextlib.ExitStack() as resources:
         for module in _modules(pipeline):
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
