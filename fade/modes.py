@@ -24,10 +24,28 @@ def plain_mode() -> Iterator[None]:
                 modes.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))
-        if torch.get_default_dtype() != torch.float32:
-            modes.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
+        modes.enter_context(_float32_by_default())
         yield
+
+
+_dtype_guard = threading.Lock()
+_dtypes_before: list[torch.dtype] = []
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """The default dtype belongs to the process: the first thread to come in changes it, the last to go puts it back."""
+    with _dtype_guard:
+        _dtypes_before.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _dtype_guard:
+            first = _dtypes_before[0]
+            _dtypes_before.pop()
+            if not _dtypes_before:
+                torch.set_default_dtype(first)
 
 
 @contextlib.contextmanager

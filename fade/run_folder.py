@@ -61,7 +61,8 @@ class Checkpoint:
     """Called after every save."""
 
     def save(self, tensors: Mapping[str, Tensor], losses: dict[str, list[float]]) -> None:
-        write_tensors(self.path, tensors, {"origin": self.origin, "losses": losses})
+        with _kept_when_full(self.path):
+            write_tensors(self.path, tensors, {"origin": self.origin, "losses": losses})
         if self.on_save is not None:
             self.on_save()
 
@@ -179,16 +180,23 @@ class RunFolder:
 
     def finish(self, adapter: Adapter) -> None:
         """Writes the result, then removes what only an unfinished run needs. Raises FadeError where it cannot."""
-        try:
+        with _kept_when_full(self.path):
             adapter.save(self.path / ADAPTER_FILE)
             _write_json(self.path / RUN_FILE, adapter.metadata)
-        except (FadeError, *WRITE_ERRORS) as error:
-            told = str(error) if isinstance(error, FadeError) else f"cannot write to {self.path}: {reason(error)}"
-            raise FadeError(
-                f"{told.removesuffix('; nothing was changed')}. The run is kept: mend that and finish it with --resume "
-                "(in Python: resume=True)"
-            ) from (error.__cause__ or error)
         _remove_leftovers(self.path)
+
+
+@contextlib.contextmanager
+def _kept_when_full(path: Path) -> Iterator[None]:
+    """Says of a file that cannot be written how to go on: what the run had done so far is kept."""
+    try:
+        yield
+    except (FadeError, *WRITE_ERRORS) as error:
+        told = str(error) if isinstance(error, FadeError) else f"cannot write to {path}: {reason(error)}"
+        raise FadeError(
+            f"{told.removesuffix('; nothing was changed')}. The run is kept: mend that and finish it with --resume "
+            "(in Python: resume=True)"
+        ) from (error.__cause__ or error)
 
 
 @contextlib.contextmanager
@@ -208,6 +216,8 @@ def open_run_folder(
     check_writable(path / ADAPTER_FILE)
     with _locked(path):
         for name in (ADAPTER_FILE, RUN_FILE, LATENTS_FILE, REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE):
+            if (path / name).is_dir():
+                raise FadeError(f"{path / name} is a folder, where a file of the run belongs; move it away")
             remove_parts(path / name)
         request = json.loads(json.dumps(request))
         environment = _environment(backbone)

@@ -2,6 +2,7 @@
 here they only follow one another, and a later part never reaches into an earlier one."""
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,11 @@ def unlearn(
     if resume and (output is None or overwrite):
         why = "needs the output folder of the interrupted run" if output is None else "excludes overwrite"
         raise FadeError(f"resume {why}; give output and resume alone to go on, or overwrite to start again")
+    for argument, text in (("forget", forget), ("surrogate", surrogate), ("name", name)):
+        if not isinstance(text, str if argument == "name" else str | None):
+            raise FadeError(f"{argument} must be a text, not {text!r}"[:200])
+    if not isinstance(output, str | os.PathLike | None):
+        raise FadeError(f"output must be the path of a folder, not {output!r}"[:200])
     backbone = backbone_for(pipeline)
     if concept is None:
         concept = _concept(pipeline, forget, surrogate, templates, retain)
@@ -86,7 +92,9 @@ def unlearn(
         folder = None
         if output is not None:
             request = {"concept": vars(concept), "config": config.to_dict(), "fingerprint": digests}
-            folder = resources.enter_context(open_run_folder(Path(output), request, backbone, overwrite, resume))
+            # Absolute, because a program may change its working directory while this runs.
+            path = Path(output).absolute()
+            folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
         for module in _modules(pipeline):
             resources.enter_context(evaluation_mode(module))
         return _run(backbone, concept, config, layers, digests, folder, name, progress)

@@ -455,3 +455,31 @@ def test_resume_stands_alone(interrupted: Path, resume: Callable[..., fade.Adapt
         resume(None)
     with pytest.raises(FadeError, match="resume excludes overwrite"):
         resume(interrupted, overwrite=True)
+
+
+@pytest.mark.parametrize("file", ["latents.safetensors", REQUEST, MASKS, CHECKPOINT, "run.json"])
+def test_a_folder_in_a_files_place_is_told(interrupted: Path, resume: Callable[..., fade.Adapter], file: str) -> None:
+    (interrupted / file).unlink(missing_ok=True)
+    (interrupted / file).mkdir()
+    (interrupted / file / "precious").write_text("keep me")
+    for how in ({"resume": True}, {"resume": False, "overwrite": True}):
+        with pytest.raises(FadeError, match=f"{file} is a folder, where a file of the run belongs; move it away"):
+            resume(interrupted, **how)
+    assert (interrupted / file / "precious").read_text() == "keep me"
+
+
+def test_the_working_directory_may_change(
+    resume: Callable[..., fade.Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    step = torch.optim.AdamW.step
+
+    def moving(self, *args, **kwargs):
+        os.chdir(tmp_path / "elsewhere")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", moving)
+    resume("out", resume=False)
+    assert names(tmp_path / "out") == RESULT
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -553,3 +553,25 @@ def test_what_would_be_ignored_beside_a_concept_is_refused(
         fade.unlearn(pipeline, concept=concept, config=brief, **beside)
     with pytest.raises(FadeError, match="concept must be a fade.Concept, not a str"):
         fade.unlearn(pipeline, concept="cat", config=brief)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"forget": 3}, {"surrogate": ["dog"]}, {"name": None}, {"output": 3}, {"config": {"seed": 1}}], ids=str
+)
+def test_arguments_of_another_type_are_refused(
+    pipeline: StableDiffusionPipeline, brief: Config, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(FadeError, match=f"{next(iter(wrong))} must be a"):
+        fade.unlearn(pipeline, **{**WORDS, "config": brief, **wrong})
+
+
+def test_threads_share_the_default_dtype(
+    tokenizer: CLIPTokenizer, brief: Config, plainly: dict[str, torch.Tensor]
+) -> None:
+    """The run that ends first must not put the process's default dtype back under the others."""
+    pipelines = [tiny_pipeline(tokenizer) for _ in range(3)]
+    configs = [brief, brief.replace(overwrite__steps=9), brief.replace(overwrite__steps=9)]
+    with default_dtype(torch.float64), ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda p, c: tensors(fade.unlearn(p, **WORDS, config=c)), pipelines, configs))
+    assert same_bits(runs[0], plainly)
+    assert same_bits(runs[1], runs[2]) and not same_bits(runs[0], runs[1])
