@@ -75,7 +75,7 @@ def unlearn(
         if not isinstance(text, str if argument == "name" else str | None):
             raise FadeError(f"{argument} must be a text, not {text!r}"[:200])
     if not isinstance(output, str | os.PathLike | None):
-        raise FadeError(f"output must be the path of a folder, not {output!r}"[:200])
+        raise FadeError(f"output must be a folder's path, not {output!r}"[:200])
     backbone = backbone_for(pipeline)
     if concept is None:
         concept = _concept(pipeline, forget, surrogate, templates, retain)
