@@ -13,6 +13,7 @@ resumed run either ends bit for bit as an uninterrupted one or is told in one li
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -47,6 +48,8 @@ from fade_kernels import BitMask
 ADAPTER_FILE, RUN_FILE, LATENTS_FILE = "adapter.safetensors", "run.json", "latents.safetensors"
 REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE = "request.json", "masks.safetensors", "checkpoint.safetensors"
 LOCK_FILE = ".fade.lock"
+REQUEST = ("concept", "config", "fingerprint")
+"""The tables of a request; a run that differs in them is another run."""
 
 _AGAIN = "start again with --overwrite"
 
@@ -73,7 +76,7 @@ class Checkpoint:
         try:
             tensors, record = read_tensors(self.path)
             if record["origin"] != self.origin:
-                raise FadeError("it was made with other latents or masks")
+                raise FadeError("it was made with other settings, latents or masks")
             losses = {name: [float(loss) for loss in record["losses"][name]] for name in ("forget", "retain")}
             if len(losses["forget"]) != len(losses["retain"]):
                 raise FadeError("its losses are of different steps")
@@ -142,7 +145,11 @@ class RunFolder:
 
     @property
     def _origin(self) -> dict[str, str]:
-        return {"latents": self._state["inputs"]["latents"]}
+        request = json.dumps({name: self._state[name] for name in REQUEST}, sort_keys=True)
+        return {
+            "request": hashlib.sha256(request.encode()).hexdigest(),
+            "latents": self._state["inputs"]["latents"],
+        }
 
     def keep_located(self, located: Located) -> None:
         record = {
@@ -164,7 +171,7 @@ class RunFolder:
         try:
             words, record = read_tensors(path)
             if record.pop("origin") != self._origin:
-                raise FadeError("they were made with other latents")
+                raise FadeError("they were made with other settings or latents")
             shapes = {name: (m.weight.shape[0], m.weight[0].numel()) for name, m in layers.items()}
             recorded = {name: tuple(shape) for name, shape in record.pop("shapes").items()}
             if recorded != shapes or words.keys() != shapes.keys():
@@ -205,9 +212,8 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """The folder, locked, ready for a new run or for going on with an interrupted one.
 
-    `request` holds the tables concept, config and fingerprint, all that the user decides. Raises FadeError where
-    another process uses the folder, where it is in use and neither `overwrite` nor `resume` is given, and where there
-    is nothing to resume or something else than this request.
+    `request` holds the tables of `REQUEST`. Raises FadeError where another run is going on in the folder, where it is
+    in use and neither `overwrite` nor `resume` is given, and where there is nothing to resume or another request.
     """
     if path.exists() and not path.is_dir():
         raise FadeError(f"the output {path} is a file; name a folder")
@@ -252,13 +258,13 @@ def _request_before(path: Path, request: dict[str, Any]) -> dict[str, Any]:
         else:
             state = "was never started; leave out --resume"
         raise FadeError(f"there is nothing to resume in {path}: the run {state}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FadeError(f"{path / REQUEST_FILE} is damaged ({error}); {_AGAIN}") from error
     if not _is_request(before):
         raise FadeError(f"{path / REQUEST_FILE} is damaged or was not written by this release of FADE; {_AGAIN}")
-    now, then = _flat(request), _flat({name: before[name] for name in request})
+    now, then = _flat(request), _flat({name: before[name] for name in REQUEST})
     changed = sorted(key for key in now.keys() | then.keys() if now.get(key, ...) != then.get(key, ...))
-    names = dict.fromkeys("base model" if key.startswith("fingerprint.") else key for key in changed)
+    names = dict.fromkeys("base model" if key.startswith("fingerprint.") else _shown(key) for key in changed)
     if names:
         raise FadeError(
             f"the run in {path} has another {', '.join(list(names)[:3])}; resume with the same settings, or {_AGAIN}"
@@ -270,7 +276,7 @@ def _is_request(value: Any) -> bool:
     """Whether this is what `RunFolder.keep` writes, as far as it is read again."""
     if not isinstance(value, dict):
         return False
-    tables = ("concept", "config", "fingerprint", "environment", "costs")
+    tables = (*REQUEST, "environment", "costs")
     inputs = value.get("inputs", {"latents": "", "sketch": []})
     return (
         all(isinstance(value.get(name), dict) for name in tables)
@@ -286,7 +292,7 @@ def _is_cost(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
-        and all(type(number) in (int, float) and 0 <= number < math.inf for number in value)
+        and all(type(number) in (int, float) and 0 <= number < 2**60 for number in value)
     )
 
 
@@ -297,9 +303,9 @@ def _environment(backbone: Backbone) -> dict[str, Any]:
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [
-        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        f"{name} {_shown(before.get(name, 'none'))} -> {value}"
+        for name, value in sorted(now.items())
+        if before.get(name) != value
     ]
     if changed:
         warnings.warn(
@@ -307,6 +313,11 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
             "from an uninterrupted one",
             stacklevel=3,
         )
+
+
+def _shown(value: Any) -> str:
+    """What a file says, short and without characters that a terminal obeys."""
+    return "".join(character for character in str(value)[:60] if character.isprintable())
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -62,8 +62,9 @@ def unlearn(
 
     Returns the adapter, attached and enabled. Adapters that were on before stay on; the new one is trained without
     them, against the base weights. Called under `no_grad`, `inference_mode`, autocast or another default dtype or
-    device it does the same as outside of them; the global random generators are left alone. Whatever is raised, the
-    pipeline is as it was before. Raises FadeError for bad input, DivergedError where the loss is not finite.
+    device it does the same as outside of them (weights that were loaded under `inference_mode` become ordinary ones of
+    the same bits); the global random generators are left alone. Whatever is raised, the pipeline is as it was before.
+    Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()
     if not isinstance(config, Config):
@@ -142,16 +143,16 @@ def _run(
             raise
         if folder is not None:
             folder.begin_with(latents, embeddings, backbone)
-        with backbone.only_denoiser_on_device():
-            with stage("locate"):
-                located = None if folder is None else folder.located_before(layers)
-                if located is None:
-                    located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
-                    if folder is not None:
-                        folder.keep_located(located)
-            values = config.overwrite.parameters == "values"
-            scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
-            try:
+        try:
+            with backbone.only_denoiser_on_device():
+                with stage("locate"):
+                    located = None if folder is None else folder.located_before(layers)
+                    if located is None:
+                        located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
+                        if folder is not None:
+                            folder.keep_located(located)
+                values = config.overwrite.parameters == "values"
+                scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
                 with seeded(config.seed):
                     adapter = attach(
                         pipeline, name, located.masks, rank=config.overwrite.rank,
@@ -164,12 +165,12 @@ def _run(
                         backbone, adapter, latents, embeddings, config.overwrite, config.seed,
                         folder and folder.checkpoint(located), progress,
                     )  # fmt: skip
-                adapter.metadata["run"] = _run_record(costs, losses, located)
-                if folder is not None:
-                    folder.finish(adapter)
-            except BaseException:
-                _take_off(denoiser, name)
-                raise
+            adapter.metadata["run"] = _run_record(costs, losses, located)
+            if folder is not None:
+                folder.finish(adapter)
+        except BaseException:
+            _take_off(denoiser, name)
+            raise
         active.append(name)
     return adapter
 
@@ -212,7 +213,7 @@ def _take_off(denoiser: nn.Module, name: str) -> None:
     """Removes an adapter, or what there is of one whose attaching was interrupted; the adapters of others stay."""
     set_active_adapters(denoiser, [])
     denoiser.delete_adapters(name)
-    if not getattr(denoiser, "peft_config", None):
+    if denoiser._hf_peft_config_loaded and not getattr(denoiser, "peft_config", None):
         denoiser.unload_lora()
     for path, module in list(denoiser.named_modules()):
         if isinstance(module, BaseTunerLayer) and not module._get_available_adapters():

@@ -199,6 +199,7 @@ MASK_DAMAGES = DAMAGES | {
     "shape": forged(lambda tensors, _: first(tensors, lambda w: w[:-1])),
     "layer missing": forged(lambda tensors, record: record["shapes"].pop(tensors.popitem()[0])),
     "other latents": forged(lambda _, record: record["origin"].update(latents="")),
+    "other settings": forged(lambda _, record: record["origin"].update(request="")),
     "other count": forged(lambda _, record: record.update(selected=record["selected"] + 1)),
     "record": forged(lambda _, record: record.update(shapes=[1], more=2)),
 }
@@ -251,6 +252,7 @@ REQUEST_DAMAGES = {
     "emptied": emptied,
     "bytes": lambda path: path.write_bytes(b"\xff\xfe{}"),
     "another": lambda path: path.write_text('{"concept": 1}'),
+    "nested": lambda path: path.write_text("[" * 10**5),
     "no environment": changed_request(lambda request: request.pop("environment")),
     "costs": changed_request(lambda request: request.update(costs={"data": ["x", 1]})),
     "inputs": changed_request(lambda request: request.update(inputs=[])),
