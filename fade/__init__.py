@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "fade.adapter",
+    "adapters": "fade.adapter",
     "load_adapter": "fade.adapter",
+    "status": "fade.adapter",
     "Concept": "fade.concept",
     "Config": "fade.config",
     "DataConfig": "fade.config",
@@ -34,13 +36,15 @@ __all__ = [
     "LocateConfig",
     "OverwriteConfig",
     "__version__",
+    "adapters",
     "evaluate",
     "load_adapter",
+    "status",
     "unlearn",
 ]
 
 if TYPE_CHECKING:
-    from fade.adapter import Adapter, load_adapter
+    from fade.adapter import Adapter, adapters, load_adapter, status
     from fade.concept import Concept
     from fade.config import Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError

@@ -1,28 +1,33 @@
-"""The sparse adapter on a pipeline: attach, switch, scale, merge, un-merge, save and load it.
+"""The sparse adapter on a pipeline: attach, switch, scale, merge, un-merge, save and load it, and say what is on.
 
-It is an ordinary PEFT adapter whose layers are masked (`fade.layers`); its file is `fade.adapter_file`'s.
+It is an ordinary PEFT adapter whose layers are masked (`fade.layers`, `fade.tuner`); its file is `fade.adapter_file`'s.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners import lora
+from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from fade.adapter_file import MOST_SCALE, LayerTensors, read_adapter_file, write_adapter_file
-from fade.backbones import backbone_for
-from fade.base_model import base_name, fingerprint, refuse_merged, same_base, short_digest, target_layers
+from fade.backbones import denoiser_of
+from fade.base_model import BaseLayer, base_layers, base_name, fingerprint, refuse_merged, same_base, short_digest
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
-from fade.layers import MASKED_LAYERS, MaskedLoraLayer
+from fade.guards import concept_is_back, put_guards, remove_guards
+from fade.layers import MaskedLoraLayer, execution_device
+from fade.noise import step_generator
+from fade.tuner import Configurations, FadeConfig, exactly
 from fade_kernels import BitMask, gather_masked
 
 
@@ -37,18 +42,26 @@ class MergeReport:
 class Adapter:
     """A sparse adapter attached to a pipeline's denoiser.
 
-    Made by `fade.unlearn` or `fade.load_adapter`. It is an ordinary PEFT adapter called `name`, so diffusers' own
-    calls act on it too; these methods act on it alone and leave other adapters as they are.
+    Made by `fade.unlearn` or `fade.load_adapter`; `fade.adapters(pipeline)` gives the handles of those attached. It is
+    a PEFT adapter called `name`, so diffusers' own calls act on it too; these methods act on it alone and leave other
+    adapters as they are. Its scale belongs to the pipeline and is not saved with it.
     """
 
-    def __init__(self, pipeline: Any, name: str, metadata: dict[str, Any]) -> None:
+    def __init__(self, pipeline: Any, name: str, metadata: dict[str, Any] | None = None) -> None:
+        """A handle of the adapter `name` on a pipeline, or on a denoiser alone; attaches nothing."""
         self.pipeline = pipeline
         self.name = name
+        if metadata is None:
+            config = getattr(self.denoiser, "peft_config", {}).get(name)
+            if not isinstance(config, FadeConfig):
+                raise FadeError(f"there is no FADE adapter {name!r} on this pipeline; fade.status(pipeline) lists them")
+            metadata = config.metadata
         self.metadata = metadata
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.pipeline.unet
+        """The model that carries the adapter, without what torch.compile wraps around it."""
+        return denoiser_of(self.pipeline)[1]
 
     @property
     def run(self) -> dict[str, Any]:
@@ -57,12 +70,8 @@ class Adapter:
 
     @property
     def layers(self) -> dict[str, MaskedLoraLayer]:
-        """The masked layers that carry this adapter, by the name of the layer they wrap."""
-        return {
-            name: module
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, MaskedLoraLayer) and self.name in module.lora_mask
-        }
+        """The masked layers that carry this adapter, by the name of the layer they wrap. Walks the model."""
+        return masked_layers(self.denoiser, self.name)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every tensor that training changes."""
@@ -76,101 +85,289 @@ class Adapter:
 
     @property
     def merged(self) -> bool:
-        return any(self.name in layer.merged_adapters for layer in self._require_layers().values())
+        """Whether the adapter is in the weights of any layer."""
+        return any(self.name in layer.merged_adapters for layer in self.layers.values())
 
     @property
     def enabled(self) -> bool:
-        return all(
-            self.name in layer.active_adapters and not layer.disable_adapters
-            for layer in self._require_layers().values()
+        """Whether the adapter acts in every layer that it has: attached, and switched on or merged."""
+        layers = self.layers
+        return bool(layers) and all(
+            self.name in layer.merged_adapters or self.name in layer.acting() for layer in layers.values()
         )
 
-    def _refuse_while_merged(self) -> None:
-        if self.merged:
+    @property
+    def pinned(self) -> bool:
+        """Whether the adapter stays on whatever is done to others."""
+        return any(self.name in layer.pinned for layer in self.layers.values())
+
+    def _refuse_while_merged(self, layers: Mapping[str, MaskedLoraLayer]) -> None:
+        if any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is merged into the weights; call unmerge() first")
 
     def enable(self) -> "Adapter":
         """Switches the adapter on, beside those already on."""
-        self._refuse_while_merged()
-        others = [name for name in active_adapters(self.denoiser) if name != self.name]
-        set_active_adapters(self.denoiser, [*others, self.name])
-        return self
+        return self._switch(True)
 
     def disable(self) -> "Adapter":
         """Switches the adapter off; the pipeline draws what it would without it."""
-        self._refuse_while_merged()
-        others = [name for name in active_adapters(self.denoiser) if name != self.name]
-        set_active_adapters(self.denoiser, others)
+        return self._switch(False)
+
+    def _switch(self, on: bool) -> "Adapter":
+        layers = self._require_layers()
+        self._refuse_while_merged(layers)
+        for layer in layers.values():
+            layer.switch(self.name, on)
         return self
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Off within a `with` block, and afterwards as it was."""
+        was_on = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                self.enable()
 
     @property
     def scale(self) -> float:
-        """Strength: 1 as trained, 0 nothing, between them a part of the way, beyond 1 more of it."""
-        layer = next(iter(self._require_layers().values()))
-        return layer.scaling[self.name] * layer.r[self.name] / layer.lora_alpha[self.name]
+        """Strength: 1 as trained, 0 nothing, between them a part of the way, beyond 1 more of it.
+
+        Raises FadeError where layers have different ones (diffusers' weights by block); `scales` gives them.
+        """
+        scales = set(self.scales.values())
+        if len(scales) > 1:
+            raise FadeError(f"the layers of {self.name!r} have different scales; adapter.scales gives them")
+        return scales.pop()
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Strength by layer."""
+        return {
+            name: layer.scaling[self.name] * layer.r[self.name] / layer.lora_alpha[self.name]
+            for name, layer in self._require_layers().items()
+        }
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._refuse_while_merged()
+        layers = self._require_layers()
+        self._refuse_while_merged(layers)
         if not (math.isfinite(value) and abs(value) <= MOST_SCALE):
             raise FadeError(f"the scale must be a number between {-MOST_SCALE:g} and {MOST_SCALE:g}, not {value}")
-        for layer in self._require_layers().values():
+        for layer in layers.values():
             layer.set_scale(self.name, float(value))
 
     def merge(self) -> MergeReport:
-        """Adds Δ to the base weights, so that drawing costs what it did before. `unmerge` undoes it bit for bit."""
+        """Adds Δ to the base weights, so that drawing costs what it did before. `unmerge` undoes it bit for bit.
+
+        It then stays whatever is done to adapters, until `unmerge` or `remove`. All layers are merged or none.
+        """
         layers = self._require_layers()
         if self.merged:
             raise FadeError(f"the adapter {self.name!r} is merged already")
         if not self.enabled:
             raise FadeError(f"the adapter {self.name!r} is disabled; enable() it before merging")
-        entries, worst = 0, 0.0
-        for layer in layers.values():
-            mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
-            before = gather_masked(weight, mask).double()
-            delta = layer.packed_values(self.name).double() * layer.scaling[self.name]
-            layer.merge(safe_merge=True, adapter_names=[self.name])
-            lost = (gather_masked(weight, mask).double() - before - delta).norm()
-            entries += mask.count
-            worst = max(worst, (lost / delta.norm()).item() if delta.norm() > 0 else 0.0)
+        for name, layer in layers.items():
+            if getattr(_parent(self.denoiser, name), "fused_projections", False):
+                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before merging")
+            for other in layer.acting():
+                if layer.use_dora.get(other):
+                    raise FadeError(
+                        f"the DoRA adapter {other!r} would be measured against other weights once {self.name!r} is "
+                        f"merged; switch {other!r} off or delete it first"
+                    )
+        entries, worst, done = 0, 0.0, []
+        try:
+            for layer in layers.values():
+                mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
+                before = gather_masked(weight, mask).double() if weight.device.type != "meta" else None
+                layer.merge(safe_merge=True, adapter_names=[self.name], held=True)
+                done.append(layer)
+                delta = layer.packed_values(self.name).double() * layer.scaling[self.name]
+                lost = (gather_masked(weight, mask).double() - before - delta).norm()
+                entries += mask.count
+                worst = max(worst, (lost / delta.norm()).item() if delta.norm() > 0 else 0.0)
+        except BaseException as error:
+            for layer in reversed(done):
+                layer.take_out(self.name)
+            if isinstance(error, ValueError):
+                raise FadeError(f"the adapter {self.name!r} was not merged: {error}") from error
+            raise
         return MergeReport(entries, worst)
 
     def unmerge(self) -> "Adapter":
         """Restores every base weight to the bits it had before `merge`; other merged adapters stay merged."""
-        if not self.merged:
+        layers = self.layers
+        if not any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is not merged")
-        for layer in self._require_layers().values():
-            others = [name for name in layer.merged_adapters if name != self.name]
-            layer.unmerge()
-            if others:
-                layer.merge(adapter_names=others)
+        for name, layer in layers.items():
+            if getattr(_parent(self.denoiser, name), "fused_projections", False):
+                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before un-merging")
+            if self.name in layer.merged_adapters:
+                layer.take_out(self.name)
         return self
 
     def remove(self) -> None:
         """Takes the adapter off the pipeline; the base weights are what they were."""
-        if self.merged:
-            self.unmerge()
-        self.denoiser.delete_adapters(self.name)
-        if not getattr(self.denoiser, "peft_config", None):
-            # The last one takes PEFT's wrappers along, so that the model saves under its own parameter names again.
-            self.denoiser.unload_lora()
+        self._require_layers()
+        _discard(self.denoiser, self.name)
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter to one safetensors file and returns its bytes. Raises FadeError where it cannot."""
         layers = {}
         for name, layer in self._require_layers().items():
-            mask = layer.lora_mask[self.name].mask
-            parameters = [p.detach() for p in layer.adapter_parameters(self.name)]
+            mask, tensors = layer.adapter_tensors(self.name)
             layers[name] = (
-                LayerTensors(mask, values=parameters[0])
-                if len(parameters) == 1
-                else LayerTensors(mask, factors=(parameters[0], parameters[1]))
+                LayerTensors(mask, values=tensors[0])
+                if len(tensors) == 1
+                else LayerTensors(mask, factors=(tensors[0], tensors[1]))
             )
         return write_adapter_file(path, self.metadata, layers)
 
     def __repr__(self) -> str:
-        concept = self.metadata["concept"]
-        return f"Adapter({self.name!r}: forgets {concept['forget']!r} as {concept['surrogate']!r})"
+        concept = self.metadata.get("concept", {})
+        return f"Adapter({self.name!r}: forgets {concept.get('forget')!r} as {concept.get('surrogate')!r})"
+
+
+def masked_layers(denoiser: nn.Module, name: str) -> dict[str, MaskedLoraLayer]:
+    """The masked layers that carry the adapter `name`, by the name of the layer they wrap in the bare model."""
+    found = {}
+    for path, module in denoiser.named_modules():
+        if isinstance(module, MaskedLoraLayer) and name in module.lora_mask:
+            found[".".join(part for part in path.split(".") if part not in ("base_layer", "_orig_mod"))] = module
+    return found
+
+
+def _parent(denoiser: nn.Module, name: str) -> nn.Module | None:
+    path = name.rpartition(".")[0]
+    try:
+        return denoiser.get_submodule(path)
+    except AttributeError:  # wrapped by torch.compile on the way
+        return None
+
+
+def adapters(pipeline: Any) -> dict[str, Adapter]:
+    """Handles of the FADE adapters attached to a pipeline (or to a denoiser), by name."""
+    configs = getattr(denoiser_of(pipeline)[1], "peft_config", {})
+    return {name: Adapter(pipeline, name) for name, config in configs.items() if isinstance(config, FadeConfig)}
+
+
+# --- what is on ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter on a model, FADE's or another: what it is and whether it acts."""
+
+    name: str
+    kind: str
+    """`FADE`, or PEFT's name of the method, such as `LORA`."""
+    forgets: str
+    state: str
+    """`on`, `off`, `merged`, or `partly on` where layers differ."""
+    scale: float | None
+    """Strength of a FADE adapter; None for others, and where layers differ."""
+    pinned: bool
+    layers: int
+
+
+class Status(tuple[AdapterStatus, ...]):
+    """What is attached to a model; printed, it is a table."""
+
+    def __repr__(self) -> str:
+        head = ("adapter", "kind", "forgets", "state", "scale", "pinned", "layers")
+        rows = [
+            (
+                row.name, row.kind, row.forgets or "-", row.state, "-" if row.scale is None else f"{row.scale:g}",
+                "yes" if row.pinned else "no", str(row.layers),
+            )
+            for row in self
+        ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+        return "\n".join(line.rstrip() for line in lines) if rows else "no adapter is attached"
+
+    __str__ = __repr__
+
+
+def status(pipeline: Any) -> Status:
+    """Every adapter on a pipeline's denoiser (or on a denoiser itself) and whether it acts, as a table."""
+    denoiser = denoiser_of(pipeline)[1]
+    rows = []
+    for name, config in getattr(denoiser, "peft_config", {}).items():
+        masked = isinstance(config, FadeConfig)
+        layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()]
+        states = {
+            "merged" if name in m.merged_adapters
+            else "on" if name in m.active_adapters and not m.disable_adapters
+            else "off"
+            for m in layers
+        }  # fmt: skip
+        scales = set(Adapter(pipeline, name).scales.values()) if masked and layers else set()
+        rows.append(
+            AdapterStatus(
+                name=name,
+                kind=str(getattr(config.peft_type, "value", config.peft_type)),
+                forgets=config.forgets if masked else "",
+                state=states.pop() if len(states) == 1 else "partly on" if states else "off",
+                scale=scales.pop() if len(scales) == 1 else None,
+                pinned=any(name in getattr(m, "pinned", {}) for m in layers),
+                layers=len(layers),
+            )
+        )
+    return Status(rows)
+
+
+@contextlib.contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """Every adapter off meanwhile, so that the model is its base; afterwards each is on, off, or in training as before.
+
+    An adapter attached meanwhile is off afterwards.
+    """
+    layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    states = [(layer, list(layer.active_adapters), layer.disable_adapters, _suspended(layer)) for layer in layers]
+    kept = [m for m in denoiser.modules() if isinstance(m, AuxiliaryTrainingWrapper) and not m.disable_adapters]
+    with gradients_as_found(denoiser):
+        try:
+            for layer in layers:
+                BaseTunerLayer.set_adapter(layer, [])
+                layer._disable_adapters = False
+            for wrapper in kept:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            before = {id(layer) for layer in layers}
+            for layer in denoiser.modules():
+                if isinstance(layer, BaseTunerLayer) and id(layer) not in before:
+                    BaseTunerLayer.set_adapter(layer, [])
+            for layer, active, disabled, suspended in states:
+                BaseTunerLayer.set_adapter(layer, active)
+                layer._disable_adapters = disabled
+                if isinstance(layer, MaskedLoraLayer):
+                    layer.suspended = suspended
+            for wrapper in kept:
+                wrapper.enable_adapters(True)
+
+
+def _suspended(layer: BaseTunerLayer) -> list[str]:
+    return list(layer.suspended) if isinstance(layer, MaskedLoraLayer) else []
+
+
+@contextlib.contextmanager
+def gradients_as_found(denoiser: nn.Module) -> Iterator[None]:
+    """Parameters that are there before need gradients afterwards where they did before, and nowhere else."""
+    before = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, needed in before:
+            if parameter.requires_grad != needed and not parameter.is_inference():
+                parameter.requires_grad_(needed)
+
+
+# --- attaching -------------------------------------------------------------------------------------------------------
 
 
 def check_name(denoiser: nn.Module, name: str) -> None:
@@ -181,6 +378,13 @@ def check_name(denoiser: nn.Module, name: str) -> None:
         raise FadeError(
             f"the adapter name {name!r} must be letters, digits and underscores, and not begin with a digit"
         )
+    # Adapters are entries of ModuleDicts, whose own attributes are no names.
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in vars(nn.ModuleDict()):
+        raise FadeError(f"an adapter cannot be called {name!r}, which PyTorch uses itself; choose another name")
+
+
+Initial = Callable[[str, BitMask], tuple[Tensor, ...]]
+"""The first tensors of a layer, by its name and mask: (values,) or (A, B)."""
 
 
 def attach(
@@ -192,122 +396,230 @@ def attach(
     alpha: float,
     values: bool,
     metadata: dict[str, Any],
+    seed: int = 0,
+    pinned: bool = True,
 ) -> Adapter:
-    """Injects an adapter through PEFT into the layers named in `masks`, with factors (A normal, B zero) or zero values.
+    """Attaches a new adapter to the layers named in `masks`, switched off: factors (A normal with a deviation of
+    1/rank, B zero), or zero values. Nothing else on the model changes.
 
-    Raises FadeError where the name is taken, a layer does not exist or does not fit, or no mask selects anything.
+    `seed` makes the factors; torch's global generator is neither used nor set. A `pinned` adapter stays on whatever is
+    done to others. Raises FadeError where the name is taken, a layer does not exist, does not fit or cannot carry a
+    masked adapter, or where no mask selects anything.
     """
-    denoiser = pipeline.unet
+    layers = base_layers(denoiser_of(pipeline)[1])
+
+    def initial(layer: str, mask: BitMask) -> tuple[Tensor, ...]:
+        if values:
+            return (torch.zeros(mask.count, dtype=torch.float32, device="cpu"),)
+        rows, *rest = layers[layer].module.weight.shape
+        generator = step_generator(seed, f"init {layer}", 0)
+        lora_a = torch.randn(rank, *rest, generator=generator, dtype=torch.float32, device="cpu") / rank
+        return lora_a, torch.zeros(rows, rank, *(1 for _ in rest[1:]), dtype=torch.float32, device="cpu")
+
+    return _attach(pipeline, name, masks, layers, initial, rank, alpha, values, metadata, pinned)
+
+
+def _attach(
+    pipeline: Any,
+    name: str,
+    masks: Mapping[str, BitMask],
+    layers: Mapping[str, BaseLayer],
+    initial: Initial,
+    rank: int,
+    alpha: float,
+    values: bool,
+    metadata: dict[str, Any],
+    pinned: bool,
+) -> Adapter:
+    denoiser = denoiser_of(pipeline)[1]
     check_name(denoiser, name)
     refuse_merged(denoiser)
     masks = {layer: mask for layer, mask in masks.items() if mask.count}
     if not masks:
         raise FadeError("the mask selects no weight in any target layer; raise keep or widen the targets")
-    layers = target_layers(denoiser)
     for layer, mask in masks.items():
-        if layer not in layers:
-            raise FadeError(f"the model has no Linear or Conv2d layer {layer}; was the adapter made for another model?")
-        weight = layers[layer].weight
-        if (weight.shape[0], weight[0].numel()) != mask.shape:
-            raise FadeError(f"the adapter's mask of {layer} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
-        if getattr(layers[layer], "groups", 1) > 1:
-            raise FadeError(f"{layer} is a grouped convolution, which masked adapters do not support; do not target it")
-
-    for layer in masks:
-        module = denoiser.get_submodule(layer)
-        if isinstance(module, lora.LoraLayer) and not isinstance(module, MaskedLoraLayer):
-            MASKED_LAYERS[type(module.get_base_layer())].adopt(module)
-    config = LoraConfig(
+        _check_layer(denoiser, layer, layers.get(layer), mask)
+    paths = {layers[layer].path: layer for layer in masks}
+    config = FadeConfig(
         r=1 if values else rank,
         lora_alpha=alpha,
-        target_modules=sorted(masks),
+        target_modules=exactly(paths),
         lora_dropout=0.0,
         bias="none",
-        init_lora_weights="gaussian",
+        init_lora_weights=False,
+        inference_mode=True,
+        pinned=pinned,
+        metadata=metadata,
     )
-    config._register_custom_module(MASKED_LAYERS)
-    denoiser.add_adapter(config, adapter_name=name)
-    adapter = Adapter(pipeline, name, metadata)
-    for layer, mask in masks.items():
-        module = denoiser.get_submodule(layer)
-        if values:
-            module.set_values(name, mask, torch.zeros(mask.count))
-        else:
-            module.set_mask(name, mask)
-            # PEFT makes them in the weight's dtype; a step of training is smaller than half an ulp of 16 bits.
-            for factor in module.adapter_parameters(name):
-                factor.data = factor.data.float()
-    denoiser.requires_grad_(False)
-    return adapter
+    # Under inference mode tensors would be made that nothing could train or change later.
+    with torch.inference_mode(False), torch.no_grad(), gradients_as_found(denoiser), _switches_as_found(denoiser):
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, denoiser, name)
+            if hasattr(denoiser, "_hf_peft_config_loaded"):
+                denoiser._hf_peft_config_loaded = True
+            denoiser.peft_config = Configurations(denoiser.peft_config)
+            for index, (path, layer) in enumerate(paths.items()):
+                _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
+                if pinned and index == 0:
+                    denoiser.get_submodule(path).pinned[name] = concept_is_back(name, config.forgets)
+            put_guards(denoiser)
+            _offload_anew(denoiser)
+        except BaseException as error:
+            _discard(denoiser, name)
+            if isinstance(error, ValueError) and not isinstance(error, FadeError):
+                raise FadeError(f"the adapter {name!r} was not attached: {error}") from error
+            raise
+    return Adapter(pipeline, name, metadata)
+
+
+def _check_layer(denoiser: nn.Module, name: str, layer: BaseLayer | None, mask: BitMask) -> None:
+    if layer is None:
+        raise FadeError(f"the model has no Linear or Conv2d layer {name}; was the adapter made for another model?")
+    weight = layer.module.weight
+    if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
+        raise FadeError(f"the adapter's mask of {name} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
+    if getattr(layer.module, "groups", 1) > 1:
+        raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
+    if "original_module" in layer.path.split("."):
+        raise FadeError(
+            f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete that "
+            "adapter first"
+        )
+    if getattr(denoiser.get_submodule(layer.path.rpartition(".")[0]), "fused_projections", False):
+        raise FadeError(f"the projections around {name} are fused copies; call unfuse_qkv_projections() first")
+
+
+def _fill(layer: MaskedLoraLayer, name: str, mask: BitMask, tensors: tuple[Tensor, ...]) -> None:
+    """Gives an injected, still empty adapter of a layer its mask and tensors, in float32: a step of training is smaller
+    than half an ulp of 16 bits."""
+    if len(tensors) == 1:
+        layer.set_values(name, mask, tensors[0].float())
+    else:
+        device = execution_device(layer.get_base_layer())
+        for factors, tensor in zip((layer.lora_A, layer.lora_B), tensors, strict=True):
+            shape = factors[name].weight.shape
+            factors[name].weight = nn.Parameter(tensor.to(device, torch.float32).reshape(shape), requires_grad=False)
+        layer.set_mask(name, mask)
+    for parameter in layer.adapter_parameters(name):
+        parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _switches_as_found(denoiser: nn.Module) -> Iterator[None]:
+    """PEFT switches on what it injects, and all that was off: afterwards what was on is on, and nothing else."""
+    states = [
+        (module, list(module.active_adapters), module.disable_adapters, _suspended(module))
+        for module in denoiser.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    try:
+        yield
+    finally:
+        before = {id(module) for module, *_ in states}
+        active = next((active for _, active, *_ in states), [])
+        disabled = any(disabled for _, _, disabled, _ in states)
+        for module in denoiser.modules():
+            if isinstance(module, BaseTunerLayer) and id(module) not in before:
+                module._active_adapter, module._disable_adapters = list(active), disabled
+        for module, active, disabled, suspended in states:
+            module._active_adapter, module._disable_adapters = active, disabled
+            if isinstance(module, MaskedLoraLayer):
+                module.suspended = suspended
+
+
+def _discard(denoiser: nn.Module, name: str) -> None:
+    """Takes an adapter, whole or half-made, off a model; layers left without any become plain ones again."""
+    with gradients_as_found(denoiser), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f"Adapter {name} was active which is now deleted")
+        for layer in [m for m in denoiser.modules() if isinstance(m, MaskedLoraLayer) and name in m.lora_A]:
+            layer.delete_adapter(name)
+        configs = getattr(denoiser, "peft_config", {})
+        configs.pop(name, None)
+        for path, layer in list(denoiser.named_modules()):
+            if isinstance(layer, MaskedLoraLayer) and not layer.lora_A:
+                parent, _, own = path.rpartition(".")
+                setattr(denoiser.get_submodule(parent), own, layer.base_layer)
+    if not any(isinstance(config, FadeConfig) for config in configs.values()):
+        remove_guards(denoiser)
+    if not configs and hasattr(denoiser, "peft_config"):
+        del denoiser.peft_config
+        if hasattr(denoiser, "_hf_peft_config_loaded"):
+            denoiser._hf_peft_config_loaded = False
+    _offload_anew(denoiser)
+
+
+def _offload_anew(denoiser: nn.Module) -> None:
+    """diffusers' group offloading knows the modules there were when it was enabled: it is put on again."""
+    if any(getattr(module, "_diffusers_hook", None) is not None for module in denoiser.modules()):
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        _maybe_remove_and_reapply_group_offloading(denoiser)
 
 
 def load_adapter(
-    pipeline: Any, path: str | Path, name: str = "fade", scale: float = 1.0, check_base: bool = True
+    pipeline: Any,
+    path: str | Path,
+    name: str = "fade",
+    scale: float = 1.0,
+    check_base: bool = True,
+    pinned: bool = True,
 ) -> Adapter:
-    """Attaches an adapter file to a pipeline and switches it on.
+    """Attaches an adapter file to a pipeline and switches it on, beside whatever is on.
+
+    Args:
+        pipeline: any pipeline with a denoiser that the adapter fits (image-to-image, inpainting, ControlNet, …), or the
+            denoiser itself.
+        path: the file, or the folder that `fade.unlearn` wrote.
+        name: what the adapter is called on the pipeline.
+        scale: strength; 1 as trained.
+        check_base: refuse weights that the adapter was not trained on.
+        pinned: stay on whatever is done to other adapters; only a call that names this one, or one that switches
+            everything off (`disable_lora`, `unload_lora_weights`: with a warning), switches it off. False gives PEFT's
+            plain semantics.
 
     Raises AdapterFileError for a bad file, WrongBaseError where the pipeline's weights are not those that the adapter
-    was trained on (`check_base=False` overrides), and FadeError where the name is taken or a layer does not fit.
+    was trained on, and FadeError where the name is taken or a layer does not fit.
     """
-    backbone = backbone_for(pipeline)
-    file = read_adapter_file(path)
-    if check_base:
-        found = fingerprint(backbone.denoiser)
-        trained_on = file.metadata["fingerprint"]
-        if not same_base(trained_on, found):
-            raise WrongBaseError(
-                f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(trained_on)}), but "
-                f"this pipeline is {base_name(pipeline)} ({short_digest(found)}). Load the base it was made for, "
-                "or pass --any-base (in Python: check_base=False)"
-            )
-    first = next(iter(file.layers.values()), None)
-    if first is None:
-        raise AdapterFileError(f"{path} holds no layer")
-    values = first.factors is None
-    rank = 1 if values else first.factors[0].shape[0]
-    active = active_adapters(backbone.denoiser)
-    adapter = attach(
-        pipeline,
-        name,
-        {layer: tensors.mask for layer, tensors in file.layers.items()},
-        rank=rank,
-        alpha=float(file.metadata["scale"]) * rank,
-        values=values,
-        metadata=file.metadata,
-    )
-    try:
-        with torch.no_grad():
-            for layer, tensors in file.layers.items():
-                if layer not in adapter.layers:
-                    continue
-                parameters = adapter.layers[layer].adapter_parameters(name)
-                for parameter, tensor in zip(parameters, tensors.factors or (tensors.values,), strict=True):
-                    parameter.copy_(tensor.view(parameter.shape))
-        set_active_adapters(backbone.denoiser, [*active, name])
-        adapter.scale = scale
-    except BaseException:
-        adapter.remove()
-        set_active_adapters(backbone.denoiser, active)
-        raise
+    denoiser = denoiser_of(pipeline)[1]
+    check_name(denoiser, name)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "adapter.safetensors"
+    with torch.inference_mode(False), torch.no_grad():
+        file = read_adapter_file(path)
+        if check_base:
+            trained_on = file.metadata["fingerprint"]
+            found = fingerprint(denoiser, tuple(trained_on))
+            if not same_base(trained_on, found):
+                raise WrongBaseError(
+                    f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(trained_on)}), "
+                    f"but this pipeline is {base_name(pipeline)} ({short_digest(found)}). Load the base it was made "
+                    "for, or pass --any-base (in Python: check_base=False)"
+                )
+        first = next(iter(file.layers.values()), None)
+        if first is None:
+            raise AdapterFileError(f"{path} holds no layer")
+        values = first.factors is None
+        rank = 1 if values else first.factors[0].shape[0]
+
+        def initial(layer: str, _: BitMask) -> tuple[Tensor, ...]:
+            tensors = file.layers[layer]
+            return tensors.factors or (tensors.values,)
+
+        masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
+        adapter = _attach(
+            pipeline, name, masks, base_layers(denoiser), initial, rank, float(file.metadata["scale"]) * rank, values,
+            file.metadata, pinned,
+        )  # fmt: skip
+        try:
+            adapter.scale = scale
+            adapter.enable()
+        except BaseException:
+            adapter.remove()
+            raise
     return adapter
-
-
-def active_adapters(denoiser: nn.Module) -> list[str]:
-    """Names of the adapters that are on, in the order in which they were switched on."""
-    for module in denoiser.modules():
-        if isinstance(module, BaseTunerLayer):
-            return [] if module.disable_adapters else list(module.active_adapters)
-    return []
-
-
-def set_active_adapters(denoiser: nn.Module, names: Sequence[str]) -> None:
-    """Switches exactly these adapters on, without gradients."""
-    for module in denoiser.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(True)
-            module.set_adapter(list(names))
-            for layer_name in module.adapter_layer_names:
-                getattr(module, layer_name).requires_grad_(False)
 
 
 def versions() -> dict[str, str]:

@@ -1,32 +1,87 @@
-"""The frozen model an adapter sits on: its own parameters and layers, seen through whatever adapters are attached, and
-the fingerprint that ties an adapter file to them."""
+"""The frozen model an adapter sits on: its own parameters and layers, seen through whatever is attached, wrapped around
+or offloaded, and the fingerprint that ties an adapter file to them."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
 from fade.errors import FadeError
-from fade.layers import MASKED_LAYERS
+from fade.layers import MASKED_LAYERS, offloaded_to_disk
 
 # Coarsest last: an adapter trained in a wide dtype also fits the same weights loaded in a narrower one.
 _FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+# What wrapping puts into a module's path: PEFT, PEFT's modules_to_save, torch.compile.
+_WRAPPINGS = ("base_layer", "original_module", "_orig_mod")
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """A Linear or Conv2d of the base model, and the path at which it, or what wraps it, hangs in the model now."""
+
+    module: nn.Module
+    path: str
+
+
+def own_modules(denoiser: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(name in the bare model, path now, module) of every module that is the model's own and not an adapter's."""
+    foreign: set[str] = set()
+    for path, module in denoiser.named_modules():
+        if not foreign.isdisjoint(_ancestors(path)):
+            continue
+        inner = (
+            "base_layer" if isinstance(module, BaseTunerLayer)
+            else "original_module" if isinstance(module, AuxiliaryTrainingWrapper)
+            else None
+        )  # fmt: skip
+        for name, child in module.named_children():
+            added = (
+                # attention processors have weights where an IP-Adapter was loaded; fused projections are copies
+                (inner is not None and name != inner)
+                or name == "processor"
+                or type(child).__name__ == "MultiIPAdapterImageProjection"
+                or (name in ("to_qkv", "to_kv", "to_added_qkv") and getattr(module, "fused_projections", False))
+            )
+            if added:
+                foreign.add(f"{path}.{name}" if path else name)
+        if inner is None:
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPINGS), path, module
+
+
+def _ancestors(path: str) -> list[str]:
+    """A module's path and those of the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
 
 def base_parameters(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The denoiser's own parameters under the names they have without any adapter attached."""
-    adapter_parts = {"lora_mask", *lora.LoraLayer.adapter_layer_names, "lora_values"}
-    for name, parameter in denoiser.named_parameters():
-        parts = name.split(".")
-        if adapter_parts.isdisjoint(parts):
-            yield ".".join(part for part in parts if part != "base_layer"), parameter
+    """The denoiser's own parameters under the names they have in the bare model, whatever is attached or wrapped."""
+    for name, _, module in own_modules(denoiser):
+        for own, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{own}" if name else own, parameter
+
+
+def base_layers(denoiser: nn.Module) -> dict[str, BaseLayer]:
+    """Every Linear and Conv2d of the base model by its name in the bare model."""
+    layers = {}
+    for name, path, module in own_modules(denoiser):
+        if type(module) in MASKED_LAYERS:
+            outermost = path
+            while outermost.endswith(".base_layer"):
+                outermost = outermost.removesuffix(".base_layer")
+            layers[name] = BaseLayer(module, outermost)
+    return layers
 
 
 def target_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) -> dict[str, nn.Module]:
@@ -35,13 +90,7 @@ def target_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) 
     A pattern is a name, the end of a name after a dot, or a glob such as `*.attn2.to_k`. The modules are the base
     layers, also where an adapter wraps them. Raises FadeError naming a pattern that matches nothing.
     """
-    layers = {}
-    for name, module in denoiser.named_modules():
-        parts = name.split(".")
-        if isinstance(module, BaseTunerLayer) or any(part.startswith("lora_") for part in parts):
-            continue
-        if type(module) in MASKED_LAYERS:
-            layers[".".join(part for part in parts if part != "base_layer")] = module
+    layers = {name: layer.module for name, layer in base_layers(denoiser).items()}
     if patterns is None:
         return layers
 
@@ -55,23 +104,84 @@ def target_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) 
     return {name: m for name, m in layers.items() if any(matches(name, pattern) for pattern in patterns)}
 
 
-def fingerprint(denoiser: nn.Module) -> dict[str, str]:
+@contextlib.contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """A module's own tensors in memory meanwhile, also where accelerate has put them elsewhere."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[int, dict[str, str]]] = WeakKeyDictionary()
+
+
+def fingerprint(denoiser: nn.Module, dtypes: Collection[str] | None = None) -> dict[str, str]:
     """SHA-256 of all base weights, in their own dtype and in the coarser ones that they may be loaded in.
 
-    Raises FadeError while adapters are merged into the weights, and for weights in an integer or 64-bit dtype.
+    Of these the finest of `dtypes` alone, where they are given: what comparing with another fingerprint takes.
+
+    Kept for the model as long as its weights are the same (a checksum of every bit, some twenty times faster).
+    Raises FadeError while adapters are merged into the weights, for weights in an integer, 8-bit or 64-bit dtype, and
+    for weights that are offloaded to a disk.
     """
     refuse_merged(denoiser)
-    own = str(next(p for _, p in base_parameters(denoiser)).dtype).removeprefix("torch.")
+    modules = [(name, module) for name, _, module in own_modules(denoiser) if module._parameters]
+    own = _weights_dtype(modules)
     order = list(_FINGERPRINT_DTYPES)
-    if own not in order:
-        raise FadeError(f"the denoiser's weights are {own}; load the pipeline in {', '.join(order)}")
-    digests = {dtype: hashlib.sha256() for dtype in order[order.index(own) :]}
-    for name, parameter in sorted(base_parameters(denoiser), key=lambda item: item[0]):
-        for dtype, digest in digests.items():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            weight = parameter.detach().to("cpu", _FINGERPRINT_DTYPES[dtype]).reshape(-1)
-            digest.update(weight.view(torch.uint8).numpy().data)
-    return {dtype: digest.hexdigest() for dtype, digest in digests.items()}
+    wanted = order[order.index(own) :]
+    if dtypes is not None:
+        wanted = [dtype for dtype in wanted if dtype in dtypes][:1] or wanted[:1]
+    checksum = hashlib.sha256()
+    for key, weight in _weights(modules):
+        bits = torch.hash_tensor(weight).view(torch.int64) if weight.numel() else 0
+        checksum.update(f"{key}{weight.dtype}{tuple(weight.shape)}{int(bits)}".encode())
+    stamp = int.from_bytes(checksum.digest()[:8], "little")
+    known_stamp, known = _fingerprints.get(denoiser, (None, {}))
+    if known_stamp != stamp:
+        known = {}
+    missing = {dtype: hashlib.sha256() for dtype in wanted if dtype not in known}
+    if missing:
+        for key, parameter in _weights(modules):
+            for dtype, digest in missing.items():
+                digest.update(f"{key}{tuple(parameter.shape)}".encode())
+                weight = parameter.to("cpu", _FINGERPRINT_DTYPES[dtype]).reshape(-1)
+                digest.update(weight.view(torch.uint8).numpy().data)
+        known = {**known, **{dtype: digest.hexdigest() for dtype, digest in missing.items()}}
+        _fingerprints[denoiser] = (stamp, known)
+    return {dtype: known[dtype] for dtype in wanted}
+
+
+def _weights(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """All weights, detached, in the order of their full names."""
+    named = {
+        f"{name}.{own}" if name else own: (module, own)
+        for name, module in modules
+        for own, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    for key, (module, own) in sorted(named.items()):
+        with fetched(module):
+            yield key, module._parameters[own].detach()
+
+
+def _weights_dtype(modules: list[tuple[str, nn.Module]]) -> str:
+    found = {p.dtype for _, module in modules for p in module._parameters.values() if p is not None}
+    if any(offloaded_to_disk(module) for _, module in modules):
+        raise FadeError(
+            "the denoiser's weights are offloaded to a disk; load or make the adapter before enable_group_offload"
+        )
+    if any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in found):
+        raise FadeError(
+            "the denoiser's weights are stored in 8 bits (layerwise casting or quantisation), so they cannot be told "
+            "from others; load the adapter before enable_layerwise_casting, or pass check_base=False"
+        )
+    unknown = sorted(str(dtype).removeprefix("torch.") for dtype in found - set(_FINGERPRINT_DTYPES.values()))
+    if unknown or not found:
+        names = ", ".join(unknown) or "missing"
+        raise FadeError(f"the denoiser's weights are {names}; load the pipeline in {', '.join(_FINGERPRINT_DTYPES)}")
+    # Where some are kept in float32 beside 16 bits, the 16 bits are what both sides have.
+    return [name for name, dtype in _FINGERPRINT_DTYPES.items() if dtype in found][-1]
 
 
 def same_base(trained_on: Mapping[str, str], found: Mapping[str, str]) -> bool:
@@ -86,6 +196,21 @@ def refuse_merged(denoiser: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and module.merged:
             names = ", ".join(module.merged_adapters)
             raise FadeError(f"the adapters {names} are merged into the weights; call unmerge() or unfuse_lora() first")
+
+
+def refuse_offloaded(denoiser: nn.Module) -> None:
+    """Raises FadeError where the weights are not at hand for training: offloaded piece by piece, or stored in 8 bits."""
+    for _, _, module in own_modules(denoiser):
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if parameter.device.type == "meta" or getattr(module, "_diffusers_hook", None) is not None:
+                raise FadeError(
+                    "the denoiser is offloaded piece by piece (sequential CPU offload, group offload or layerwise "
+                    "casting), and cannot be trained so: unlearn first, then offload (load_adapter works on both)"
+                )
+            if parameter.dtype.itemsize == 1:
+                raise FadeError("the denoiser's weights are stored in 8 bits; load it in fp32, fp16 or bf16 to unlearn")
 
 
 def is_digitcanvas(pipeline: Any) -> bool:

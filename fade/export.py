@@ -17,11 +17,12 @@ from fade.loading import without_loading_bars
 
 
 def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: bool = False) -> MergeReport:
-    """Merges the adapter and writes the pipeline to the folder `output` with `save_pretrained`, in its own dtype.
+    """Writes the pipeline to the folder `output` with `save_pretrained`, in its own dtype, with the adapter (and every
+    other FADE adapter that is on) merged into the weights.
 
-    The folder appears complete or not at all: it is written beside its place, then renamed. Afterwards `pipeline` has
-    no adapter any more, and its weights stay merged. Raises FadeError where the folder exists (`overwrite` replaces it)
-    or cannot be written; an old folder then stays as it was.
+    The folder appears complete or not at all: it is written beside its place, then renamed. `pipeline` is afterwards
+    what it was. Raises FadeError where the folder exists (`overwrite` replaces it) or cannot be written (an old folder
+    then stays as it was), and while other adapters are on.
     """
     output = Path(output).absolute()
     if output.exists() and not (output / "model_index.json").is_file():
@@ -33,10 +34,10 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     except OSError as error:
         raise FadeError(f"cannot create the folder {output.parent}: {error.strerror or error}") from error
 
+    was_merged = adapter.merged
+    if was_merged:
+        adapter.unmerge()
     report = adapter.merge()
-    # Every adapter layer gives way to the plain layer inside it, whose weight now holds the change.
-    adapter.denoiser.unload_lora()
-
     mark = secrets.token_hex(4)
     fresh, old = (output.with_name(f".{output.name}.{mark}.{state}") for state in ("part", "old"))
     try:
@@ -56,6 +57,8 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     except WRITE_ERRORS as error:
         raise FadeError(f"cannot write {output}: {reason(error)}; nothing was changed") from error
     finally:
+        if not was_merged:
+            adapter.unmerge()
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return report

@@ -1,14 +1,20 @@
 """Masked LoRA layers as PEFT tuner layers, so that diffusers' and PEFT's own calls keep their meaning on an unlearned
-pipeline: `add_adapter`, `set_adapters`, `disable_adapters`, `fuse_lora`, `unfuse_lora`, `delete_adapters`.
+pipeline: `set_adapters`, `disable_lora`, `fuse_lora`, `unfuse_lora`, `delete_adapters`, another LoRA's loading.
 
-A layer computes y = x Wᵀ + Σ_i x Δ_iᵀ over its active adapters, where a masked adapter has Δ = s·M⊙(BA) or, in the
-values form, Δ = s·v scattered to the mask's positions (FADE, arXiv 2602.07058, section 3). Adapters without a mask are
-ordinary LoRA. Unlike PEFT's own layers, `unmerge` restores the weight bit for bit: what `merge` overwrites is kept.
+A layer computes y = x Wᵀ + Σ_i x Δ_iᵀ over its acting adapters (active and not merged), where a masked adapter has
+Δ = s·M⊙(BA) or, in the values form, Δ = s·v scattered to the mask's positions (FADE, arXiv 2602.07058, section 3).
+Adapters without a mask are ordinary LoRA. Three things differ from PEFT's own layers: `unmerge` restores the weight bit
+for bit, because what `merge` overwrites is kept; an adapter that is merged does not silence those that are not; and a
+pinned adapter is switched off only by a call that names it or that switches everything off.
 """
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -25,6 +31,46 @@ from fade_kernels import (
     scatter_masked_,
 )
 
+# --- what an adapter consists of -------------------------------------------------------------------------------------
+
+
+class _Lender(nn.Module):
+    """A factor as PEFT keeps it, whose forward lends its weight and bias instead of applying them.
+
+    The product needs both factors, the mask and the scale at once, and offloading hooks of accelerate and diffusers
+    fetch a module's tensors only around its own forward. Float32 factors stay float32 where the model is cast to 16
+    bits: a training step, and what unlearning changes, is smaller than half an ulp of those.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        # An alias, because after the forward a hook may put other memory under the parameter.
+        return self.weight.view(self.weight.shape), self.bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_Lender":
+        wide = {name: p.detach() for name, p in self._parameters.items() if p is not None and p.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            parameter = self._parameters[name]
+            if parameter.dtype != torch.float32 and parameter.dtype.itemsize < 4:
+                parameter.data = before.to(parameter.device)
+        return self
+
+
+class LinearFactor(_Lender, nn.Linear):
+    """A factor of a linear layer; also the masked values, as a weight [1, nnz]."""
+
+
+class Conv2dFactor(_Lender, nn.Conv2d):
+    """A factor of a convolution."""
+
+
+_FACTORS: dict[type[nn.Module], type[_Lender]] = {nn.Linear: LinearFactor, nn.Conv2d: Conv2dFactor}
+
+
+def _lent(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    # PEFT replaces factors by plain layers of a larger rank when it prepares a model for hot-swapping.
+    return module() if isinstance(module, _Lender) else (module.weight, module.bias)
+
 
 class MaskBuffer(nn.Module):
     """A BitMask that moves with its module and is part of the state dict (`words`, int32 [N, ceil(K/32)]).
@@ -37,23 +83,50 @@ class MaskBuffer(nn.Module):
         super().__init__()
         self.shape = mask.shape
         self.register_buffer("words", mask.words)
-        self.register_buffer("scale", torch.tensor(scale, device=mask.device), persistent=False)
+        self.register_buffer(
+            "scale", torch.tensor(scale, dtype=torch.float32, device=mask.device), persistent=False
+        )
         self._mask, self._exact_scale = mask, scale
 
     def set_scale(self, scale: float) -> None:
         self._exact_scale = scale
-        self.scale.fill_(scale)
+        with torch.inference_mode(self.scale.is_inference()):
+            self.scale.fill_(scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskBuffer":
         super()._apply(fn, recurse)
-        self.scale = torch.tensor(self._exact_scale, device=self.scale.device)
+        self.scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=self.scale.device)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        words = state_dict.get(f"{prefix}words")
+        if words is not None:
+            try:
+                BitMask.from_words(words, self.shape)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix}words: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if words is not None:  # written into the old memory, so what was counted of the old mask is gone
+            self._mask = BitMask.from_words(self.words, self.shape)
 
     @property
     def mask(self) -> BitMask:
         if self._mask.words is not self.words:
             self._mask = BitMask.from_words(self.words, self.shape)
         return self._mask
+
+    def forward(self) -> tuple[BitMask, Tensor]:
+        """The mask and the scale, for one product; called, so that an offloading hook fetches them."""
+        if not is_hooked(self):
+            return self.mask, self.scale
+        # The hook puts other memory under the buffers as soon as this returns, and brings back the scale it knew.
+        words = self.words.view(self.words.shape)
+        scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=words.device)
+        return BitMask.from_words(words, self.shape), scale
 
 
 class _Scaling(dict[str, float]):
@@ -64,51 +137,51 @@ class _Scaling(dict[str, float]):
         self._masks = masks
 
     def __setitem__(self, adapter: str, scale: float) -> None:
-        super().__setitem__(adapter, scale)
         if adapter in self._masks:
+            scale = float(scale)  # PEFT's hot-swapping makes tensors of them
             self._masks[adapter].set_scale(scale)
+        super().__setitem__(adapter, scale)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Scaling, (dict(self), self._masks)
 
 
-# In a state dict a masked adapter's factors have names of their own: under PEFT's, diffusers' `save_lora_weights` would
-# write a file that every loader that knows no masks takes for a dense LoRA. Under these it finds no factors and fails.
-_MASKED_NAMES = {"lora_A": "lora_masked_A", "lora_B": "lora_masked_B"}
+@dataclass
+class _Overwritten:
+    """What merging one adapter replaced in a weight: all of it, or the entries under `mask`."""
+
+    name: str
+    before: Tensor
+    bias: Tensor | None = None
+    mask: BitMask | None = None
+    written: Tensor | None = None
+    held: bool = False
+    """Merged by name (`Adapter.merge`): taken out by name alone."""
 
 
-def _rename_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
-    for adapter in layer.lora_mask:
-        for old, new in names.items():
-            key = f"{prefix}{old}.{adapter}.weight"
-            if key in state:
-                state[f"{prefix}{new}.{adapter}.weight"] = state.pop(key)
-
-
-def _name_masked_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, _: Any) -> None:
-    _rename_factors(layer, state, prefix, _MASKED_NAMES)
-
-
-def _unname_masked_factors(layer: "MaskedLoraLayer", state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _rename_factors(layer, state, prefix, {new: old for old, new in _MASKED_NAMES.items()})
+# --- the layers ------------------------------------------------------------------------------------------------------
 
 
 class MaskedLoraLayer:
     """What the linear and the convolution layer share. Mixed into a PEFT LoRA layer, before it."""
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = (*lora.LoraLayer.adapter_layer_names, "lora_values")
-    other_param_names: ClassVar[tuple[str, ...]] = (*lora.LoraLayer.other_param_names, "lora_mask")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = lora.LoraLayer.adapter_layer_names
+    other_param_names: ClassVar[tuple[str, ...]] = (*lora.LoraLayer.other_param_names, "lora_mask", "pinned")
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        # PEFT's constructor calls this before ours could add anything, and it walks `adapter_layer_names`.
+        # PEFT's constructor calls this before ours could add anything, and it walks `other_param_names`.
         if "lora_mask" not in self._modules:
             self._add_mask_storage()
         super().update_layer(*args, **kwargs)
 
     def _add_mask_storage(self) -> None:
         self.lora_mask = nn.ModuleDict()
-        self.lora_values = nn.ParameterDict()
         self.scaling = _Scaling(self.scaling, self.lora_mask)
-        self._overwritten: list[tuple[str, Tensor, Tensor | None]] = []
-        self._register_state_dict_hook(_name_masked_factors)
-        self.register_load_state_dict_pre_hook(_unname_masked_factors)
+        self.pinned: dict[str, str | None] = {}
+        """Adapters that stay on whatever is done to others; the text is said where they go off with everything."""
+        self._overwritten: list[_Overwritten] = []
+        self.suspended: list[str] = []
+        self._transient: list[tuple[float, dict[str, float]]] = []
 
     @classmethod
     def adopt(cls, layer: lora.LoraLayer) -> "MaskedLoraLayer":
@@ -117,139 +190,411 @@ class MaskedLoraLayer:
         layer._add_mask_storage()
         return layer
 
+    # --- masks and values ---
+
     def set_mask(self, adapter_name: str, mask: BitMask) -> None:
         """Restricts an adapter's factors to `mask`, of shape [N, K] of the (flattened) weight."""
         weight = self.get_base_layer().weight
-        expected = (weight.shape[0], weight[0].numel())
+        expected = (weight.shape[0], weight.shape[1:].numel())
         if mask.shape != expected:
             raise FadeError(f"mask of shape {mask.shape} does not fit a weight seen as {expected}")
-        self.lora_mask[adapter_name] = MaskBuffer(mask.to(weight.device), self.scaling.get(adapter_name, 1.0))
+        if adapter_name in self.lora_variant:
+            kind = type(self.lora_variant[adapter_name]).__name__
+            raise FadeError(f"the adapter {adapter_name!r} is a LoRA variant ({kind}), which cannot be masked")
+        for factors in (self.lora_A, self.lora_B):
+            if adapter_name in factors and type(factors[adapter_name]) in _FACTORS:
+                factors[adapter_name].__class__ = _FACTORS[type(factors[adapter_name])]
+        device = execution_device(self.get_base_layer())
+        self.lora_mask[adapter_name] = MaskBuffer(mask.to(device), float(self.scaling.get(adapter_name, 1.0)))
 
     def set_values(self, adapter_name: str, mask: BitMask, values: Tensor) -> None:
-        """Gives an adapter the values form: `values` [nnz] at the mask's positions in row-major order, no factors."""
-        self.set_mask(adapter_name, mask)
+        """Gives an adapter the values form: `values` [nnz] at the mask's positions in row-major order, no factors.
+
+        They are kept as lora_A's weight [1, nnz], beside a lora_B [1, 1] that is one and stays so: shapes that PEFT's
+        and diffusers' helpers can move, pad and save, and that no loader without masks takes for a LoRA of this layer.
+        """
         if values.shape != (mask.count,):
             raise FadeError(f"values of shape {tuple(values.shape)} do not fit a mask of {mask.count} entries")
-        # PEFT asks lora_A whether the layer has an adapter, so the name stays there.
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = nn.Identity(), nn.Identity()
-        self.lora_values[adapter_name] = nn.Parameter(values.to(self.get_base_layer().weight.device))
+        self.set_mask(adapter_name, mask)
+        device = execution_device(self.get_base_layer())
+        one = torch.ones(1, 1, dtype=values.dtype)
+        for factors, weight in ((self.lora_A, values.view(1, -1)), (self.lora_B, one)):
+            factor = LinearFactor(1, 1, bias=False, device="meta")
+            factor.in_features = weight.shape[1]
+            factor.weight = nn.Parameter(weight.to(device), requires_grad=False)
+            factors[adapter_name] = factor
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("lora_B",)}
+        self.lora_A[adapter_name].weight.requires_grad_(adapter_name in self.active_adapters)
+
+    def has_values(self, adapter_name: str) -> bool:
+        """Whether a masked adapter is in the values form."""
+        return "lora_B" in self.frozen_peft_weight_names.get(adapter_name, ()) and adapter_name in self.lora_mask
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """The trained tensors of a masked adapter: [values], or [A, B]."""
-        if adapter_name in self.lora_values:
-            return [self.lora_values[adapter_name]]
+        """What training changes of a masked adapter: [values [1, nnz]], or [A, B]."""
+        if self.has_values(adapter_name):
+            return [self.lora_A[adapter_name].weight]
         return [self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight]
+
+    def adapter_tensors(self, adapter_name: str) -> tuple[BitMask, list[Tensor]]:
+        """A masked adapter's mask with [values [nnz]] or [A, B], detached, fetched from wherever they are offloaded."""
+        mask, _ = self.lora_mask[adapter_name]()
+        lora_a, lora_b = (_lent(factors[adapter_name])[0].detach() for factors in (self.lora_A, self.lora_B))
+        return mask, [lora_a[0]] if self.has_values(adapter_name) else [lora_a, lora_b]
 
     def packed_values(self, adapter_name: str) -> Tensor:
         """M⊙(BA) at the mask's positions, float32 [nnz], without the scale."""
-        if adapter_name in self.lora_values:
-            return self.lora_values[adapter_name].detach().float()
-        lora_a, lora_b = (p.detach() for p in self.adapter_parameters(adapter_name))
-        return masked_factor_values(lora_a, lora_b, self.lora_mask[adapter_name].mask)
+        mask, tensors = self.adapter_tensors(adapter_name)
+        return tensors[0].float() if len(tensors) == 1 else masked_factor_values(*tensors, mask)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Δ as a dense tensor of the weight's shape, float32. Without a mask: PEFT's own."""
         if adapter not in self.lora_mask:
             return super().get_delta_weight(adapter)
         weight = self.get_base_layer().weight
-        delta = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         values = self.packed_values(adapter) * self.scaling[adapter]
+        delta = torch.zeros(weight.shape, dtype=torch.float32, device=values.device)
         return scatter_masked_(delta, values, self.lora_mask[adapter].mask)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters' Δ to the weight, in float32, rounded once, and keeps what was overwritten.
-
-        With `safe_merge`, a weight that would not be finite raises ValueError and nothing changes.
-        """
-        weight = self.get_base_layer().weight
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Makes room for the masks and values that a state dict holds, before the parts read them."""
+        errors = args[-1]
+        for adapter in list(self.lora_A):
+            words = state_dict.get(f"{prefix}lora_mask.{adapter}.words")
+            if words is None:
                 continue
-            if name not in self.lora_mask:
-                bias = self.get_base_layer().bias if self.lora_bias[name] else None
-                before = (name, weight.detach().clone(), None if bias is None else bias.detach().clone())
-                super().merge(safe_merge, [name])
-                self._overwritten.append(before)
-                continue
-            mask = self.lora_mask[name].mask
-            before = gather_masked(weight.detach(), mask)
-            merged = (before.float() + self.packed_values(name) * self.scaling[name]).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging adapter {name} would make weights infinite or NaN; the adapter is broken")
-            scatter_masked_(weight.detach(), merged, mask)
-            self.merged_adapters.append(name)
-            self._overwritten.append((name, before, None))
+            lora_a, lora_b = (state_dict.get(f"{prefix}{part}.{adapter}.weight") for part in ("lora_A", "lora_B"))
+            weight = self.get_base_layer().weight
+            try:
+                mask = BitMask.from_words(words, weight.shape)
+                if lora_b is not None and lora_b.shape == (1, 1) and lora_a.shape == (1, mask.count):
+                    if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
+                        self.set_values(adapter, mask, lora_a[0])
+                elif self.has_values(adapter):
+                    raise ValueError(f"it is in the factors form, the adapter {adapter!r} in the values form")
+                elif adapter not in self.lora_mask:
+                    self.set_mask(adapter, mask)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix}lora_mask.{adapter}: {error}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def unmerge(self) -> None:
-        """Restores the weight to the bits it had before the first `merge`."""
-        weight = self.get_base_layer().weight.detach()
-        while self._overwritten:
-            name, before, bias = self._overwritten.pop()
-            if before.shape == weight.shape:
-                weight.copy_(before)
-            else:
-                scatter_masked_(weight, before, self.lora_mask[name].mask)
-            if bias is not None:
-                self.get_base_layer().bias.detach().copy_(bias)
-        self.merged_adapters.clear()
+    # --- on and off ---
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's call. Pinned adapters that are on stay on beside those named, and stay as trainable as they were."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        kept = [name for name in self.active_adapters if name in self.pinned and name not in names]
+        needed = [p for name in kept for p in self.adapter_parameters(name) if p.requires_grad]
+        self.suspended = []
+        super().set_adapter([*names, *kept], inference_mode)
+        for name in kept:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(any(parameter is p for p in needed))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's call: everything off, or on again what was on."""
+        if not enabled:
+            for name in self.acting():
+                if self.pinned.get(name):
+                    warnings.warn(self.pinned[name], stacklevel=2)
+            super().enable_adapters(False)
+            return
+        active = [*self.active_adapters, *(n for n in self.suspended if n not in self.active_adapters)]
+        super().set_adapter(active)
+        self.suspended, self._disable_adapters = [], False
+
+    def switch(self, adapter_name: str, on: bool) -> None:
+        """Switches one adapter on or off; others, and what needs gradients, stay as they are."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if on and self.disable_adapters:
+            # The others were switched off together and come back together.
+            self.suspended, active, self._disable_adapters = active, [], False
+        self._active_adapter = [*active, adapter_name] if on else active
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; one that is merged is taken out of the weight first."""
-        merged = list(self.merged_adapters)
-        if adapter_name in merged:
-            self.unmerge()
+        if adapter_name in self.merged_adapters:
+            self.take_out(adapter_name)
+        if not self.pinned:
+            super().delete_adapter(adapter_name)
+            return
+        # PEFT would switch on another adapter in place of the last one: here that is the user's to decide.
+        active = [name for name in self.active_adapters if name != adapter_name]
+        self._active_adapter = active
         super().delete_adapter(adapter_name)
-        if adapter_name in merged and len(merged) > 1:
-            self.merge(adapter_names=[name for name in merged if name != adapter_name])
+        self.suspended = [name for name in self.suspended if name != adapter_name]
+
+    def acting(self) -> list[str]:
+        """The adapters whose Δ is added in the forward."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
+
+    # --- strength ---
+
+    def scale_layer(self, scale: float) -> None:
+        """PEFT's call, for the time of one forward or one merge; what masked adapters had is remembered."""
+        masked = {name: self.scaling[name] for name in self.active_adapters if name in self.lora_mask}
+        if scale != 1 and masked:
+            self._transient.append((scale, masked))
+        super().scale_layer(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """PEFT's call. A masked adapter gets back exactly the scale that it had."""
+        super().unscale_layer(scale)
+        if scale is None:
+            self._transient.clear()
+        elif self._transient and self._transient[-1][0] == scale:
+            self._restore_scale(self._transient.pop()[1])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """PEFT's call. diffusers undoes a scale of 0, by which it cannot divide, with `set_scale(adapter, 1)`."""
+        if self._transient and self._transient[-1][0] == 0 and adapter in self._transient[-1][1] and scale == 1:
+            saved = self._transient[-1][1]
+            self._restore_scale({adapter: saved.pop(adapter)})
+            if not saved:
+                self._transient.pop()
+            return
+        for _, saved in self._transient:
+            saved.pop(adapter, None)
+        super().set_scale(adapter, scale)
+
+    def _restore_scale(self, saved: dict[str, float]) -> None:
+        for name, scale in saved.items():
+            if name in self.lora_mask:
+                self.scaling[name] = scale
+
+    # --- merging ---
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, held: bool = False) -> None:
+        """Adds the adapters' Δ to the weight, in float32, rounded once, and keeps what was overwritten.
+
+        With `safe_merge`, a weight that would not be finite raises ValueError and nothing changes. What is merged with
+        `held` stays in the weight when everything is un-merged (as PEFT does before it loads another adapter); only
+        `take_out` takes it out.
+        """
+        try:
+            for name in check_adapters_to_merge(self, adapter_names):
+                if name in self.lora_A:
+                    self._merge_one(name, safe_merge, held)
+        finally:
+            # `fuse_lora(lora_scale=…)` scales before it merges, and never scales back.
+            while self._transient:
+                self._restore_scale(self._transient.pop()[1])
+
+    def _merge_one(self, name: str, safe_merge: bool, held: bool) -> None:
+        base = self.get_base_layer()
+        weight = base.weight
+        if weight.device.type == "meta" or offloaded_to_disk(base):
+            raise ValueError(
+                f"the adapter {name!r} cannot be merged while the weights are offloaded; load it into the pipeline "
+                "before offloading and merge it there, or take the offloading off"
+            )
+        with torch.no_grad(), torch.inference_mode(weight.is_inference()):
+            bias = base.bias.detach().clone() if self.lora_bias[name] and base.bias is not None else None
+            if name not in self.lora_mask:
+                before = weight.detach().clone()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                    super().merge(safe_merge, [name])
+                self._overwritten.append(_Overwritten(name, before, bias, held=held))
+                return
+            mask = self.lora_mask[name].mask
+            before = gather_masked(weight.detach(), mask)
+            merged = (before.float() + self.packed_values(name) * self.scaling[name]).to(weight.dtype)
+            merged_bias = None
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise RuntimeError(
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                merged_bias = bias + (self.lora_B[name].bias * self.scaling[name]).to(bias)
+            finite = torch.isfinite(merged).all() and (merged_bias is None or torch.isfinite(merged_bias).all())
+            if safe_merge and not finite:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            scatter_masked_(weight.detach(), merged, mask)
+            if merged_bias is not None:
+                base.bias.detach().copy_(merged_bias)
+            self.merged_adapters.append(name)
+            self._overwritten.append(_Overwritten(name, before, bias, mask, merged, held))
+
+    def unmerge(self) -> None:
+        """Restores the weight to the bits it had before the first `merge`, but for what is held there."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        held = [entry.name for entry in self._overwritten if entry.held]
+        self._unmerge_all()
+        self._merge_again(held, held)
+
+    def take_out(self, name: str) -> None:
+        """Un-merges one adapter; the others stay merged."""
+        held = [entry.name for entry in self._overwritten if entry.held]
+        others = [merged for merged in self.merged_adapters if merged != name]
+        self._unmerge_all()
+        self._merge_again(others, held)
+
+    def _merge_again(self, names: Sequence[str], held: Sequence[str]) -> None:
+        for name in names:
+            self._merge_one(name, safe_merge=False, held=name in held)
+
+    def _unmerge_all(self) -> None:
+        weight = self.get_base_layer().weight
+        with torch.no_grad(), torch.inference_mode(weight.is_inference()):
+            # What is restored is forgotten afterwards only, so that a failure half-way loses nothing.
+            while self._overwritten:
+                entry = self._overwritten[-1]
+                self._restore(weight.detach(), entry)
+                if entry.bias is not None:
+                    self.get_base_layer().bias.detach().copy_(entry.bias)
+                self._overwritten.pop()
+                self.merged_adapters.remove(entry.name)
+        self.merged_adapters.clear()
+
+    @staticmethod
+    def _restore(weight: Tensor, entry: _Overwritten) -> None:
+        # The module may have been moved or cast since.
+        before = entry.before.to(weight.device, weight.dtype)
+        if entry.mask is None:
+            weight.copy_(before)
+            return
+        mask, written = entry.mask.to(weight.device), entry.written.to(weight.device, weight.dtype)
+        now = gather_masked(weight, mask)
+        if not torch.equal(now, written):
+            # Another tuner layer around or inside this one merged meanwhile: what it added stays.
+            before = (now.float() + (before.float() - written.float())).to(weight.dtype)
+        scatter_masked_(weight, before, mask)
+
+    # --- the product ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        masked = [name for name in self.active_adapters if name in self.lora_mask]
-        if self.disable_adapters or self.merged or not masked:
+        if not self.lora_mask and not self._overwritten:
             return super().forward(x, *args, **kwargs)
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("`adapter_names` (mixed batches) is not supported by masked adapters")
-        base = self.get_base_layer()
-        if getattr(base, "_hf_hook", None) is None:
-            x = self._cast_input_dtype(x, base.weight.dtype)
-            result = self._masked_forward(masked[0], x, base.weight, base.bias)
-            rest = masked[1:]
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        variant_kwargs = {key: kwargs.pop(key, None) for key in lora.layer.VARIANT_KWARG_KEYS}
+        if self.disable_adapters:
+            if any(not entry.held for entry in self._overwritten):
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **variant_kwargs, **kwargs)
+
+        acting = self.acting()
+        masked = [name for name in acting if name in self.lora_mask]
+        plain = [name for name in acting if name not in self.lora_mask]
+        base = self.base_layer
+        fused = (
+            bool(masked)
+            and not args
+            and not kwargs
+            and type(base) in MASKED_LAYERS
+            and not is_hooked(base)
+            and not any(name in self.lora_variant for name in plain)  # they start from the base's output
+            and not self._drops_out(masked[0])
+        )
+        if fused:
+            result = self._product(masked.pop(0), self._cast_input_dtype(x, base.weight.dtype), base.weight, base.bias)
         else:
-            # An accelerate hook fetches the weight only while the base layer itself runs.
             result = base(x, *args, **kwargs)
-            rest = masked
-        for name in rest:
-            result = result + self._masked_forward(name, x, None, None)
-        for name in self.active_adapters:
-            if name in self.lora_A and name not in self.lora_mask:
-                lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-                dense = lora_b(lora_a(self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))))
-                result = result + (dense * self.scaling[name]).to(result.dtype)
+        dtype = result.dtype
+        for name in plain:
+            if name in self.lora_variant:
+                inner = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+                result = self.lora_variant[name].forward(
+                    self, active_adapter=name, x=inner, result=result, **variant_kwargs, **kwargs
+                )
+                continue
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            dense = lora_b(lora_a(self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))))
+            result = result + dense * self.scaling[name]
+        result = result.to(dtype)
+        for name in masked:
+            result = result + self._delta(name, x).to(dtype)
+        return result
+
+    def _drops_out(self, name: str) -> bool:
+        return self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        """x Δᵀ alone (and the adapter's own bias)."""
+        return self._product(name, self.lora_dropout[name](x), None, None)
+
+    def _product(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mask, scale = self.lora_mask[name]()
+        lora_a, _ = _lent(self.lora_A[name])
+        if self.has_values(name):
+            return self._values_product(x, weight, bias, lora_a[0], mask, scale)
+        lora_b, own_bias = _lent(self.lora_B[name])
+        if own_bias is not None:
+            own_bias = (own_bias * scale).to(x.dtype)
+            bias = own_bias if bias is None else bias + own_bias
+        return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale)
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's mixed batches: sample i goes through the adapter `adapter_names[i]`, `__base__` through none.
+
+        Pinned adapters that are on act on every sample but those of `__base__`.
+        """
+        unmasked = ["__base__" if name in self.lora_mask else name for name in adapter_names]
+        result = self._mixed_batch_forward(x, *args, adapter_names=unmasked, **kwargs)
+        for name in self.lora_mask:
+            everywhere = name in self.pinned and name in self.acting()
+            rows = [i for i, own in enumerate(adapter_names) if own == name or (everywhere and own != "__base__")]
+            if rows:
+                index = torch.tensor(rows, device=x.device)
+                delta = self._delta(name, x.index_select(0, index))
+                result = result.index_add(0, index, delta.to(result.dtype))
         return result
 
 
 class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
     """Masked LoRA on an `nn.Linear`; factors A [r, K] and B [N, r], mask [N, K]."""
 
-    def _masked_forward(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        mask, scale = self.lora_mask[name].mask, self.lora_mask[name].scale
-        if name in self.lora_values:
-            return masked_values_linear(x, weight, bias, self.lora_values[name], mask, scale)
-        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+    def _values_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
+    ) -> Tensor:
+        return masked_values_linear(x, weight, bias, values, mask, scale)
+
+    def _factors_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
+        scale: Tensor,
+    ) -> Tensor:  # fmt: skip
         return masked_lora_linear(x, weight, bias, lora_a, lora_b, mask, scale)
 
 
 class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
     """Masked LoRA on an `nn.Conv2d`; factors A [r, C_in, kh, kw] and B [C_out, r, 1, 1], mask [C_out, C_in·kh·kw]."""
 
-    def _masked_forward(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        base, mask, scale = self.get_base_layer(), self.lora_mask[name].mask, self.lora_mask[name].scale
-        geometry = (base.stride, base.padding, base.dilation, base.groups)
-        if name in self.lora_values:
-            return masked_values_conv2d(
-                x, weight, bias, self.lora_values[name], mask, scale, *geometry, kernel_size=base.kernel_size
-            )
-        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+    def set_mask(self, adapter_name: str, mask: BitMask) -> None:
+        if self.get_base_layer().groups > 1:
+            raise FadeError("masked adapters do not support grouped convolutions; do not target this layer")
+        super().set_mask(adapter_name, mask)
+
+    def _values_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
+    ) -> Tensor:
+        base, (x, padding) = self.get_base_layer(), self._padded(x)
+        geometry = (base.stride, padding, base.dilation, base.groups)
+        return masked_values_conv2d(
+            x, weight, bias, values, mask, scale, *geometry, kernel_size=base.kernel_size
+        )  # fmt: skip
+
+    def _factors_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
+        scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        base, (x, padding) = self.get_base_layer(), self._padded(x)
+        geometry = (base.stride, padding, base.dilation, base.groups)
         return masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask, scale, *geometry)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | int]:
+        """The input with the padding that is not zeros of a fixed width, and what padding is left for the product."""
+        base = self.get_base_layer()
+        if base.padding_mode == "zeros" and not isinstance(base.padding, str):
+            return x, base.padding
+        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+        return F.pad(x, base._reversed_padding_repeated_twice, mode=mode), 0
 
 
 MASKED_LAYERS: dict[type[nn.Module], type[MaskedLoraLayer]] = {
@@ -257,3 +602,35 @@ MASKED_LAYERS: dict[type[nn.Module], type[MaskedLoraLayer]] = {
     nn.Conv2d: MaskedLoraConv2d,
 }
 """Which masked layer wraps which module, as registered with PEFT."""
+
+
+# --- hooks and offloading --------------------------------------------------------------------------------------------
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something happens around the module's forward, so that its weight must not be used past it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or getattr(module, "_hf_hook", None) is not None
+        or getattr(module, "_diffusers_hook", None) is not None
+    )
+
+
+def execution_device(base: nn.Module) -> torch.device:
+    """Where a layer computes: its weight's device, or where accelerate's hook will put the weight."""
+    device = base.weight.device
+    if device.type == "meta":
+        hook = getattr(base, "_hf_hook", None)
+        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    return device
+
+
+def offloaded_to_disk(base: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps the layer's weight in a file, so that its memory holds nothing."""
+    registry = getattr(base, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
+

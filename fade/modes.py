@@ -64,21 +64,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             inner.training = mode
 
 
-_seeding = threading.Lock()
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's global CPU generator starts from `seed` and has its own state back afterwards. One thread at a time."""
-    with _seeding:
-        state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            torch.random.set_rng_state(state)
-
-
 def out_of_inference_mode(module: nn.Module) -> None:
     """Replaces weights and buffers that were made under inference_mode, through which no gradient passes, by ordinary
     ones of the same bits. Those shared between modules stay shared."""

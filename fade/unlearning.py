@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fade.adapter import Adapter, active_adapters, attach, check_name, new_metadata, set_active_adapters
+from fade.adapter import Adapter, adapters_off, attach, check_name, new_metadata
 from fade.backbones import Backbone, backbone_for
-from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, target_layers
+from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, refuse_offloaded, target_layers
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import Losses
@@ -23,7 +22,7 @@ from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents
 from fade.measure import Measurement, measured
-from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode, seeded
+from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
 from fade.run_folder import ADAPTER_FILE, RunFolder, open_run_folder
 from fade.saliency import Located, locate
 
@@ -89,6 +88,7 @@ def unlearn(
         layers = target_layers(backbone.denoiser, config.locate.targets)
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
+        refuse_offloaded(backbone.denoiser)
         digests = fingerprint(backbone.denoiser)
         folder = None
         if output is not None:
@@ -128,22 +128,23 @@ def _run(
         if folder is not None:
             folder.keep()
 
-    with _frozen(denoiser) as active:
-        try:
-            with stage("data"):
-                latents = prepare_latents(
-                    backbone, concept, config.data, config.seed, next(iter(digests.values())),
-                    folder and folder.latents_file, progress,
-                )  # fmt: skip
-                embeddings = _encode(backbone, latents)
-        except FadeError:
-            # A wrong image folder is no run to go on with: the next try finds the output folder free.
+    adapter = None
+    try:
+        with _frozen(denoiser):
+            try:
+                with stage("data"):
+                    latents = prepare_latents(
+                        backbone, concept, config.data, config.seed, next(iter(digests.values())),
+                        folder and folder.latents_file, progress,
+                    )  # fmt: skip
+                    embeddings = _encode(backbone, latents)
+            except FadeError:
+                # A wrong image folder is no run to go on with: the next try finds the output folder free.
+                if folder is not None:
+                    folder.abandon()
+                raise
             if folder is not None:
-                folder.abandon()
-            raise
-        if folder is not None:
-            folder.begin_with(latents, embeddings, backbone)
-        try:
+                folder.begin_with(latents, embeddings, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
                     located = None if folder is None else folder.located_before(layers)
@@ -153,13 +154,12 @@ def _run(
                             folder.keep_located(located)
                 values = config.overwrite.parameters == "values"
                 scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
-                with seeded(config.seed):
-                    adapter = attach(
-                        pipeline, name, located.masks, rank=config.overwrite.rank,
-                        alpha=scale if values else config.overwrite.alpha, values=values,
-                        metadata=new_metadata(concept, config, base_name(pipeline), digests, scale),
-                    )  # fmt: skip
-                set_active_adapters(denoiser, [name])
+                adapter = attach(
+                    pipeline, name, located.masks, rank=config.overwrite.rank,
+                    alpha=scale if values else config.overwrite.alpha, values=values,
+                    metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
+                )  # fmt: skip
+                adapter.enable()
                 with stage("overwrite"):
                     losses = run_overwrite(
                         backbone, adapter, latents, embeddings, config.overwrite, config.seed,
@@ -168,11 +168,11 @@ def _run(
             adapter.metadata["run"] = _run_record(costs, losses, located)
             if folder is not None:
                 folder.finish(adapter)
-        except BaseException:
-            _take_off(denoiser, name)
-            raise
-        active.append(name)
-    return adapter
+        return adapter.enable()
+    except BaseException:
+        if adapter is not None:
+            adapter.remove()
+        raise
 
 
 def _run_record(costs: dict[str, Measurement], losses: Losses, located: Located) -> dict[str, Any]:
@@ -207,17 +207,6 @@ def _alone(denoiser: nn.Module) -> Iterator[None]:
     finally:
         with _guard:
             _in_training.discard(denoiser)
-
-
-def _take_off(denoiser: nn.Module, name: str) -> None:
-    """Removes an adapter, or what there is of one whose attaching was interrupted; the adapters of others stay."""
-    set_active_adapters(denoiser, [])
-    denoiser.delete_adapters(name)
-    if denoiser._hf_peft_config_loaded and not getattr(denoiser, "peft_config", None):
-        denoiser.unload_lora()
-    for path, module in list(denoiser.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not module._get_available_adapters():
-            denoiser.set_submodule(path, module.get_base_layer())
 
 
 def _check_concept(concept: Concept, beside: Sequence[str]) -> None:
@@ -256,20 +245,8 @@ def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _frozen(denoiser: nn.Module) -> Iterator[list[str]]:
-    """The denoiser in evaluation mode, its weights needing no gradient, its adapters off; all as it was afterwards.
-
-    Yields the names of the adapters to switch on at the end, to which a new one may be added.
-    """
-    training = denoiser.training
-    needed = [p for p in denoiser.parameters() if p.requires_grad]
-    active = active_adapters(denoiser)
-    denoiser.eval().requires_grad_(False)
-    set_active_adapters(denoiser, [])
-    try:
-        yield active
-    finally:
-        set_active_adapters(denoiser, active)
-        for parameter in needed:
-            parameter.requires_grad_(True)
-        denoiser.train(training)
+def _frozen(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser's weights needing no gradient, its adapters off; all as it was afterwards."""
+    with adapters_off(denoiser):
+        denoiser.requires_grad_(False)
+        yield

@@ -6,6 +6,7 @@ the scheduler's betas (DDPM's closed form), sampling calls the pipeline itself.
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from fade.errors import FadeError
 from fade.progress import track
+
+_tokenizing = threading.Lock()
+"""A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
 
 MOST_PIXELS = 8192
 """Side of an image; attention over more takes more memory than there is."""
@@ -63,9 +67,10 @@ class StableDiffusionBackbone:
         """Embeddings [len(prompts), tokens, width]."""
         parts = []
         for start in range(0, len(prompts), batch_size):
-            embeddings, _ = self.pipeline.encode_prompt(
-                list(prompts[start : start + batch_size]), self.device, 1, do_classifier_free_guidance=False
-            )
+            with _tokenizing:
+                embeddings, _ = self.pipeline.encode_prompt(
+                    list(prompts[start : start + batch_size]), self.device, 1, do_classifier_free_guidance=False
+                )
             parts.append(embeddings.to(self.dtype))
         return torch.cat(parts)
 

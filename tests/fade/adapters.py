@@ -3,7 +3,8 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
-from fade.adapter import Adapter, attach, new_metadata, set_active_adapters
+import fade
+from fade.adapter import Adapter, attach, new_metadata
 from fade.base_model import base_name, fingerprint, target_layers
 from fade.concept import concept_from_words
 from fade.config import Config
@@ -21,6 +22,7 @@ def random_adapter(
     targets: tuple[str, ...] = ATTENTION,
     seed: int = 0,
     strength: float = 1.0,
+    pinned: bool = True,
 ) -> Adapter:
     """Attached and switched on beside whatever is on."""
     generator = torch.Generator().manual_seed(seed)
@@ -33,13 +35,15 @@ def random_adapter(
     metadata = new_metadata(
         concept_from_words("cat", "dog"), Config(), base_name(pipeline), fingerprint(pipeline.unet), scale
     )
-    from fade.adapter import active_adapters
-
-    active = active_adapters(pipeline.unet)
     adapter = attach(
-        pipeline, name, masks, rank=3, alpha=scale if values else 3 * scale, values=values, metadata=metadata
+        pipeline, name, masks, rank=3, alpha=scale if values else 3 * scale, values=values, metadata=metadata,
+        pinned=pinned,
     )
     for parameter in adapter.parameters():
         parameter.data = strength * torch.randn(parameter.shape, generator=generator).to(parameter)
-    set_active_adapters(pipeline.unet, [*active, name])
-    return adapter
+    return adapter.enable()
+
+
+def on(pipeline: StableDiffusionPipeline) -> list[str]:
+    """Names of the adapters that act in every layer that they have."""
+    return [row.name for row in fade.status(pipeline) if row.state == "on"]

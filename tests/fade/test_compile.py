@@ -53,8 +53,8 @@ def test_one_graph_for_every_scale(pipeline: StableDiffusionPipeline, values: bo
 
 
 def test_switching_adapters_compiles_each_set_once(pipeline: StableDiffusionPipeline) -> None:
-    random_adapter(pipeline, name="first", seed=1)
-    random_adapter(pipeline, name="second", seed=2)
+    random_adapter(pipeline, name="first", seed=1, pinned=False)
+    random_adapter(pipeline, name="second", seed=2, pinned=False)
     block, hidden, text = block_and_inputs(pipeline)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
 

@@ -16,18 +16,18 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import fade
 import fade.run_folder
 import fade.unlearning
-from fade.adapter import active_adapters
 from fade.adapter_file import read_adapter_file
 from fade.config import Config
 from fade.errors import DivergedError, FadeError
 
-from .adapters import random_adapter
+from .adapters import on, random_adapter
 from .conftest import denoise, same_bits, tiny_pipeline, weights
 
 TEMPLATES = ("{}", "an image of {}", "a picture of {}")
@@ -224,7 +224,7 @@ def test_a_second_concept_beside_the_first(pipeline: StableDiffusionPipeline, qu
     alone = tensors(fade.unlearn(pipeline, **WORDS, config=quick))
     first_only = denoise(pipeline)
     second = fade.unlearn(pipeline, "bird", "fish", templates=TEMPLATES, config=quick, name="second", progress=False)
-    assert active_adapters(pipeline.unet) == ["fade", "second"]
+    assert on(pipeline) == ["fade", "second"]
     first = fade.Adapter(pipeline, "fade", second.metadata)
     assert same_bits(tensors(first), alone)
     both = denoise(pipeline)
@@ -310,7 +310,11 @@ def state(pipeline: StableDiffusionPipeline) -> dict[str, object]:
         "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in unet.named_parameters()},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in unet.named_modules()},
         "adapters": list(getattr(unet, "peft_config", {})),
-        "active": active_adapters(unet),
+        "switches": [
+            (name, list(m.active_adapters), m.disable_adapters, list(getattr(m, "suspended", [])))
+            for name, m in unet.named_modules()
+            if isinstance(m, BaseTunerLayer)
+        ],
         "progress bar": getattr(pipeline, "_progress_bar_config", None),
         "dtypes": {name: part.dtype for name, part in pipeline.components.items() if hasattr(part, "dtype")},
     }
@@ -483,12 +487,13 @@ FAILURES = {
     "keeping masks": (fade.run_folder.RunFolder, "keep_located", 1),
     "wrapping the first layer": (peft.tuners.lora.LoraModel, "_create_and_replace", 1),
     "wrapping the third layer": (peft.tuners.lora.LoraModel, "_create_and_replace", 3),
-    "just attached": (fade.unlearning, "set_active_adapters", 2),
+    "just attached": (fade.Adapter, "enable", 1),
     "making the optimiser": (torch.optim.AdamW, "__init__", 1),
     "the first step": (torch.optim.AdamW, "step", 1),
     "the last step": (torch.optim.AdamW, "step", 3),
     "saving": (fade.Adapter, "save", 1),
     "writing the record": (fade.run_folder, "_write_json", 6),
+    "switching on": (fade.Adapter, "enable", 2),
     "removing leftovers": (fade.run_folder, "_remove_leftovers", 1),
 }
 

@@ -1,0 +1,159 @@
+"""What a model with a masked adapter on it must not do in silence: be saved, lose its adapters, or fuse projections past
+them. The guards stand in place of three of diffusers' methods on the model while an adapter is attached.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fade.base_model import own_modules
+from fade.errors import FadeError
+from fade.layers import MaskedLoraLayer
+from fade.tuner import FadeConfig
+
+
+def in_force(model: nn.Module) -> dict[str, str]:
+    """The FADE adapters that act on the model now without being merged, and what each forgets."""
+    configs = getattr(model, "peft_config", {})
+    acting = {name for layer in model.modules() if isinstance(layer, MaskedLoraLayer) for name in layer.acting()}
+    return {name: config.forgets for name, config in configs.items() if isinstance(config, FadeConfig) and name in acting}
+
+
+def concept_is_back(name: str, forgets: str) -> str:
+    """What to tell a user whose call has switched everything off."""
+    return (
+        f"the FADE adapter {name!r} is off now with all the others: the model can draw {forgets!r} again. Switch it on "
+        "with adapter.enable(), or merge() it so that it stays whatever is switched"
+    )
+
+
+class _Guard:
+    """A stand-in for one of the model's methods; a class, so that copies and pickles of the model keep it."""
+
+    method: ClassVar[str]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+
+
+class _Unload(_Guard):
+    method = "unload_lora"
+
+    def __call__(self) -> None:
+        for name, forgets in in_force(self.model).items():
+            warnings.warn(
+                f"the FADE adapter {name!r} has been unloaded with all the others: the model can draw {forgets!r} "
+                "again. Load it again with fade.load_adapter",
+                stacklevel=2,
+            )
+        self.original()
+        remove_guards(self.model)
+
+
+class _FuseProjections(_Guard):
+    method = "fuse_qkv_projections"
+
+    def __call__(self) -> None:
+        for name in in_force(self.model):
+            raise FadeError(
+                f"fused projections are copies of the frozen weights, which would leave out the adapter {name!r}; "
+                "merge() it first, then fuse"
+            )
+        self.original()
+
+
+class _Save(_Guard):
+    method = "save_pretrained"
+
+    # The parameters stand here because DiffusionPipeline.save_pretrained looks which of them there are.
+    def __call__(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        with merged_copy(self.model):
+            self.original(
+                save_directory, is_main_process=is_main_process, save_function=save_function,
+                safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size,
+                push_to_hub=push_to_hub, **kwargs,
+            )  # fmt: skip
+
+
+_GUARDS = (_Unload, _FuseProjections, _Save)
+
+
+def put_guards(model: nn.Module) -> None:
+    """Puts the guards in place of the methods that the model has."""
+    for guard in _GUARDS:
+        if hasattr(type(model), guard.method):
+            setattr(model, guard.method, guard(model))
+
+
+def remove_guards(model: nn.Module) -> None:
+    """Gives the model its own methods back."""
+    for guard in _GUARDS:
+        if isinstance(vars(model).get(guard.method), guard):
+            delattr(model, guard.method)
+
+
+@contextlib.contextmanager
+def merged_copy(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model's state dict is that of a bare model which draws what this one draws.
+
+    The FADE adapters that are on are merged for that time, and un-merged bit for bit. Raises FadeError where other
+    adapters are on, which cannot be un-merged exactly.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLoraLayer)]
+    configs = getattr(model, "peft_config", {})
+    others = sorted(
+        {
+            name
+            for layer in model.modules()
+            if hasattr(layer, "merged_adapters") and not layer.disable_adapters
+            for name in layer.active_adapters
+            if name in configs and not isinstance(configs[name], FadeConfig)
+        }
+    )
+    if others:
+        raise FadeError(
+            f"the adapters {', '.join(others)} are on, and a saved model holds no adapters: switch them off or delete "
+            "them first (the FADE adapter stays in the saved weights), or save the adapters alone"
+        )
+    merged: list[tuple[MaskedLoraLayer, str]] = []
+    handle = model.register_state_dict_post_hook(_bare)
+    try:
+        for layer in layers:
+            for name in layer.acting():
+                layer.merge(safe_merge=True, adapter_names=[name], held=True)
+                merged.append((layer, name))
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, FadeError) else FadeError(str(error)) from error
+    finally:
+        handle.remove()
+        for layer, name in reversed(merged):
+            layer.take_out(name)
+
+
+def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Names without wrappers, and nothing that is an adapter's."""
+    names = {path: name for name, path, _ in own_modules(model)}
+    kept = {}
+    for key, tensor in state.items():
+        path, _, own = key.removeprefix(prefix).rpartition(".")
+        if path in names:
+            kept[f"{prefix}{names[path]}.{own}" if names[path] else f"{prefix}{own}"] = tensor
+    state.clear()
+    state.update(kept)

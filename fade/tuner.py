@@ -1,0 +1,168 @@
+"""FADE as a PEFT method: the configuration, the tuner that puts masked layers into a model, and how a masked adapter
+looks in a file that PEFT or diffusers writes.
+
+It is registered with PEFT under the type `FADE`, so that PEFT's own calls (`inject_adapter_in_model`,
+`get_peft_model_state_dict`, `save_pretrained`, `load_adapter`, `add_weighted_adapter`) find it. A process without this
+package does not know the type and refuses the folder; a bare state dict it refuses by its shapes (see `FadeModel`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from fade.errors import FadeError
+from fade.layers import MASKED_LAYERS, MaskedLoraLayer
+from fade_kernels import BitMask, scatter_masked_
+
+PEFT_TYPE = "FADE"
+
+# Methods whose layers call the layer that they wrap. Others (SHiRA, HRA, MiSS, …) compute from the frozen weight, past
+# every adapter on it.
+_CALL_WHAT_THEY_WRAP = frozenset(
+    (
+        PEFT_TYPE, "LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "RANDLORA", "FOURIERFT", "VBLORA", "C3A",
+        "LN_TUNING",
+    )
+)  # fmt: skip
+
+
+@dataclass
+class FadeConfig(LoraConfig):
+    """A masked adapter's configuration: LoRA's, what the adapter forgets, and whether it is pinned."""
+
+    pinned: bool = field(default=True, metadata={"help": "Stay on whatever is done to other adapters."})
+    metadata: dict[str, Any] = field(default_factory=dict, metadata={"help": "What the adapter file's header says."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._register_custom_module(MASKED_LAYERS)
+
+    @property
+    def forgets(self) -> str:
+        """The concept in words, or the empty string."""
+        return str(self.metadata.get("concept", {}).get("forget", ""))
+
+
+class FadeModel(lora.LoraModel):
+    """LoRA's tuner with masked layers.
+
+    In a state dict that PEFT hands out for a file (`get_peft_model_state_dict`), factors (and values) are transposed: A [K, r] and
+    B [r, N], beside the mask's words. A loader that knows no masks then finds shapes that fit no LoRA of the layer and
+    fails, where under the usual shapes it would attach a dense adapter that nobody trained.
+    """
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *args: Any,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if type(target) in (lora.Linear, lora.Conv2d) and type(target.get_base_layer()) in MASKED_LAYERS:
+            MASKED_LAYERS[type(target.get_base_layer())].adopt(target)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        layer = getattr(parent, target_name)
+        if not isinstance(layer, MaskedLoraLayer):
+            raise FadeError(f"{target_name} is a {type(target).__name__}, which a masked adapter cannot sit on")
+        if adapter_name not in layer.lora_mask:
+            # Until its mask arrives with the state dict, it changes nothing: never a dense adapter.
+            weight = layer.get_base_layer().weight
+            empty = torch.zeros((weight.shape[0], -(-weight.shape[1:].numel() // 32)), dtype=torch.int32, device="cpu")
+            layer.set_mask(adapter_name, BitMask.from_words(empty, tuple(weight.shape)))
+        if lora_config.pinned:
+            layer.pinned[adapter_name] = None
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: _transposed(key, tensor) for key, tensor in state.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = {key: _transposed(key, tensor) for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **_: Any
+    ) -> None:
+        """Σ w_i s_i Δ_i as one adapter in the values form, on the union of the masks: exact for every way to combine
+        that adds (`cat`, `linear`, `svd`). Raises ValueError for those that prune (`ties`, `dare_…`)."""
+        if adapter_name in self.peft_config:
+            return
+        if combination_type not in ("cat", "linear", "svd"):
+            raise ValueError(f"masked adapters can be added up exactly, not combined by {combination_type!r}: use 'cat'")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or len(adapters) != len(weights):
+            raise ValueError(f"no such adapters: {unknown}" if unknown else "there must be one weight for each adapter")
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, MaskedLoraLayer) and any(adapter in layer.lora_mask for adapter in adapters)
+        }
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = replace(
+            first, r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, target_modules=exactly(layers),
+            lora_bias=False, use_rslora=False,
+        )  # fmt: skip
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            layer.set_values(adapter_name, *weighted_sum(layer, adapters, weights))
+
+
+def weighted_sum(layer: MaskedLoraLayer, adapters: Sequence[str], weights: Sequence[float]) -> tuple[BitMask, Tensor]:
+    """Σ w_i s_i Δ_i of a layer's masked adapters: the union of their masks and float32 values [nnz] on it."""
+    present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.lora_mask]
+    masks = [layer.lora_mask[name].mask for name, _ in present]
+    words = masks[0].words.clone()
+    for mask in masks[1:]:
+        words |= mask.words
+    union = BitMask.from_words(words, masks[0].shape)
+    dense = torch.zeros(union.shape, dtype=torch.float32, device=words.device)
+    for (name, weight), mask in zip(present, masks, strict=True):
+        term = torch.zeros_like(dense)
+        dense += scatter_masked_(term, layer.packed_values(name) * (weight * layer.scaling[name]), mask)
+    return union, dense[union.unpack()]
+
+
+def exactly(names: Mapping[str, Any] | Sequence[str]) -> str:
+    """A target pattern that matches these module names and no others, ends of longer names included."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _transposed(key: str, tensor: Tensor) -> Tensor:
+    is_factor = ".lora_A." in key or ".lora_B." in key
+    return tensor.transpose(0, 1).contiguous() if is_factor and tensor.dim() >= 2 else tensor
+
+
+class Configurations(dict[str, PeftConfig]):
+    """A model's PEFT configurations, which refuses methods that would compute past a masked adapter.
+
+    PEFT enters a configuration before it changes any layer, so that a refusal leaves the model as it was.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        masked = [other for other, theirs in self.items() if isinstance(theirs, FadeConfig)]
+        if masked and kind not in _CALL_WHAT_THEY_WRAP:
+            raise FadeError(
+                f"a {kind} adapter computes from the frozen weights, so the FADE adapter {masked[0]!r} would have no "
+                f"effect beside it; attach {name!r} first, or merge the FADE adapter for good (fade merge)"
+            )
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
+
+
+# PEFT's `register_peft_method` takes only members of its own enumeration; the tables behind it take any name.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = FadeConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = FadeModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = FadeModel.prefix
