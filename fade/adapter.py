@@ -16,16 +16,25 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fade.adapter_file import MOST_SCALE, LayerTensors, read_adapter_file, write_adapter_file
 from fade.backbones import denoiser_of
-from fade.base_model import BaseLayer, base_layers, base_name, fingerprint, refuse_merged, same_base, short_digest
+from fade.base_model import (
+    BaseLayer,
+    base_layers,
+    base_name,
+    fingerprint,
+    refuse_merged,
+    refuse_on_disk,
+    same_base,
+    short_digest,
+)
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
 from fade.guards import concept_is_back, put_guards, remove_guards
-from fade.layers import MaskedLoraLayer, execution_device
+from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
 from fade.noise import step_generator
 from fade.tuner import Configurations, FadeConfig, exactly
 from fade_kernels import BitMask, gather_masked
@@ -146,7 +155,8 @@ class Adapter:
     def scales(self) -> dict[str, float]:
         """Strength by layer."""
         return {
-            name: layer.scaling[self.name] * layer.r[self.name] / layer.lora_alpha[self.name]
+            # An alpha of 0 is a file that does nothing at any strength.
+            name: layer.scaling[self.name] * layer.r[self.name] / (layer.lora_alpha[self.name] or 1.0)
             for name, layer in self._require_layers().items()
         }
 
@@ -169,6 +179,7 @@ class Adapter:
             raise FadeError(f"the adapter {self.name!r} is merged already")
         if not self.enabled:
             raise FadeError(f"the adapter {self.name!r} is disabled; enable() it before merging")
+        refuse_on_disk(self.denoiser, "merge the adapter before enable_group_offload")
         for name, layer in layers.items():
             if getattr(_parent(self.denoiser, name), "fused_projections", False):
                 raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before merging")
@@ -216,15 +227,22 @@ class Adapter:
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter to one safetensors file and returns its bytes. Raises FadeError where it cannot."""
-        layers = {}
-        for name, layer in self._require_layers().items():
-            mask, tensors = layer.adapter_tensors(self.name)
-            layers[name] = (
-                LayerTensors(mask, values=tensors[0])
-                if len(tensors) == 1
-                else LayerTensors(mask, factors=(tensors[0], tensors[1]))
-            )
-        return write_adapter_file(path, self.metadata, layers)
+        groups = groups_on_disk(self.denoiser)
+        try:
+            for group in groups:
+                group.onload_()
+            layers = {}
+            for name, layer in self._require_layers().items():
+                mask, tensors = layer.adapter_tensors(self.name)
+                layers[name] = (
+                    LayerTensors(mask, values=tensors[0])
+                    if len(tensors) == 1
+                    else LayerTensors(mask, factors=(tensors[0], tensors[1]))
+                )
+            return write_adapter_file(path, self.metadata, layers)
+        finally:
+            for group in groups:
+                group.offload_()
 
     def __repr__(self) -> str:
         concept = self.metadata.get("concept", {})
@@ -298,7 +316,8 @@ def status(pipeline: Any) -> Status:
     rows = []
     for name, config in getattr(denoiser, "peft_config", {}).items():
         masked = isinstance(config, FadeConfig)
-        layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()]
+        tuners = (m for m in denoiser.modules() if isinstance(m, BaseTunerLayer))
+        layers = [m for m in tuners if name in m._get_available_adapters()]
         states = {
             "merged" if name in m.merged_adapters
             else "on" if name in m.active_adapters and not m.disable_adapters
@@ -459,7 +478,7 @@ def _attach(
                 inject_adapter_in_model(config, denoiser, name)
             if hasattr(denoiser, "_hf_peft_config_loaded"):
                 denoiser._hf_peft_config_loaded = True
-            denoiser.peft_config = Configurations(denoiser.peft_config)
+            _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
             for index, (path, layer) in enumerate(paths.items()):
                 _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
                 if pinned and index == 0:
@@ -527,6 +546,15 @@ def _switches_as_found(denoiser: nn.Module) -> Iterator[None]:
             module._active_adapter, module._disable_adapters = active, disabled
             if isinstance(module, MaskedLoraLayer):
                 module.suspended = suspended
+
+
+def _share_configurations(pipeline: Any, denoiser: nn.Module, configurations: Configurations) -> None:
+    """A PeftModel around the denoiser goes by the same configurations as the denoiser."""
+    denoiser.peft_config = configurations
+    outer = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, denoiser_of(pipeline)[0])
+    for module in outer.modules():
+        if isinstance(module, BaseTuner):
+            module.peft_config = configurations
 
 
 def _discard(denoiser: nn.Module, name: str) -> None:

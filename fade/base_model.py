@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
 from fade.errors import FadeError
-from fade.layers import MASKED_LAYERS, offloaded_to_disk
+from fade.layers import MASKED_LAYERS, groups_on_disk
 
 # Coarsest last: an adapter trained in a wide dtype also fits the same weights loaded in a narrower one.
 _FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -126,6 +126,7 @@ def fingerprint(denoiser: nn.Module, dtypes: Collection[str] | None = None) -> d
     for weights that are offloaded to a disk.
     """
     refuse_merged(denoiser)
+    refuse_on_disk(denoiser, "load or make the adapter before enable_group_offload")
     modules = [(name, module) for name, _, module in own_modules(denoiser) if module._parameters]
     own = _weights_dtype(modules)
     order = list(_FINGERPRINT_DTYPES)
@@ -167,10 +168,6 @@ def _weights(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor
 
 def _weights_dtype(modules: list[tuple[str, nn.Module]]) -> str:
     found = {p.dtype for _, module in modules for p in module._parameters.values() if p is not None}
-    if any(offloaded_to_disk(module) for _, module in modules):
-        raise FadeError(
-            "the denoiser's weights are offloaded to a disk; load or make the adapter before enable_group_offload"
-        )
     if any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in found):
         raise FadeError(
             "the denoiser's weights are stored in 8 bits (layerwise casting or quantisation), so they cannot be told "
@@ -198,8 +195,14 @@ def refuse_merged(denoiser: nn.Module) -> None:
             raise FadeError(f"the adapters {names} are merged into the weights; call unmerge() or unfuse_lora() first")
 
 
+def refuse_on_disk(denoiser: nn.Module, instead: str) -> None:
+    """Raises FadeError, which says what to do `instead`, where diffusers keeps weights in files."""
+    if groups_on_disk(denoiser):
+        raise FadeError(f"the denoiser's weights are offloaded to a disk; {instead}")
+
+
 def refuse_offloaded(denoiser: nn.Module) -> None:
-    """Raises FadeError where the weights are not at hand for training: offloaded piece by piece, or stored in 8 bits."""
+    """Raises FadeError where the weights are not at hand for training: offloaded in pieces, or stored in 8 bits."""
     for _, _, module in own_modules(denoiser):
         for parameter in module._parameters.values():
             if parameter is None:

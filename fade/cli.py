@@ -124,10 +124,22 @@ def unlearn(
         Path | None, typer.Option(metavar="FILE", help="Text file with more such prompts, one a line.")
     ] = None,
     forget_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Images of the concept. Default: sampled from the model itself.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Images of the concept, in subfolders too, with captions in NAME.txt, NAME.caption, metadata.jsonl or "
+            "metadata.csv where there are any. Default: sampled from the model itself.",
+        ),
     ] = None,
     retain_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Images of all else. Default: sampled from the model itself.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Images of all else, likewise. Default: sampled from the model itself."),
+    ] = None,
+    plurals: Annotated[
+        bool | None,
+        typer.Option(
+            "--plurals/--no-plurals", help="Find the concept's English plural in captions, too. Default: only the word."
+        ),
     ] = None,
     keep: Keep = None,
     saliency: Annotated[
@@ -210,6 +222,7 @@ def unlearn(
         config,
         data__forget_images=_text(forget_images),
         data__retain_images=_text(retain_images),
+        data__plurals=plurals,
         locate__keep=keep,
         locate__saliency=saliency,
         locate__scaling=scaling,

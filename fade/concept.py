@@ -1,11 +1,15 @@
 """What is to be forgotten, what takes its place and what must stay: words turned into prompts.
 
 A concept is put into several templates; the surrogate goes into the same ones, so that prompt i of the surrogate
-answers prompt i of the concept. The retain prompts span what the model should keep drawing.
+answers prompt i of the concept. The retain prompts span what the model should keep drawing. In texts that people wrote
+the concept is found as words: `man` is no part of `woman`.
 """
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fade.errors import FadeError
@@ -39,6 +43,9 @@ class Concept:
     retain_prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        for text in (self.forget, self.surrogate, *self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+            if not isinstance(text, str):
+                raise FadeError(f"concept and prompts must be texts, not {text!r}")
         if not self.forget.strip():
             raise FadeError("the concept to forget is empty; name it, e.g. --forget three")
         if self.forget.strip().lower() == self.surrogate.strip().lower():
@@ -62,21 +69,19 @@ def concept_from_words(
     surrogate: str,
     templates: Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
+    plurals: bool = False,
 ) -> Concept:
     """A concept of any model, from templates with one `{}` each.
 
-    `retain` defaults to `RETAIN_PROMPTS`, without those that contain the concept. Raises FadeError for a template
-    without exactly one `{}`, and where concept and surrogate are the same.
+    `retain` defaults to `RETAIN_PROMPTS`, without those that mention the concept (`mentions`, which `plurals` is for).
+    Raises FadeError for a template without exactly one `{}`, for an empty list of templates or retain prompts, and
+    where concept and surrogate are the same.
     """
-    for name, given in (("templates", templates), ("retain", retain)):
-        if isinstance(given, str):
-            raise FadeError(f"{name} must be a list of texts, not one text: {name}=[{given!r}]")
-    templates = tuple(templates) if templates else TEMPLATES
+    templates = _texts("templates", templates) or TEMPLATES
     for template in templates:
         if template.count("{}") != 1:
             raise FadeError(f"a template needs exactly one {{}} where the concept goes, not {template!r}")
-    word = forget.strip().lower()
-    kept = tuple(retain) if retain else tuple(p for p in RETAIN_PROMPTS if not word or word not in p.lower())
+    kept = _texts("retain", retain) or tuple(p for p in RETAIN_PROMPTS if not mentions(p, forget, plurals))
     return Concept(
         forget=forget,
         surrogate=surrogate,
@@ -93,8 +98,7 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
     """
     from fade.digitcanvas import DIGITS, STYLES, prompt
 
-    if isinstance(retain, str):
-        raise FadeError(f"retain must be a list of texts, not one text: retain=[{retain!r}]")
+    kept = _texts("retain", retain)
     for axis, pairs in (
         (DIGITS, lambda word: tuple(prompt(word, style) for style in STYLES)),
         (STYLES, lambda word: tuple(prompt(digit, word) for digit in DIGITS)),
@@ -103,16 +107,139 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
             if surrogate not in axis:
                 raise FadeError(f"the surrogate of {forget!r} must be one of {', '.join(axis)}, not {surrogate!r}")
             others = tuple(prompt(d, s) for d in DIGITS for s in STYLES if forget not in (d, s))
-            return Concept(forget, surrogate, pairs(forget), pairs(surrogate), tuple(retain) if retain else others)
+            return Concept(forget, surrogate, pairs(forget), pairs(surrogate), kept or others)
     raise FadeError(
         f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"
     )
 
 
+def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """A list that the user gave, None where none was. Raises FadeError for one text, no text, and what is no text."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        raise FadeError(f"{name} must be a list of texts, not one text: {name}=[{given!r}]")
+    texts = tuple(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise FadeError(f"{name} must be a list of texts; {text!r} is none")
+    if not texts:
+        raise FadeError(f"{name} is an empty list; give at least one, or leave it out for the default ones")
+    return texts
+
+
+# --- the concept as words --------------------------------------------------------------------------------------------
+
+
+def mentions(text: str, concept: str, plurals: bool = False) -> bool:
+    """Whether a text names the concept as words, whatever their case.
+
+    A word ends where its letters, digits and accents do: at spaces, punctuation, underscores, hyphens and the
+    apostrophe of "cat's" (but not of "can't", which is one word). Between the concept's own words may stand spaces,
+    hyphens or underscores: "Van Gogh" is found in "van-gogh". Scripts without spaces between words (Chinese, Japanese,
+    Thai, …) have no ends to look for. With `plurals` the English plural of the last word counts, too.
+    """
+    return next(_found(text, concept, plurals), None) is not None
+
+
+def substitute(text: str, concept: str, surrogate: str, plurals: bool = False) -> str:
+    """The text with the surrogate in the concept's place wherever it `mentions` it, and everything else as it is (in
+    Unicode's composed form). The plural of the concept becomes that of the surrogate."""
+    text = unicodedata.normalize("NFC", text)
+    parts, end = [], 0
+    for match in _found(text, concept, plurals):
+        parts += [text[end : match.start()], plural(surrogate) if match.lastgroup == "plural" else surrogate]
+        end = match.end()
+    return "".join([*parts, text[end:]])
+
+
+_IRREGULAR_PLURALS = {
+    "man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese",
+    "foot": "feet", "tooth": "teeth", "ox": "oxen", "wolf": "wolves", "knife": "knives", "leaf": "leaves",
+    "wife": "wives", "elf": "elves", "shelf": "shelves", "hero": "heroes", "potato": "potatoes", "tomato": "tomatoes",
+    "sheep": "sheep", "fish": "fish", "deer": "deer", "aircraft": "aircraft",
+}  # fmt: skip
+
+
+def plural(words: str) -> str:
+    """The English plural of a noun phrase, without its indefinite article: "a wild cat" -> "wild cats"."""
+    words = re.sub(r"^an?\s+", "", words.strip(), flags=re.IGNORECASE)
+    start = re.search(r"[^\W_]*$", words).start()
+    last = words[start:]
+    for ending, many in sorted(_IRREGULAR_PLURALS.items(), key=lambda pair: -len(pair[0])):
+        if last.lower() == ending or (ending in ("man", "woman", "child") and last.lower().endswith(ending)):
+            return words[:start] + last[: len(last) - len(ending)] + many
+    if re.search(r"(s|x|z|ch|sh)$", last, re.IGNORECASE):
+        return words + "es"
+    if re.search(r"[^aeiou]y$", last, re.IGNORECASE):
+        return words[:-1] + "ies"
+    return words + "s"
+
+
+def _found(text: str, concept: str, plurals: bool) -> Iterator[re.Match[str]]:
+    pattern = _pattern(concept, plurals)
+    text = unicodedata.normalize("NFC", text)
+    position = 0
+    while pattern is not None and (match := pattern.search(text, position)):
+        if _stands_alone(text, match.start(), match.end()):
+            yield match
+            position = match.end()
+        else:
+            position = match.start() + 1
+
+
+@lru_cache(maxsize=256)
+def _pattern(concept: str, plurals: bool) -> re.Pattern[str] | None:
+    """The concept's spellings, wherever they stand; None for a concept without any word."""
+    forms = {"plural": plural(concept), "own": concept} if plurals else {"own": concept}
+    spellings = []
+    for name, form in forms.items():
+        words = [word for word in re.split(rf"[\s{_HYPHENS}]+", unicodedata.normalize("NFC", form)) if word]
+        if not words:
+            return None
+        spelt = rf"[\s{_HYPHENS}]+".join(re.sub("['’ʼ]", "['’ʼ]", re.escape(word)) for word in words)
+        spellings.append(f"(?P<{name}>{spelt})")
+    return re.compile("|".join(spellings), re.IGNORECASE)
+
+
+_HYPHENS = "_\\-\u2010-\u2015\u2212"
+_APOSTROPHES = "'’ʼ"
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] begins and ends where words do."""
+    if start > 0 and _one_word(text[start - 1], text[start]):
+        return False
+    rest = text[end:]
+    if not rest:
+        return True
+    if rest[0] in _APOSTROPHES and _is_letter(text[end - 1]):
+        contraction = re.match(r"[^\W\d_]*", rest[1:]).group()
+        return contraction.lower() in ("", "s")
+    return not _one_word(text[end - 1], rest[0])
+
+
+def _one_word(left: str, right: str) -> bool:
+    return _is_letter(left) and _is_letter(right) and not (_is_unspaced(left) or _is_unspaced(right))
+
+
+def _is_letter(character: str) -> bool:
+    """Letters, digits, and the marks that some scripts write their vowels with."""
+    return unicodedata.category(character)[0] in "LMN"
+
+
+def _is_unspaced(character: str) -> bool:
+    """Whether it belongs to a script that writes words without spaces, or particles (Korean) without."""
+    return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+_UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     """Prompts from a text file, one a line; empty lines are skipped. Raises FadeError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FadeError(f"cannot read the prompts in {path}: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())

@@ -33,16 +33,24 @@ class DataConfig:
     """Where the forget and the retain latents come from.
 
     Without image folders they are sampled from the frozen model itself, from the prompts: no data set is needed.
+    Folders are read with their subfolders and captions (`fade.images`). A forget image is trained with the first line
+    of its caption that names the concept, else with a template; a retain image with the first line of its caption,
+    else with a retain prompt. (Trainers that read several lines take them for several captions, too, and use the first
+    or a random one.) Retain images whose caption names the concept in any line are left out, with a warning.
     """
 
     forget_images: str | None = None
-    """Folder of images that show the concept; None samples them from the frozen model."""
+    """Folder of images that show the concept, with its subfolders; None samples them from the frozen model."""
     retain_images: str | None = None
-    """Folder of images of everything else; None samples them from the frozen model."""
+    """Folder of images of everything else, with its subfolders; None samples them from the frozen model."""
     forget_samples: int = 48
-    """Forget latents to sample, or the most images to read from the folder."""
+    """Forget latents to sample, or the most images to read from the folder, spread evenly over it. Every prompt is
+    trained with: where there are more prompts than samples, neighbours in the list share a latent."""
     retain_samples: int = 96
-    """Retain latents to sample, or the most images to read from the folder."""
+    """Retain latents to sample, or the most images to read from the folder, spread evenly over it. Every retain prompt
+    is trained with: where there are more prompts than samples, neighbours in the list share a latent (teacher and
+    student see the same one, so it need not show the prompt); where there are more prompts than images without a
+    caption, those images are used again. Where every image has a caption, the retain prompts are not needed."""
     sampling_steps: int = 10
     """Denoising steps a sampled latent takes; only its rough content matters, it is noised again in training."""
     guidance_scale: float = 3.0
@@ -51,6 +59,9 @@ class DataConfig:
     """Images sampled or encoded at once."""
     resolution: int | None = None
     """Side in pixels of images read or sampled; None takes the model's own."""
+    plurals: bool = False
+    """Take the concept's English plural for the concept, too, in captions and in the default retain prompts. Off by
+    default: names of people and styles have none, and what is no plural ("glass", "news") may look like one."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What a model with a masked adapter on it must not do in silence: be saved, lose its adapters, or fuse projections past
-them. The guards stand in place of three of diffusers' methods on the model while an adapter is attached.
+"""What a model with a masked adapter on it must not do in silence: be saved, lose its adapters, or fuse projections
+past them. The guards stand in place of three of diffusers' methods on the model while an adapter is attached.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from fade.tuner import FadeConfig
 
 def in_force(model: nn.Module) -> dict[str, str]:
     """The FADE adapters that act on the model now without being merged, and what each forgets."""
-    configs = getattr(model, "peft_config", {})
     acting = {name for layer in model.modules() if isinstance(layer, MaskedLoraLayer) for name in layer.acting()}
-    return {name: config.forgets for name, config in configs.items() if isinstance(config, FadeConfig) and name in acting}
+    configs = {name: config for name, config in getattr(model, "peft_config", {}).items() if name in acting}
+    return {name: config.forgets for name, config in configs.items() if isinstance(config, FadeConfig)}
 
 
 def concept_is_back(name: str, forgets: str) -> str:

@@ -4,9 +4,9 @@ there are none. Made once and kept in a file, which a rerun with the same reques
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -16,13 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fade.backbones import Backbone
-from fade.concept import Concept
+from fade.cache_key import file_digest, library_versions, pipeline_digests, tensor_digest
+from fade.concept import Concept, mentions, substitute
 from fade.config import DataConfig
 from fade.errors import FadeError
 from fade.files import atomic_write
-from fade.progress import track
+from fade.images import Picture, PictureFolder, find_pictures, listed, read_square, shown
+from fade.progress import progress_bar, tell
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MOST_PIXELS_AT_ONCE = 2**21
+"""Pixels of images encoded at once: 8 images of 512 x 512, for which the VAE takes about 3 GB in float32."""
+
+_FORMAT = 2
+"""Of cache files and of what is read from a picture or a caption; another one is made again."""
 
 
 @dataclass(frozen=True)
@@ -51,48 +57,129 @@ def prepare_latents(
 ) -> Latents:
     """The latents for a request, from `cache` where it holds the same request's.
 
-    `fingerprint` names the base weights. Raises FadeError for a missing or empty image folder and where no image in it
-    can be read; images that cannot be read are skipped with one warning that names them.
+    `fingerprint` names the base weights. With `progress`, what was found in image folders is told on stderr. Warns
+    once each of images that cannot be read or whose caption speaks against their use, of retain prompts that name the
+    concept, and of a damaged cache, which is made again. Raises FadeError for a missing or empty image folder, a
+    caption or metadata file that cannot be read, and where no image is left.
     """
-    key = _request_key(backbone, concept, config, seed, fingerprint)
-    if cache is not None and (found := _load(cache, key, backbone)) is not None:
-        return found
-    forget, forget_prompts, surrogate_prompts = _forget_latents(backbone, concept, config, seed, progress)
-    retain, retain_prompts = _retain_latents(backbone, concept, config, seed, progress)
+    naming = [prompt for prompt in concept.retain_prompts if mentions(prompt, concept.forget, config.plurals)]
+    if naming:
+        warnings.warn(
+            f"{len(naming)} of {len(concept.retain_prompts)} retain prompts name {concept.forget!r}, which is to be "
+            f"forgotten: {listed([repr(prompt) for prompt in naming])}; they hold the concept in place",
+            stacklevel=2,
+        )
+    forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
+    retain_folder = _find(config.retain_images, config.forget_images, "retain", config.retain_samples, progress)
+    key = ""
+    if cache is not None:
+        key = request_key(backbone, concept, config, seed, fingerprint, forget_folder, retain_folder)
+        if (found := _load(cache, key, backbone)) is not None:
+            return found
+    forget, forget_prompts, surrogate_prompts = _forget_latents(
+        backbone, concept, config, seed, forget_folder, progress
+    )  # fmt: skip
+    retain, retain_prompts = _retain_latents(backbone, concept, config, seed, retain_folder, progress)
     latents = Latents(forget, forget_prompts, surrogate_prompts, retain, retain_prompts)
     if cache is not None:
         _save(cache, key, latents)
     return latents
 
 
+def _find(folder: str | None, other: str | None, kind: str, most: int, progress: bool) -> PictureFolder | None:
+    """What is in a folder of images, told and warned of; the other folder may lie in it and is then no part of it."""
+    if folder is None:
+        return None
+    if other is not None and Path(folder).resolve() == Path(other).resolve():
+        raise FadeError(f"forget and retain images are in the same folder {folder}; give each a folder of its own")
+    found = find_pictures(folder, leave_out=other)
+    tell(f"{kind} images in {folder}: {found.summary(most)}", progress)
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=3)
+    return found
+
+
 def _forget_latents(
-    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, progress: bool
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder | None, progress: bool
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-    pairs = cycle(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
-    if config.forget_images is None:
-        forget_prompts, surrogate_prompts = zip(*islice(pairs, config.forget_samples), strict=True)
-        latents = _sample(backbone, forget_prompts, config, 2 * seed, progress, "sampling forget latents")
+    pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
+    if folder is None:
+        sampled, latent_of = _spread(len(pairs), config.forget_samples)
+        drawn = [pairs[i][0] for i in sampled]
+        latents = _sample(backbone, drawn, config, 2 * seed, progress, "sampling forget latents")[latent_of]
+        forget_prompts, surrogate_prompts = zip(*(pairs[i % len(pairs)] for i in range(len(latents))), strict=True)
         return latents, forget_prompts, surrogate_prompts
 
-    latents, captions = _read(backbone, config.forget_images, config.forget_samples, config, seed, progress)
-    forget_prompts, surrogate_prompts = [], []
-    for caption, (forget_prompt, surrogate_prompt) in zip(captions, pairs, strict=False):
-        if caption is not None and concept.forget in caption:
-            forget_prompt, surrogate_prompt = caption, caption.replace(concept.forget, concept.surrogate)
-        forget_prompts.append(forget_prompt)
-        surrogate_prompts.append(surrogate_prompt)
-    return latents, tuple(forget_prompts), tuple(surrogate_prompts)
+    latents, captions = _read(backbone, folder, config.forget_samples, config, seed, progress)
+    named = [next((line for line in c if mentions(line, concept.forget, config.plurals)), None) for c in captions]
+    answers = {line: substitute(line, concept.forget, concept.surrogate, config.plurals) for line in named if line}
+    cut_off = {line for line, same in zip(answers, _read_as_the_same(backbone, answers), strict=True) if same}
+    chosen = [
+        pair if line is None or line in cut_off else (line, answers[line])
+        for line, pair in zip(named, cycle(pairs), strict=False)
+    ]
+    for many, why in (
+        (sum(line is None and bool(caption) for line, caption in zip(named, captions, strict=True)), "do not name"),
+        (sum(line in cut_off for line in named), "name only behind what the text encoder reads"),
+    ):
+        if many:
+            warnings.warn(
+                f"{many} of {sum(map(bool, captions))} captions in {folder.folder} {why} {concept.forget!r}; their "
+                "images are trained with the templates instead",
+                stacklevel=3,
+            )
+    forget_prompts, surrogate_prompts = zip(*chosen, strict=True)
+    return latents, forget_prompts, surrogate_prompts
+
+
+def _read_as_the_same(backbone: Backbone, answers: Mapping[str, str]) -> list[bool]:
+    """For each caption whether the text encoder cannot tell it from its answer: the concept is beyond its tokens."""
+    if not answers:
+        return []
+    captions, surrogates = backbone.encode_prompts([*answers, *answers.values()]).chunk(2)
+    return [torch.equal(caption, surrogate) for caption, surrogate in zip(captions, surrogates, strict=True)]
 
 
 def _retain_latents(
-    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, progress: bool
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder | None, progress: bool
 ) -> tuple[Tensor, tuple[str, ...]]:
-    if config.retain_images is None:
-        prompts = tuple(islice(cycle(concept.retain_prompts), config.retain_samples))
-        return _sample(backbone, prompts, config, 2 * seed + 1, progress, "sampling retain latents"), prompts
-    latents, captions = _read(backbone, config.retain_images, config.retain_samples, config, seed, progress)
-    prompts = tuple(c or p for c, p in zip(captions, cycle(concept.retain_prompts), strict=False))
-    return latents, prompts
+    prompts = concept.retain_prompts
+    if folder is None:
+        sampled, latent_of = _spread(len(prompts), config.retain_samples)
+        drawn = [prompts[i] for i in sampled]
+        latents = _sample(backbone, drawn, config, 2 * seed + 1, progress, "sampling retain latents")[latent_of]
+        return latents, tuple(prompts[i % len(prompts)] for i in range(len(latents)))
+
+    def names_the_concept(picture: Picture) -> bool:
+        return any(mentions(line, concept.forget, config.plurals) for line in picture.caption)
+
+    naming = [picture.name for picture in folder.pictures if names_the_concept(picture)]
+    if naming:
+        warnings.warn(
+            f"left out {len(naming)} of {len(folder.pictures)} images in {folder.folder} whose captions name "
+            f"{concept.forget!r}, which is to be forgotten: {listed(naming)}",
+            stacklevel=3,
+        )
+    latents, captions = _read(backbone, folder, config.retain_samples, config, seed, progress, names_the_concept)
+    used = [caption[0] if caption else prompt for caption, prompt in zip(captions, cycle(prompts), strict=False)]
+    without = [i for i, caption in enumerate(captions) if not caption]
+    if without:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in set(used)]
+        again = [without[i % len(without)] for i in range(len(missing))]
+        latents, used = torch.cat([latents, latents[again]]), [*used, *missing]
+    return latents, tuple(used)
+
+
+def _spread(prompts: int, samples: int) -> tuple[list[int], list[int]]:
+    """Which prompt each sample is drawn with, and which sample each entry of the training set takes.
+
+    With enough samples the prompts take turns and entry i is sample i. With fewer there is an entry for each prompt,
+    and prompts that are neighbours in the list share the sample of the first of them.
+    """
+    if samples >= prompts:
+        return [i % prompts for i in range(samples)], list(range(samples))
+    sample_of = [i * samples // prompts for i in range(prompts)]
+    return [sample_of.index(sample) for sample in range(samples)], sample_of
 
 
 def _sample(
@@ -112,91 +199,138 @@ def _sample(
     )
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder, sorted by name. Raises FadeError where it is missing or has none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FadeError(f"there is no image folder {folder}")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise FadeError(f"the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return files
-
-
 def _read(
-    backbone: Backbone, folder: str, most: int, config: DataConfig, seed: int, progress: bool
-) -> tuple[Tensor, list[str | None]]:
-    """Latents of a folder's images and their captions (from `name.txt` beside `name.png`, None where there is none)."""
-    images, captions, unreadable = [], [], []
-    for path in image_files(folder):
-        if len(images) == most:
-            break
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            unreadable.append(path.name)
-            continue
-        sidecar = path.with_suffix(".txt")
-        try:
-            captions.append(sidecar.read_text(encoding="utf-8").strip() or None if sidecar.is_file() else None)
-        except (OSError, UnicodeDecodeError) as error:
-            raise FadeError(f"cannot read the caption {sidecar}: {error}; write it in UTF-8 or remove it") from error
-    if not images:
-        raise FadeError(f"none of the {len(unreadable)} images in {folder} can be read; are they really images?")
-    if unreadable:
-        shown = ", ".join(unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
-        warnings.warn(f"skipped {len(unreadable)} unreadable image(s) in {folder}: {shown}", stacklevel=2)
+    backbone: Backbone,
+    folder: PictureFolder | str,
+    most: int,
+    config: DataConfig,
+    seed: int,
+    progress: bool,
+    leave_out: Callable[[Picture], bool] = lambda picture: False,
+) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """Latents of up to `most` of a folder's images, without those to leave out, and the lines of their captions.
+
+    Images are read, made small and encoded batch by batch, so that memory depends neither on how many nor on how
+    large they are.
+    """
+    found = folder if isinstance(folder, PictureFolder) else find_pictures(folder)
+    side = backbone.side(config.resolution)
+    batch_size = max(1, min(config.batch_size, MOST_PIXELS_AT_ONCE // side**2))
     generator = torch.Generator().manual_seed(seed)
-    starts = range(0, len(images), config.batch_size)
-    parts = [
-        backbone.encode_images(images[start : start + config.batch_size], config.resolution, generator)
-        for start in track(starts, f"encoding {Path(folder).name}", progress)
-    ]
+    candidates = [picture for picture in found.order(most) if not leave_out(picture)]
+    if not candidates:
+        raise FadeError(f"every image in {found.folder} is left out for its caption; add images of what must stay")
+    parts: list[Tensor] = []
+    captions: list[tuple[str, ...]] = []
+    batch: list[Image.Image] = []
+    unreadable: dict[str, str] = {}
+    with progress_bar(f"encoding {found.folder.name}", min(most, len(candidates)), progress) as advance:
+        for picture in candidates:
+            try:
+                batch.append(read_square(picture.path, side))
+            except Exception as error:  # decoders raise anything for broken files
+                unreadable[picture.name] = (str(error).splitlines() or [type(error).__name__])[0]
+                continue
+            captions.append(picture.caption)
+            advance()
+            if len(batch) == batch_size or len(captions) == most:
+                parts.append(backbone.encode_images(batch, config.resolution, generator))
+                batch = []
+            if len(captions) == most:
+                break
+    if batch:
+        parts.append(backbone.encode_images(batch, config.resolution, generator))
+    if unreadable:
+        named = f"{listed(unreadable)}; of the first: {shown(next(iter(unreadable.values())))}"
+        if not parts:
+            raise FadeError(
+                f"none of the {len(unreadable)} images in {found.folder} can be read; are they really images? {named}"
+            )
+        warnings.warn(f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {named}", stacklevel=2)
     return torch.cat(parts), captions
 
 
-def _request_key(backbone: Backbone, concept: Concept, config: DataConfig, seed: int, fingerprint: str) -> str:
-    """A digest of everything the latents depend on."""
-    images = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for folder in (config.forget_images, config.retain_images)
-        if folder is not None
-        for path in image_files(folder)
-    ]
-    request = [
-        fingerprint, str(backbone.dtype), vars(concept), vars(config), seed, images,
-        type(backbone.pipeline.scheduler).__name__,
-    ]  # fmt: skip
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def request_key(
+    backbone: Backbone,
+    concept: Concept,
+    config: DataConfig,
+    seed: int,
+    fingerprint: str,
+    forget_folder: PictureFolder | None = None,
+    retain_folder: PictureFolder | None = None,
+) -> str:
+    """A digest of everything the latents depend on: the prompts and settings, the content of pictures and captions, the
+    denoiser (`fingerprint`) and every other part of the pipeline that they go through, and the libraries."""
+    settings = {name: value for name, value in vars(config).items() if name not in ("forget_images", "retain_images")}
+    request = {
+        "format": _FORMAT,
+        "denoiser": fingerprint,
+        "dtype": str(backbone.dtype),
+        "pipeline": pipeline_digests(backbone.pipeline),
+        "libraries": library_versions(),
+        "concept": vars(concept),
+        "settings": settings,
+        "seed": seed,
+        "forget": forget_folder and _contents(forget_folder, config.forget_samples),
+        "retain": retain_folder and _contents(retain_folder, config.retain_samples),
+    }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+def _contents(folder: PictureFolder, most: int) -> list[tuple[str, tuple[str, ...], str]]:
+    """The name, caption and content of each picture. Pictures beyond those that are read first go by size and time of
+    change: they only stand in for unreadable ones, and a folder may hold very many."""
+    contents = []
+    for index, picture in enumerate(folder.order(most)):
+        if index < most:
+            content = file_digest(picture.path)
+        else:
+            state = picture.path.lstat()
+            content = f"{state.st_size} {state.st_mtime_ns}"
+        contents.append((picture.name, picture.caption, content))
+    return contents
+
+
 def _load(cache: Path, key: str, backbone: Backbone) -> Latents | None:
+    """The latents of the request `key`; None where the file holds another's, or, with a warning, is damaged."""
     if not cache.is_file():
         return None
     try:
-        with safe_open(cache, framework="pt", device=str(backbone.device)) as file:
+        with safe_open(cache, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("request") != key:
                 return None
-            prompts = json.loads(metadata["prompts"])
-            return Latents(
-                file.get_tensor("forget"),
-                tuple(prompts["forget"]),
-                tuple(prompts["surrogate"]),
-                file.get_tensor("retain"),
-                tuple(prompts["retain"]),
-            )
-    except (SafetensorError, KeyError, json.JSONDecodeError):
-        return None  # a damaged cache costs a resampling, nothing else
+            # Copies, because what safetensors gives is the file itself, mapped into memory.
+            forget, retain = file.get_tensor("forget").clone(), file.get_tensor("retain").clone()
+        if metadata["content"] != _content(forget, retain, metadata["prompts"]):
+            raise ValueError("its content is not what was written")
+        prompts = {kind: tuple(texts) for kind, texts in json.loads(metadata["prompts"]).items()}
+        device = backbone.device
+        return Latents(
+            forget.to(device), prompts["forget"], prompts["surrogate"], retain.to(device), prompts["retain"]
+        )  # fmt: skip
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"the cached latents in {cache} are damaged and are made again: {told}", stacklevel=3)
+        return None
 
 
 def _save(cache: Path, key: str, latents: Latents) -> None:
-    prompts = {
-        "forget": latents.forget_prompts,
-        "surrogate": latents.surrogate_prompts,
-        "retain": latents.retain_prompts,
-    }
-    tensors = {"forget": latents.forget.contiguous(), "retain": latents.retain.contiguous()}
+    prompts = json.dumps(
+        {
+            "forget": latents.forget_prompts,
+            "surrogate": latents.surrogate_prompts,
+            "retain": latents.retain_prompts,
+        }
+    )
+    forget, retain = (latent.cpu().contiguous() for latent in (latents.forget, latents.retain))
+    metadata = {"request": key, "prompts": prompts, "content": _content(forget, retain, prompts)}
     with atomic_write(cache) as temporary:
-        save_file(tensors, temporary, metadata={"request": key, "prompts": json.dumps(prompts)})
+        save_file({"forget": forget, "retain": retain}, temporary, metadata=metadata)
+
+
+def _content(forget: Tensor, retain: Tensor, prompts: str) -> str:
+    return hashlib.sha256((tensor_digest(forget, retain) + prompts).encode()).hexdigest()

@@ -83,9 +83,8 @@ class MaskBuffer(nn.Module):
         super().__init__()
         self.shape = mask.shape
         self.register_buffer("words", mask.words)
-        self.register_buffer(
-            "scale", torch.tensor(scale, dtype=torch.float32, device=mask.device), persistent=False
-        )
+        # No buffer: what offloading writes to a disk once, it brings back as it was then.
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=mask.device)
         self._mask, self._exact_scale = mask, scale
 
     def set_scale(self, scale: float) -> None:
@@ -95,7 +94,7 @@ class MaskBuffer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskBuffer":
         super()._apply(fn, recurse)
-        self.scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=self.scale.device)
+        self.scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=self.words.device)
         return self
 
     def _load_from_state_dict(
@@ -123,10 +122,8 @@ class MaskBuffer(nn.Module):
         """The mask and the scale, for one product; called, so that an offloading hook fetches them."""
         if not is_hooked(self):
             return self.mask, self.scale
-        # The hook puts other memory under the buffers as soon as this returns, and brings back the scale it knew.
-        words = self.words.view(self.words.shape)
-        scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=words.device)
-        return BitMask.from_words(words, self.shape), scale
+        # The hook puts other memory under the buffer as soon as this returns.
+        return BitMask.from_words(self.words.view(self.words.shape), self.shape), self.scale
 
 
 class _Scaling(dict[str, float]):
@@ -385,7 +382,7 @@ class MaskedLoraLayer:
     def _merge_one(self, name: str, safe_merge: bool, held: bool) -> None:
         base = self.get_base_layer()
         weight = base.weight
-        if weight.device.type == "meta" or offloaded_to_disk(base):
+        if weight.device.type == "meta" or groups_on_disk(base):
             raise ValueError(
                 f"the adapter {name!r} cannot be merged while the weights are offloaded; load it into the pipeline "
                 "before offloading and merge it there, or take the offloading off"
@@ -628,9 +625,9 @@ def execution_device(base: nn.Module) -> torch.device:
     return device
 
 
-def offloaded_to_disk(base: nn.Module) -> bool:
-    """Whether diffusers' group offloading keeps the layer's weight in a file, so that its memory holds nothing."""
-    registry = getattr(base, "_diffusers_hook", None)
-    hook = registry.get_hook("group_offloading") if registry is not None else None
-    return getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
-
+def groups_on_disk(model: nn.Module) -> list[Any]:
+    """diffusers' groups of parameters that lie in files: outside a forward their memory holds nothing."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
+    groups = (getattr(hook, "group", None) for hook in hooks)
+    return [group for group in groups if getattr(group, "offload_to_disk_path", None) is not None]

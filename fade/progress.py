@@ -1,6 +1,7 @@
-"""Progress bars: one look for every long loop, drawn only where somebody watches."""
+"""Progress bars, and remarks between them: one look for every long loop, drawn only where somebody watches."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -33,3 +34,9 @@ def track(items: Sequence[T], description: str, enabled: bool) -> Iterator[T]:
         for item in items:
             yield item
             advance()
+
+
+def tell(remark: str, enabled: bool) -> None:
+    """One line beside the bars, on stderr."""
+    if enabled:
+        print(remark, file=sys.stderr)

@@ -54,9 +54,9 @@ class FadeConfig(LoraConfig):
 class FadeModel(lora.LoraModel):
     """LoRA's tuner with masked layers.
 
-    In a state dict that PEFT hands out for a file (`get_peft_model_state_dict`), factors (and values) are transposed: A [K, r] and
-    B [r, N], beside the mask's words. A loader that knows no masks then finds shapes that fit no LoRA of the layer and
-    fails, where under the usual shapes it would attach a dense adapter that nobody trained.
+    In a state dict that PEFT hands out for a file (`get_peft_model_state_dict`), factors and values are transposed:
+    A [K, r] and B [r, N], beside the mask's words. A loader that knows no masks then finds shapes that fit no LoRA of
+    the layer and fails, where under the usual shapes it would attach a dense adapter that nobody trained.
     """
 
     def _create_and_replace(
@@ -89,31 +89,51 @@ class FadeModel(lora.LoraModel):
         state_dict = {key: _transposed(key, tensor) for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **_: Any
-    ) -> None:
-        """Σ w_i s_i Δ_i as one adapter in the values form, on the union of the masks: exact for every way to combine
-        that adds (`cat`, `linear`, `svd`). Raises ValueError for those that prune (`ties`, `dare_…`)."""
-        if adapter_name in self.peft_config:
-            return
-        if combination_type not in ("cat", "linear", "svd"):
-            raise ValueError(f"masked adapters can be added up exactly, not combined by {combination_type!r}: use 'cat'")
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or len(adapters) != len(weights):
-            raise ValueError(f"no such adapters: {unknown}" if unknown else "there must be one weight for each adapter")
-        layers = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, MaskedLoraLayer) and any(adapter in layer.lora_mask for adapter in adapters)
-        }
-        first = self.peft_config[adapters[0]]
-        self.peft_config[adapter_name] = replace(
-            first, r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, target_modules=exactly(layers),
-            lora_bias=False, use_rslora=False,
-        )  # fmt: skip
-        self.inject_adapter(self.model, adapter_name)
-        for layer in layers.values():
-            layer.set_values(adapter_name, *weighted_sum(layer, adapters, weights))
+
+_add_weighted_adapter_of_peft = lora.LoraModel.add_weighted_adapter
+
+
+def _add_weighted_adapter(
+    self: lora.LoraModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
+    **options: Any,
+) -> None:  # fmt: skip
+    """PEFT's `add_weighted_adapter`; for masked adapters Σ w_i s_i Δ_i in the values form, on the union of the masks.
+
+    That is exact for every way to combine that adds (`cat`, `linear`, `svd`). Raises ValueError for those that prune
+    (`ties`, `dare_…`), and where only some of the adapters have a mask.
+    """
+    layers = {
+        name: layer
+        for name, layer in self.model.named_modules()
+        if isinstance(layer, lora.LoraLayer) and any(adapter in layer.lora_A for adapter in adapters)
+    }
+    masked = {
+        adapter: [adapter in getattr(layer, "lora_mask", ()) for layer in layers.values() if adapter in layer.lora_A]
+        for adapter in adapters
+    }
+    if not any(any(kinds) for kinds in masked.values()):
+        _add_weighted_adapter_of_peft(self, adapters, weights, adapter_name, combination_type, **options)
+        return
+    if adapter_name in self.peft_config:
+        return
+    unmasked = [adapter for adapter, kinds in masked.items() if not (kinds and all(kinds))]
+    if unmasked:
+        raise ValueError(f"the adapter {unmasked[0]!r} does not exist or has no mask: it adds up with no masked one")
+    if combination_type not in ("cat", "linear", "svd"):
+        raise ValueError(f"masked adapters are added up exactly (cat), not combined by {combination_type!r}")
+    if len(adapters) != len(weights):
+        raise ValueError(f"there must be one weight for each of {len(adapters)} adapters, not {len(weights)}")
+    self.peft_config[adapter_name] = replace(
+        self.peft_config[adapters[0]], r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, use_rslora=False,
+        target_modules=exactly(layers),
+    )  # fmt: skip
+    self.inject_adapter(self.model, adapter_name)
+    for layer in layers.values():
+        layer.set_values(adapter_name, *weighted_sum(layer, adapters, weights))
+
+
+# PEFT's own reads factors past the layers that own them, and would make a dense adapter of masked ones.
+lora.LoraModel.add_weighted_adapter = _add_weighted_adapter
 
 
 def weighted_sum(layer: MaskedLoraLayer, adapters: Sequence[str], weights: Sequence[float]) -> tuple[BitMask, Tensor]:

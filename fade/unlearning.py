@@ -77,8 +77,9 @@ def unlearn(
     if not isinstance(output, str | os.PathLike | None):
         raise FadeError(f"output must be a folder's path, not {output!r}"[:200])
     backbone = backbone_for(pipeline)
+    backbone.check_trainable()
     if concept is None:
-        concept = _concept(pipeline, forget, surrogate, templates, retain)
+        concept = _concept(pipeline, forget, surrogate, templates, retain, config.data.plurals)
     else:
         given = {"forget": forget, "surrogate": surrogate, "templates": templates, "retain": retain}
         _check_concept(concept, [name for name, value in given.items() if value is not None])
@@ -222,12 +223,13 @@ def _concept(
     surrogate: str | None,
     templates: Sequence[str] | None,
     retain: Sequence[str] | None,
+    plurals: bool,
 ) -> Concept:
     if forget is None or surrogate is None:
         raise FadeError("name the concept to forget and its surrogate, e.g. forget='three', surrogate='eight'")
     if templates is None and is_digitcanvas(pipeline):
         return digitcanvas_concept(forget, surrogate, retain)
-    return concept_from_words(forget, surrogate, templates, retain)
+    return concept_from_words(forget, surrogate, templates, retain, plurals)
 
 
 def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:

@@ -1,21 +1,26 @@
 """Stable Diffusion 1.x and 2.x (and the bundled DigitCanvas): a UNet with cross-attention on one text encoder.
 
 Noise-prediction and velocity-prediction models alike, with whatever scheduler the pipeline carries: training follows
-the scheduler's betas (DDPM's closed form), sampling calls the pipeline itself.
+the scheduler's betas (`ddpm.py`), sampling calls the pipeline itself.
 """
 
 import contextlib
+import copy
+import functools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import ConsistencyDecoderVAE, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from fade.backbones.ddpm import training_schedule
+from fade.backbones.parts import execution_device, is_managed, tensors, unwrapped
 from fade.errors import FadeError
+from fade.images import square
 from fade.progress import track
 
 _tokenizing = threading.Lock()
@@ -25,37 +30,91 @@ MOST_PIXELS = 8192
 """Side of an image; attention over more takes more memory than there is."""
 
 
+DISTILLED_GUIDANCE = 8.5
+"""The guidance scale that a distilled denoiser (LCM: `time_cond_proj_dim`) is told while it is trained: the one that
+LatentConsistencyModelPipeline draws with unless told otherwise."""
+
+_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
 class StableDiffusionBackbone:
     """What the two stages need of a StableDiffusionPipeline. Holds no state of its own but the noise schedule.
 
-    Latents are [n, 4, H/f, W/f] and prompt embeddings [n, tokens, width], both in the denoiser's dtype and on its
-    device; timesteps are int64 in [0, num_timesteps).
+    Latents are [n, 4, H/f, W/f] and prompt embeddings [n, tokens, width], both in the denoiser's dtype and on the
+    device it computes on; timesteps are int64 in [0, num_timesteps). Raises FadeError for a denoiser that needs more
+    than noised latents, a timestep and a prompt: such a pipeline takes adapters, but cannot be unlearned here.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.num_timesteps: int = self.schedule.config.num_train_timesteps
+        if not isinstance(self.denoiser, UNet2DConditionModel):
+            raise FadeError(
+                f"{type(pipeline).__name__} has no UNet2DConditionModel as its unet, so it cannot be used here"
+            )
+        _refuse_other_inputs(self.denoiser, pipeline.vae)
+
+    @staticmethod
+    def has_its_parts(parts: Mapping[str, str]) -> bool:
+        """Whether a pipeline whose parts have these classes, by name, is made of Stable Diffusion's."""
+        return parts.keys() >= set(_PARTS) and parts["unet"] == "UNet2DConditionModel" and "text_encoder_2" not in parts
+
+    @staticmethod
+    def text_to_image(pipeline: Any) -> StableDiffusionPipeline | None:
+        """A text-to-image pipeline of the same parts as an image-to-image, inpainting, ControlNet, … pipeline of Stable
+        Diffusion; None for a pipeline of another family."""
+        found = getattr(pipeline, "components", {})
+        classes = {name: type(part).__name__ for name, part in found.items()}
+        if isinstance(unet := found.get("unet"), nn.Module) and isinstance(unwrapped(unet), UNet2DConditionModel):
+            classes["unet"] = UNet2DConditionModel.__name__
+        if not StableDiffusionBackbone.has_its_parts(classes):
+            return None
+        parts = {name: found[name] for name in _PARTS}
+        # Its constructor rewrites the config of a scheduler that it finds outdated, so it is shown a copy.
+        given = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
+        whole = StableDiffusionPipeline(
+            **given, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        whole.scheduler = parts["scheduler"]
+        return whole
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.pipeline.unet
+        """The UNet itself, also where torch.compile or data parallelism wraps it; `predict` calls the wrapper."""
+        return unwrapped(self.pipeline.unet) if self.pipeline.unet is not None else None
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        return execution_device(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
 
+    @functools.cached_property
+    def schedule(self) -> DDPMScheduler:
+        """The noise levels and the prediction type to train with. Raises FadeError where the scheduler states none."""
+        return training_schedule(self.pipeline.scheduler)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.schedule.alphas_cumprod)
+
+    def check_trainable(self) -> None:
+        """Raises FadeError where the pipeline's scheduler cannot be trained with."""
+        _ = self.schedule
+
     @property
     def resolution(self) -> int:
-        """Side in pixels of the images the model was trained on."""
+        """Side in pixels of the images the model was trained on. Raises FadeError where its config does not say."""
         size = self.denoiser.config.sample_size
-        return (size if isinstance(size, int) else size[0]) * self.pipeline.vae_scale_factor
+        if size is None:
+            raise FadeError(
+                "the UNet's config has no sample_size, so the model's resolution is unknown; set the resolution "
+                "(data.resolution), or pipeline.unet.register_to_config(sample_size=PIXELS // 8)"
+            )
+        return (size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor
 
-    def _side(self, resolution: int | None) -> int:
+    def side(self, resolution: int | None) -> int:
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.pipeline.vae_scale_factor
         if side % least or side > MOST_PIXELS:
@@ -64,39 +123,50 @@ class StableDiffusionBackbone:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Embeddings [len(prompts), tokens, width]."""
-        parts = []
+        """Embeddings [len(prompts), tokens, width]; textual-inversion tokens count. Raises FadeError where the pipeline
+        was loaded without a text encoder."""
+        text_encoder = self._part("text_encoder")
+        self._part("tokenizer")
+        device, parts = execution_device(text_encoder), []
         for start in range(0, len(prompts), batch_size):
             with _tokenizing:
                 embeddings, _ = self.pipeline.encode_prompt(
-                    list(prompts[start : start + batch_size]), self.device, 1, do_classifier_free_guidance=False
+                    list(prompts[start : start + batch_size]), device, 1, do_classifier_free_guidance=False
                 )
-            parts.append(embeddings.to(self.dtype))
+            parts.append(embeddings.to(self.device, self.dtype))
         return torch.cat(parts)
 
     @torch.no_grad()
     def encode_images(
         self, images: Sequence[Image.Image], resolution: int | None, generator: torch.Generator
     ) -> Tensor:
-        """Latents of images, resized and centre-cropped to `resolution`. The VAE runs in float32: in float16 it
-        overflows."""
-        side = self._side(resolution)
+        """Latents of images, cropped and resized to `resolution` (`fade.images.square`). The VAE runs in float32: in
+        float16 it overflows."""
+        side = self.side(resolution)
         pixels = self.pipeline.image_processor.preprocess(
-            [_square(image, side) for image in images], height=side, width=side
+            [square(image, side) for image in images], height=side, width=side
         )
         with self._vae_in_float32() as vae:
-            posterior = vae.encode(pixels.to(self.device, torch.float32)).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
-            latents = posterior.mean + posterior.std * noise
-        return (latents * vae.config.scaling_factor).to(self.dtype)
+            encoded = vae.encode(pixels.to(execution_device(vae), vae.dtype))
+            if hasattr(encoded, "latent_dist"):
+                mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+                noise = torch.randn(mean.shape, generator=generator, device="cpu", dtype=torch.float32)
+                latents = mean + std * noise.to(mean.device)
+            else:  # AutoencoderTiny and VQ models have no distribution
+                latents = encoded.latents.float()
+        return (latents * vae.config.scaling_factor).to(self.device, self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
-        """Images [n, 3, H, W], float32 in [0, 1], on the CPU."""
+        """Images [n, 3, H, W], float32 in [0, 1], on the CPU. A decoder that draws noise (ConsistencyDecoderVAE) draws
+        the same for every image."""
         parts = []
         with self._vae_in_float32() as vae:
+            draws = isinstance(unwrapped(vae), ConsistencyDecoderVAE)
             for chunk in latents.split(batch_size):
-                image = vae.decode(chunk.float() / vae.config.scaling_factor, return_dict=False)[0]
+                unscaled = (chunk.float() / vae.config.scaling_factor).to(execution_device(vae), vae.dtype)
+                noise = {"generator": [torch.Generator("cpu").manual_seed(0) for _ in chunk]} if draws else {}
+                image = vae.decode(unscaled, return_dict=False, **noise)[0].float()
                 parts.append((image / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(parts)
 
@@ -111,12 +181,17 @@ class StableDiffusionBackbone:
         progress: bool = False,
         description: str = "sampling",
     ) -> Tensor:
-        """Latents [n, 4, h, w] sampled by the pipeline. Image i depends on `prompts[i]` and `seeds[i]` alone."""
-        side = self._side(resolution)
+        """Latents [n, 4, h, w] sampled by the pipeline. Image i depends on `prompts[i]` and `seeds[i]` alone.
+
+        Raises FadeError for settings out of range and where the pipeline cannot draw with its scheduler.
+        """
+        side = self.side(resolution)
         if not math.isfinite(guidance_scale):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
-        if not 1 <= steps <= self.num_timesteps:
-            raise FadeError(f"denoising steps must be between 1 and the model's {self.num_timesteps}, not {steps}")
+        scheduler = self._part("scheduler")
+        most = getattr(scheduler, "config", {}).get("num_train_timesteps") or steps
+        if not 1 <= steps <= most:
+            raise FadeError(f"denoising steps must be between 1 and the model's {most}, not {steps}")
         if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
             raise FadeError("seeds must be between 0 and 2^63 - 1")
         unique = sorted(set(prompts))
@@ -126,17 +201,23 @@ class StableDiffusionBackbone:
         with self._quiet():
             for start in track(range(0, len(prompts), batch_size), description, progress):
                 rows = [row[prompt] for prompt in prompts[start : start + batch_size]]
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-                result = self.pipeline(
-                    prompt_embeds=embeddings[rows],
-                    negative_prompt_embeds=embeddings[-1:].expand(len(rows), -1, -1),
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    height=side,
-                    width=side,
-                    generator=generators,
-                    output_type="latent",
-                )
+                generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                try:
+                    result = self.pipeline(
+                        prompt_embeds=embeddings[rows],
+                        negative_prompt_embeds=embeddings[-1:].expand(len(rows), -1, -1),
+                        num_inference_steps=steps,
+                        guidance_scale=guidance_scale,
+                        height=side,
+                        width=side,
+                        generator=generators,
+                        output_type="latent",
+                    )
+                # What a scheduler that does not suit the model raises, somewhere inside its step or the pipeline.
+                except (ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    name = type(scheduler).__name__
+                    raise FadeError(f"the pipeline cannot draw {steps} steps with {name}: {reason}") from error
                 latents.append(result.images)
         return torch.cat(latents)
 
@@ -169,30 +250,54 @@ class StableDiffusionBackbone:
 
     def predict(self, noised: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """The denoiser's output for noised latents, without classifier-free guidance."""
-        return self.denoiser(noised, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+        more = {}
+        if (width := self.denoiser.config.time_cond_proj_dim) is not None:
+            told = torch.full((len(noised),), DISTILLED_GUIDANCE - 1, dtype=torch.float32, device="cpu")
+            condition = self.pipeline.get_guidance_scale_embedding(told, embedding_dim=width)
+            more["timestep_cond"] = condition.to(noised.device, noised.dtype)
+        return self.pipeline.unet(noised, timesteps, encoder_hidden_states=embeddings, return_dict=False, **more)[0]
 
     @contextlib.contextmanager
     def only_denoiser_on_device(self) -> Iterator[None]:
-        """The text encoder and the VAE wait in host memory meanwhile (nothing happens on the CPU)."""
-        moved = [m for m in (self.pipeline.text_encoder, self.pipeline.vae) if m.device.type != "cpu"]
-        device = self.device
-        for module in moved:
-            module.to("cpu")
+        """All parts but the denoiser wait in host memory meanwhile, then return to where each was. Nothing happens to
+        parts on the CPU and to those that offloading manages."""
+        parts = {
+            id(part): part
+            for part in self.pipeline.components.values()
+            if isinstance(part, nn.Module) and unwrapped(part) is not self.denoiser and not is_managed(part)
+        }
+        moved = []
         try:
+            for part in parts.values():
+                device = next((tensor.device for tensor in tensors(part)), torch.device("cpu"))
+                if device.type != "cpu":
+                    moved.append((part, device))
+                    part.to("cpu")
             yield
         finally:
-            for module in moved:
-                module.to(device)
+            for part, device in moved:
+                part.to(device)
 
     @contextlib.contextmanager
     def _vae_in_float32(self) -> Iterator[nn.Module]:
-        vae, dtype = self.pipeline.vae, self.pipeline.vae.dtype
+        """The VAE, meanwhile in float32 unless hooks manage its weights. Afterwards each tensor has its dtype again."""
+        vae = self._part("vae")
+        if is_managed(vae):
+            yield vae
+            return
+        dtypes = [tensor.dtype for tensor in tensors(vae)]
         # nn.Module.to, because diffusers' own warns of layers "to be kept in float32" on every call.
         nn.Module.to(vae, torch.float32)
         try:
             yield vae
         finally:
-            nn.Module.to(vae, dtype)
+            for tensor, dtype in zip(tensors(vae), dtypes, strict=True):
+                tensor.data = tensor.data.to(dtype)
+
+    def _part(self, name: str) -> Any:
+        if (part := getattr(self.pipeline, name, None)) is None:
+            raise FadeError(f"the pipeline has no {name.replace('_', ' ')} (pipeline.{name} is None); load it with one")
+        return part
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -204,11 +309,26 @@ class StableDiffusionBackbone:
             self.pipeline.set_progress_bar_config(**before)
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """Scaled so that the shorter side fits, then cropped around the centre."""
-    image = image.convert("RGB")
-    scale = side / min(image.size)
-    width, height = (max(side, round(extent * scale)) for extent in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def _refuse_other_inputs(unet: nn.Module, vae: nn.Module | None) -> None:
+    """Raises FadeError for a UNet that takes more than noised latents, a timestep and a prompt."""
+    config, channels = unet.config, 4 if vae is None else vae.config.latent_channels
+    if config.in_channels != channels:
+        raise FadeError(
+            f"this UNet takes {config.in_channels} channels where latents have {channels} (as those for inpainting, "
+            "editing, depth and upscaling do), so a prompt alone draws nothing: unlearn on the text-to-image model of "
+            "its family and load the adapter here with check_base=False"
+        )
+    if config.out_channels != channels:
+        raise FadeError(
+            f"this UNet predicts {config.out_channels} channels where latents have {channels}; that is not supported"
+        )
+    if vae is not None and vae.config.get("out_channels", 3) != 3:
+        raise FadeError(f"this VAE decodes to {vae.config.out_channels} channels, not to an RGB image; not supported")
+    if config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise FadeError(
+            "this UNet needs an image beside the prompt (an IP-Adapter is loaded): call pipeline.unload_ip_adapter() "
+            "first, and load the IP-Adapter again beside the finished adapter"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if config.get(name) is not None:
+            raise FadeError(f"this UNet needs more than a prompt ({name}={config[name]!r}), which is not supported")

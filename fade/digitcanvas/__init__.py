@@ -50,7 +50,7 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     for log in silenced:
         log.disable_progress_bar()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(MODEL_PATH, **kwargs)
+        pipeline = StableDiffusionPipeline.from_pretrained(MODEL_PATH, **{"use_safetensors": True, **kwargs})
     finally:
         for log in silenced:
             log.enable_progress_bar()

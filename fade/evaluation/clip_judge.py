@@ -12,6 +12,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from fade.errors import FadeError
+from fade.loading import find_files, weights_variant
 
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "an image of {}")
 
@@ -30,17 +31,21 @@ class ClipJudge:
             raise FadeError(f"a judge needs at least two different classes, got {', '.join(self.classes) or 'none'}")
         if not Path(model).exists() and str(model).count("/") != 1:
             raise FadeError(f"there is no judge {str(model)!r}: give a folder or hub id (owner/name) of a CLIP model")
+        source, files = find_files(str(model), "config.json", "the judge")
         try:
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(source)
             if config.model_type != "clip":
                 raise FadeError(f"the judge {str(model)!r} is a {config.model_type} model; give a CLIP model")
-            self._model = CLIPModel.from_pretrained(model).eval().requires_grad_(False).to(device)
-            self._processor = CLIPImageProcessor.from_pretrained(model)
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            variant = weights_variant(str(model), {"": files}, "CLIPModel", source)
+            self._model = CLIPModel.from_pretrained(source, variant=variant, use_safetensors=True)
+            self._model.eval().requires_grad_(False).float().to(device)
+            self._processor = CLIPImageProcessor.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
         except FadeError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+        # A damaged folder shows itself anywhere in the libraries that read it.
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FadeError(f"cannot load a CLIP model from {str(model)!r}: {reason}") from error
         texts = [template.replace("{}", word) for word in self.classes for template in TEMPLATES]
         self._tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)

@@ -36,7 +36,13 @@ def random_adapter(
         concept_from_words("cat", "dog"), Config(), base_name(pipeline), fingerprint(pipeline.unet), scale
     )
     adapter = attach(
-        pipeline, name, masks, rank=3, alpha=scale if values else 3 * scale, values=values, metadata=metadata,
+        pipeline,
+        name,
+        masks,
+        rank=3,
+        alpha=scale if values else 3 * scale,
+        values=values,
+        metadata=metadata,
         pinned=pinned,
     )
     for parameter in adapter.parameters():

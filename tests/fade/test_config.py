@@ -50,6 +50,7 @@ def test_toml(tmp_path: Path) -> None:
         ({"overwrite": {"timestep_band": [0.5, 0.5]}}, "timestep_band must satisfy"),
         ({"overwrite": {"timestep_band": [0.1, 0.2, 0.3]}}, "must have 2 entries"),
         ({"data": {"resolution": 4}}, "resolution must be at least 8"),
+        ({"data": {"plurals": "yes"}}, "'data.plurals' must be of type bool"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**63 - 1}, "seed must be in"),
         ({"overwrite": {"rank": 10**6}}, "rank must be at most"),
