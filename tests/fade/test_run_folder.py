@@ -27,7 +27,10 @@ from fade.files import read_tensors, write_tensors
 
 from .conftest import same_bits, tiny_pipeline
 
-WORDS = {"forget": "cat", "surrogate": "dog", "templates": ("{}", "a picture of {}"), "progress": False}
+WORDS = {
+    "forget": "cat", "surrogate": "dog", "templates": ("{}", "a picture of {}"), "retain": ("a house", "a boat", ""),
+    "progress": False,
+}  # fmt: skip
 MASKS, CHECKPOINT, REQUEST, LOCK = "masks.safetensors", "checkpoint.safetensors", "request.json", ".fade.lock"
 RESULT = {"adapter.safetensors", "latents.safetensors", "run.json"}
 
@@ -109,7 +112,9 @@ def snapshots(folder: Path, into: Path, patch: pytest.MonkeyPatch) -> list[Path]
             if not busy and isinstance(path, (str, Path)) and folder in Path(path).parents and folder.exists():
                 busy.append(1)
                 files = folder.iterdir()
-                state = frozenset("part" if p.is_dir() else (p.name, p.stat().st_mtime_ns) for p in files)
+                state = frozenset(
+                    "part" if p.is_dir() else (p.name, p.name == CHECKPOINT and p.stat().st_mtime_ns) for p in files
+                )
                 if state not in seen:
                     seen.add(state)
                     taken.append(Path(shutil.copytree(folder, into / f"{len(taken)}" / "out")))
@@ -141,7 +146,7 @@ def test_killed_between_any_two_changes_of_a_file(
     reached = set().union(*map(names, taken))
     assert reached >= {*RESULT, MASKS, CHECKPOINT, REQUEST, LOCK} and any(n.endswith(".part") for n in reached)
     # Over an older result only the moments that differ: around the new request and around the new result.
-    for killed in taken[:4] + taken[-6:] if over_an_older_result else taken:
+    for killed in taken[:3] + taken[-5:] if over_an_older_result else taken:
         complete = (killed / "adapter.safetensors").exists()
         if (killed / REQUEST).exists():
             resume(killed)
