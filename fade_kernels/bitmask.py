@@ -105,7 +105,7 @@ class BitMask:
             starts = counts.cumsum(dtype="int64")[:-1]
             ascending[starts[(starts > 0) & (starts < at.size)] - 1] = True  # a row may begin anywhere
             if at.min() < 0 or at.max() >= width or not ascending.all():
-                raise ValueError(f"columns are out of range (0 to {width - 1}) or out of order")
+                raise ValueError(f"columns is out of range or out of order: a row's ascend, from 0 to {width - 1}")
         mask = BitMask.__new__(BitMask)
         mask._set(None, (rows, width))
         mask._positions, mask._count = (row_counts, columns), at.size
