@@ -129,7 +129,8 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
         metadata = _parse(header["fade"].encode())
         version = metadata["version"]
         if version != FORMAT_VERSION:
-            raise AdapterFileError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
+            told = str(version)[:40]
+            raise AdapterFileError(f"{path} has format version {told}; this release reads {FORMAT_VERSION}")
         layers = {
             name: _read_layer(PREFIX + name, shape, metadata["form"], tensors)
             for name, shape in metadata["shapes"].items()
@@ -284,8 +285,7 @@ def _largest(tensor: Tensor) -> float:
 
 def _read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> LayerTensors:
     """Takes one layer's tensors out of `tensors`, checking sizes before anything is built from them."""
-    sizes = shape if isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape) else (0, 0)
-    n, k = sizes
+    n, k = shape if isinstance(shape, list) and list(map(type, shape)) == [int, int] else (0, 0)
     if n < 1 or k < 1 or n * k > MOST_WEIGHTS or len(key) > MOST_NAME:
         raise ValueError(f"{key[:100]} has the shape {str(shape)[:100]} or a name of {len(key)} characters")
 

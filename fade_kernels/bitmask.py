@@ -4,6 +4,7 @@ Apart from the operators that use it because every stage of the method passes it
 computes with it, the adapter file stores its words. Layout: row-major int32 words, bit j of word w is column 32 w + j.
 """
 
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -200,7 +201,7 @@ def _words_of(row_counts: Tensor, columns: Tensor, shape: tuple[int, int]) -> Te
     blocks = max(1, columns.numel() >> 20)
     first_rows = [rows * i // blocks for i in range(blocks + 1)]
     done = 0
-    for first, last in zip(first_rows, first_rows[1:], strict=False):
+    for first, last in pairwise(first_rows):
         counts = row_counts[first:last].long()
         at = columns[done : done + int(counts.sum())].long()
         row = torch.repeat_interleave(torch.arange(last - first, device=columns.device), counts)

@@ -188,24 +188,26 @@ def test_padding_bits_are_ignored(regime: str, mask: str) -> None:
         words[:, -1] |= ~BitMask.full((1, shape[2])).words[0, -1]
         values = torch.randn(layer.mask.count, generator=generator(1), dtype=dtype)
 
-        def results(words: Tensor, layer: Layer = layer, values: Tensor = values, scale: Tensor = scale) -> list[Tensor]:
+        def results(words: Tensor, layer: Layer, values: Tensor, scale: Tensor, number: int) -> list[Tensor]:
+            x, dy, weight = layer.x, layer.grad_output, layer.weight
             lora, sparse = (layer.lora_a, layer.lora_b, words, scale), (values, words, scale)
-            out = torch.empty_like(layer.weight)
-            OPS.effective_weight_from_values_out(out, layer.weight, *sparse)
+            out = torch.empty_like(weight)
+            OPS.effective_weight_from_values_out(out, weight, *sparse)
             return [
-                OPS.masked_lora_linear(layer.x, layer.weight, layer.bias, *lora, number),
-                OPS.masked_lora_linear_input_gradient(layer.grad_output, layer.weight, *lora, number),
-                *OPS.masked_lora_linear_factor_gradients(layer.grad_output, layer.x, *lora, number),
-                OPS.masked_values_linear(layer.x, layer.weight, layer.bias, *sparse, number),
-                OPS.masked_values_linear_input_gradient(layer.grad_output, layer.weight, *sparse, layer.x.shape[1], number),
-                OPS.masked_values_linear_gradient(layer.grad_output, layer.x, *sparse, number),
+                OPS.masked_lora_linear(x, weight, layer.bias, *lora, number),
+                OPS.masked_lora_linear_input_gradient(dy, weight, *lora, number),
+                *OPS.masked_lora_linear_factor_gradients(dy, x, *lora, number),
+                OPS.masked_values_linear(x, weight, layer.bias, *sparse, number),
+                OPS.masked_values_linear_input_gradient(dy, weight, *sparse, x.shape[1], number),
+                OPS.masked_values_linear_gradient(dy, x, *sparse, number),
                 OPS.masked_factor_values(layer.lora_a, layer.lora_b, words, values.numel()),
-                *OPS.masked_factor_gradients(layer.weight, *lora),
-                OPS.effective_weight(layer.weight, *lora),
+                *OPS.masked_factor_gradients(weight, *lora),
+                OPS.effective_weight(weight, *lora),
                 out,
             ]
 
-        for actual, expected in zip(results(words), results(clean), strict=True):
+        given = (layer, values, scale, number)
+        for actual, expected in zip(results(words, *given), results(clean, *given), strict=True):
             assert torch.equal(actual, expected), shape
 
 
