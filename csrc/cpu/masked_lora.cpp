@@ -350,7 +350,7 @@ class Mask {
 
   // any[w] = the words of the band's rows, or-ed.
   void occupancy(int64_t band, uint32_t* any) const {
-    std::memset(any, 0, width * sizeof(uint32_t));
+    std::fill_n(any, width, 0u);
     for (int64_t n = band; n < std::min(rows, band + kTile); ++n) {
       for (int64_t w = 0; w < width; ++w) any[w] |= row(n)[w];
     }
@@ -475,9 +475,9 @@ class Delta {
       for (int64_t n = begin; n < end; ++n) {
         T* target = out + n * mask.columns;
         if (!weight) {
-          std::memset(target, 0, mask.columns * sizeof(T));
+          std::fill_n(target, mask.columns, T(0));
         } else if (weight != out) {
-          std::memcpy(target, weight + n * mask.columns, mask.columns * sizeof(T));
+          std::copy_n(weight + n * mask.columns, mask.columns, target);
         }
         const T* values = row(n, buffer.get());
         if (mask.filled()) {
@@ -830,7 +830,7 @@ class FactorSums {
       for (int64_t j = 0; j < size_; ++j) da_t_.get()[j] += da_t_.get()[part * size_ + j];
     }
     T *da_out = write<T>(da), *db_out = write<T>(db);
-    std::memset(da_out, 0, rank * k * sizeof(T));
+    std::fill_n(da_out, rank * k, T(0));
     kernels<T>().transpose_add(da_t_.get(), padded, rank, k, da_out, k);
     for (int64_t i = 0; rank != padded && i < mask_.rows; ++i) {
       std::memcpy(db_out + i * rank, db_rows_ + i * padded, rank * sizeof(T));
@@ -1065,7 +1065,7 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
     STD_TORCH_CHECK(values.numel() == mask.count(), "values has ", values.numel(), " elements, but the mask has ",
                     mask.count(), " set bits");
     T* out = write<T>(result);
-    std::memcpy(out, gradient.get(), mask.count() * sizeof(T));
+    std::copy_n(gradient.get(), mask.count(), out);
     scale_all(out, mask.count(), static_cast<T>(scalar_value(scale)));
     return as_type(result, values.scalar_type());
   });

@@ -11,6 +11,7 @@ import faulthandler
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import resource
@@ -24,6 +25,8 @@ from typing import Any
 
 SLACK_BYTES = 48 * 2**20
 """What reading any file may take beside twice its size: the largest header's tables, and the allocator's steps."""
+LIMITED = "ASAN_OPTIONS" not in os.environ
+"""Whether memory is limited: AddressSanitizer takes all address space for itself."""
 BASES = 12
 """Valid files that are mutated."""
 
@@ -57,7 +60,7 @@ def memory_limit(extra_bytes: int) -> Any:
 class Fuzzer:
     """One model, some valid files, and the checks of one mutated file."""
 
-    def __init__(self, seed: int, folder: Path, limited: bool) -> None:
+    def __init__(self, seed: int, folder: Path) -> None:
         from diffusers import UNet2DConditionModel
 
         from fade.base_model import target_layers
@@ -65,7 +68,7 @@ class Fuzzer:
         from tests.fade.conftest import tiny_pipeline
         from tests.fuzz.mutations import valid_file
 
-        self.seed, self.folder, self.limited = seed, folder, limited
+        self.seed, self.folder = seed, folder
         self.path = folder / "mutated.safetensors"
         self.pipeline = tiny_pipeline(build_tokenizer(folder))
         self.pipeline.unet = UNet2DConditionModel(
@@ -117,7 +120,7 @@ class Fuzzer:
         return "accepted"
 
     def _limit(self, content: bytes) -> Any:
-        return memory_limit(2 * len(content) + SLACK_BYTES) if self.limited else contextlib.nullcontext()
+        return memory_limit(2 * len(content) + SLACK_BYTES) if LIMITED else contextlib.nullcontext()
 
     def _inspect(self, index: int, refused: bool) -> None:
         from fade import cli
@@ -226,7 +229,7 @@ def _kind(message: str) -> str:
     return " ".join(words.split())[:90]
 
 
-def _work(seed: int, indices: range, seconds: float, at: Any, results: Any, limited: bool) -> None:
+def _work(seed: int, indices: range, seconds: float, at: Any, results: Any) -> None:
     import warnings
 
     import torch
@@ -236,7 +239,7 @@ def _work(seed: int, indices: range, seconds: float, at: Any, results: Any, limi
     warnings.filterwarnings("ignore")
     result = Result()
     with tempfile.TemporaryDirectory() as folder:
-        fuzzer = Fuzzer(seed, Path(folder), limited)
+        fuzzer = Fuzzer(seed, Path(folder))
         start = time.perf_counter()
         for index in indices:
             result.seconds = time.perf_counter() - start
@@ -252,18 +255,17 @@ def _work(seed: int, indices: range, seconds: float, at: Any, results: Any, limi
     results.send(result)
 
 
-def run(seed: int, seconds: float = float("inf"), indices: range = range(10**9), limited: bool = True) -> Result:
+def run(seed: int, seconds: float = float("inf"), indices: range = range(10**9)) -> Result:
     """Checks files until the time is over or the numbers are used up, in a process of its own.
 
     Args:
         seed: of the valid files and of all changes.
         indices: numbers of the files.
-        limited: bound the process's memory; a sanitizer's own would not fit.
     """
     context = multiprocessing.get_context("spawn")
     at = context.Value("q", -1)
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(seed, indices, seconds, at, sender, limited), daemon=True)
+    worker = context.Process(target=_work, args=(seed, indices, seconds, at, sender), daemon=True)
     worker.start()
     sender.close()
     try:
