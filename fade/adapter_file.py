@@ -238,11 +238,11 @@ def _check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -
     require(all(_is_name(word) for pair in digests.items() for word in pair), "fingerprint is no text")
 
     prompts = ("forget_prompts", "surrogate_prompts", "retain_prompts")
-    concept = metadata["concept"] = {"surrogate": "", **dict.fromkeys(prompts, ()), **metadata["concept"]}
+    concept = metadata["concept"] = {"surrogate": "", **{kind: [] for kind in prompts}, **metadata["concept"]}
     require(_is_name(concept["forget"]) and bool(concept["forget"].strip()), "concept has no words")
     require(_is_name(concept["surrogate"]), "surrogate has no words")
     for kind in prompts:
-        require(_is_list(list(concept[kind]), lambda prompt: isinstance(prompt, str)), f"{kind} are no text")
+        require(_is_list(concept[kind], lambda prompt: isinstance(prompt, str)), f"{kind} are no text")
     for name in ("base", "created"):
         require(_is_name(metadata.get(name, "")), f"{name} is no name")
 

@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,7 +240,9 @@ def _figure(width: float, height: float, draw: Callable[[Any], None], label: str
         "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.linewidth": 0.6,
         "text.parse_math": False,  # a class may be called "$x$"
     }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The text stays text, drawn in the reader's font, whatever matplotlib's own has.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots(1, columns, squeeze=False)[0] if columns > 1 else figure.subplots())
         buffer = io.StringIO()
