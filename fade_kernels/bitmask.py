@@ -43,7 +43,7 @@ class BitMask:
         self._set(words.contiguous(), (rows, columns))
 
     def _set(self, words: Tensor | None, shape: tuple[int, int]) -> None:
-        self._words = words
+        self._words = None if words is None else _outside_inference(words)
         self._shape = shape
         self._count: int | None = None
         self._occupancy: dict[tuple[int, int], Tensor] = {}
@@ -115,8 +115,10 @@ class BitMask:
     @property
     def words(self) -> Tensor:
         """int32 [N, ceil(K/32)], contiguous; bit j of word w is column 32 w + j, padding bits are 0."""
+        positions = self._positions
         if self._words is None:
-            self._words, self._positions = _words_of(*self._positions, self.shape), None
+            self._words = _outside_inference(_words_of(*positions, self.shape))
+            self._positions = None  # last, because another thread may be here
         return self._words
 
     @property
@@ -192,6 +194,14 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         raise ValueError(f"a masked weight must have at least two dimensions, not {list(shape)}")
     return int(shape[0]), prod(int(size) for size in shape[1:])
+
+
+def _outside_inference(words: Tensor) -> Tensor:
+    """A mask outlives the inference mode that it was made in: autograd must be able to keep its words."""
+    if not words.is_inference():
+        return words
+    with torch.inference_mode(False):
+        return words.clone()
 
 
 def _words_of(row_counts: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -3,6 +3,9 @@
 Compiled kernels are compared with what plain PyTorch says of the bool mask; operators also through opcheck.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,6 +85,24 @@ def test_positions(shape: tuple[int, int], density: float, seed: int) -> None:
     assert torch.equal(lazy.words, reference.pack_mask(mask))
     counts, columns = lazy.positions()
     assert torch.equal(counts, mask.sum(1)) and torch.equal(columns, mask.nonzero()[:, 1])
+
+
+def test_copies_are_of_the_same_bits() -> None:
+    mask = random_mask((6, 70), 0.3, 5)
+    lazy = BitMask.from_positions(mask.sum(1), mask.nonzero()[:, 1], mask.shape)
+    for made in (BitMask.pack(mask), lazy):
+        for again in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert again == made and again.count == made.count
+
+
+def test_masks_made_in_inference_mode_can_be_trained_with() -> None:
+    mask = random_mask((6, 70), 0.3, 6)
+    with torch.inference_mode():
+        packed = BitMask.pack(mask)
+        lazy = BitMask.from_positions(mask.sum(1), mask.nonzero()[:, 1], mask.shape)
+        made = (packed, BitMask(packed.words, packed.shape), packed.to("meta"), lazy)
+        words = [each.words for each in made]
+    assert not any(each.is_inference() for each in words)
 
 
 def test_positions_in_blocks() -> None:
