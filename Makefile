@@ -1,5 +1,6 @@
 # make demo   forget a concept in the bundled model and open a report
 # make test   the whole test suite          make lint   ruff          make bench   CPU benchmarks
+# make asan   the tests of masks, files and kernels with the CPU kernels built for AddressSanitizer (needs gcc)
 # TORCH=... chooses the torch requirement to install, e.g. make test TORCH='torch==2.12.*'
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTENSION := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test asan lint bench setup clean
 
 setup: $(READY)
 
@@ -26,6 +27,22 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+# In a folder of its own, with copies of what it runs, so that nothing takes the ordinary extension for this one or the
+# other way round. libstdc++ is loaded first, too, or the sanitizer does not find what throws exceptions.
+ASAN := build/asan
+ASAN_TESTS := $(addprefix tests/,fuzz fade/test_adapter_file.py $(patsubst %,fade_kernels/test_%.py,bitmask masked_lora \
+	masked_lora_conv2d select_top_fraction gradient_magnitude positions))
+
+asan: $(READY)
+	FADE_SANITIZE=address,undefined FADE_CUDA=0 FADE_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext \
+		--build-lib $(ASAN) --build-temp $(ASAN)/objects
+	rm -rf $(ASAN)/fade $(ASAN)/tests $(ASAN)/fade_kernels/triton_kernels
+	cp -R fade tests pyproject.toml $(ASAN)
+	cp -R fade_kernels/*.py fade_kernels/triton_kernels $(ASAN)/fade_kernels
+	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && cd $(ASAN) && \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$preload" \
+		$(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider $(ASAN_TESTS) -k "not (compile or opcheck or test_memory)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ Environment:
     FADE_CUDA=0|1           forces the CUDA library off or on (default: on where torch has CUDA and nvcc is found);
                             1 works with a CPU torch, too: what it makes can be checked there, not loaded
     CUDA_HOME               the toolkit to use; else nvcc on the PATH, /usr/local/cuda, or NVIDIA's Python packages
+    FADE_SANITIZE           e.g. "address,undefined": the CPU extension with these sanitizers, for `make asan` alone
     TORCH_CUDA_ARCH_LIST    e.g. "8.0;9.0+PTX"; default: the GPUs in this machine, or without one DEFAULT_ARCHITECTURES
 """
 
@@ -162,6 +163,10 @@ def build_cuda_library(files: list[str], target: Path, scratch: Path, depends: l
 
 def extensions() -> list[Extension]:
     compile_args = ["/std:c++20", "/O2"] if os.name == "nt" else ["-std=c++20", "-O3", "-Wall", "-fvisibility=hidden"]
+    link_args = []
+    if sanitizers := os.environ.get("FADE_SANITIZE"):
+        link_args = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        compile_args += [*link_args, "-O1", "-g1", "-fno-omit-frame-pointer"]
     cpu = Extension(
         "fade_kernels._C",
         sources=["csrc/module.cpp", *sources("csrc/cpu/*.cpp")],
@@ -172,6 +177,7 @@ def extensions() -> list[Extension]:
         libraries=["c10", "torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=compile_args,
+        extra_link_args=link_args,
         language="c++",
     )
     cuda_files = sources("csrc/cuda/*.cu")

@@ -3,16 +3,22 @@
 For every layer it holds either factors and packed mask or the masked values and their positions, whichever is smaller
 for the whole file (FADE's authors store factors without the mask, which is another adapter than the one trained). The
 keys are not LoRA keys, so that a loader that knows no masks refuses the file instead of loading a dense adapter.
+
+A file may come from anywhere. It is read, never mapped, at most twice its size is held, and masks stay positions until
+a layer takes them (`BitMask.from_positions`), so that no size written in it makes anything as large as it says.
 """
 
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,9 +29,19 @@ from fade_kernels import BitMask, masked_factor_values
 FORMAT, FORMAT_VERSION = "fade-adapter", 1
 PREFIX = "fade.unet."
 MOST_WEIGHTS = 2**31
-"""Weights of a layer; the largest of today's models have 6e8. A damaged size must not ask for all memory."""
-MOST_SCALE = 1e6
-"""Beyond any strength that draws something, and within every dtype's range that it meets."""
+"""Weights of a layer; the largest of today's models have 6e8."""
+LEAST_SCALE, MOST_SCALE = 1e-6, 1e6
+"""Between any strengths that draw something, and within every dtype's range that they meet."""
+MOST_NUMBER = 1e300
+"""Of the numbers in the metadata, so that each of them is a float."""
+MOST_HEADER_BYTES, MOST_HEADER_ITEMS = 2**24, 200_000
+"""Of a header, as bytes and as entries of its tables and lists, which take 20 times as much once they are read. A file
+of 2000 layers after 10 000 steps has a quarter of that."""
+MOST_DEPTH, MOST_NAME = 16, 1000
+"""Tables within tables of the metadata; characters of a name or a concept."""
+_DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
+"""What reading something of another type or size than was written raises."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -57,11 +73,13 @@ class AdapterFile:
 def _mask_tensors(mask: BitMask, key: str) -> dict[str, Tensor]:
     """A mask as packed words, or as entries per row and their columns, whichever is smaller."""
     n, k = mask.shape
-    words = mask.words.cpu().contiguous()
-    if k > 65536 or 2 * mask.count + 4 * n >= words.numel() * 4:
-        return {f"{key}.mask": words}
-    rows, columns = mask.unpack().cpu().nonzero(as_tuple=True)
-    return {f"{key}.row_counts": torch.bincount(rows, minlength=n).int(), f"{key}.columns": columns.to(torch.uint16)}
+    if k > 65536 or 2 * mask.count + 4 * n >= n * -(-k // 32) * 4:
+        return {f"{key}.mask": mask.words.cpu().contiguous()}
+    row_counts, columns = mask.positions()
+    return {
+        f"{key}.row_counts": row_counts.int().cpu().contiguous(),
+        f"{key}.columns": columns.to(torch.uint16).cpu().contiguous(),
+    }
 
 
 def write_adapter_file(path: str | Path, metadata: dict[str, Any], layers: Mapping[str, LayerTensors]) -> int:
@@ -94,53 +112,140 @@ def write_adapter_file(path: str | Path, metadata: dict[str, Any], layers: Mappi
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:
-    """Reads and checks a file; needs no pipeline. Raises AdapterFileError saying what is wrong with it."""
+    """Reads and checks a file; needs no pipeline. Raises AdapterFileError saying what is wrong with it.
+
+    The text in the metadata is as the file has it: show it through `fade.errors.printable`.
+    """
     path = Path(path)
     if not path.is_file():
         raise AdapterFileError(f"there is no adapter file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        header, tensors, size = _read_safetensors(path)
+    except (SafetensorError, *_DAMAGES, OSError, AssertionError) as error:
         raise AdapterFileError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
     if header.get("format") != FORMAT:
         raise AdapterFileError(f"{path} is not a FADE adapter; its metadata does not say format={FORMAT}")
     try:
-        metadata = json.loads(header["fade"])
+        metadata = _parse(header["fade"].encode())
         version = metadata["version"]
         if version != FORMAT_VERSION:
-            raise AdapterFileError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}")
+            told = str(version)[:40]
+            raise AdapterFileError(f"{path} has format version {told}; this release reads {FORMAT_VERSION}")
         layers = {
-            name: _read_layer(PREFIX + name, (int(shape[0]), int(shape[1])), metadata["form"], tensors)
+            name: _read_layer(PREFIX + name, shape, metadata["form"], tensors)
             for name, shape in metadata["shapes"].items()
         }
         _check_metadata(metadata, layers)
     except AdapterFileError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
+    except _DAMAGES as error:
         raise AdapterFileError(f"{path} is damaged or was not written by FADE: {error}") from error
     if tensors:
-        raise AdapterFileError(f"{path} holds tensors that belong to no layer: {', '.join(sorted(tensors)[:3])}")
-    return AdapterFile(metadata, layers, path.stat().st_size)
+        raise AdapterFileError(f"{path} holds tensors that belong to no layer: {', '.join(sorted(tensors)[:3])[:300]}")
+    return AdapterFile(metadata, layers, size)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], int]:
+    """The metadata and tensors of a safetensors file, and its bytes; no tensors where it is no FADE adapter.
+
+    safetensors checks the file, but only after its header was measured here. The file is read and not mapped: one that
+    is cut short meanwhile would end the process.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError("its header goes beyond its end")
+        if length > MOST_HEADER_BYTES:
+            raise ValueError(f"its header has {length} bytes; no adapter has more than {MOST_HEADER_BYTES}")
+        header = _parse(file.read(length)).get("__metadata__", {})
+        if header.get("format") != FORMAT:
+            return {}, {}, size
+        file.seek(0)
+        return header, safetensors.torch.load(file.read()), size
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """A JSON table. Raises ValueError for one that would take far more memory than its text, or holds no Unicode."""
+    if sum(map(text.count, b",[{")) > MOST_HEADER_ITEMS:
+        raise ValueError(f"it holds tables of more than {MOST_HEADER_ITEMS} entries")
+    try:
+        table = json.loads(text)
+    except RecursionError:
+        raise ValueError("it holds tables within tables without end") from None
+    if not isinstance(table, dict):
+        raise ValueError("its header is no table")
+    level: list[Any] = [table]
+    for _ in range(MOST_DEPTH):
+        for value in level:
+            if isinstance(value, str):
+                value.encode()  # a lone surrogate can be neither printed nor written
+        tables = [value for value in level if isinstance(value, dict)]
+        level = [inner for value in level if isinstance(value, list) for inner in value]
+        level += [inner for value in tables for entry in value.items() for inner in entry]
+        if not level:
+            return table
+    raise ValueError(f"it holds tables within tables, more than {MOST_DEPTH} deep")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MOST_NUMBER
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_saliency(value: Any) -> bool:
+    """None, or a float32 sum: any two of them can be divided."""
+    return value is None or (_is_number(value) and (value == 0 or 1e-60 <= value <= 1e60))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_NAME
+
+
+def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
+
+
+_LAYER_FACTS: dict[str, Callable[[Any], bool]] = {
+    "name": _is_name,
+    "shape": lambda value: _is_list(value, _is_number),
+    "saliency_mean": _is_saliency,
+    "saliency_max": _is_saliency,
+    "selected": _is_number,
+    "density": _is_share,
+    "tiles_occupied": _is_share,
+}
+"""What the run's record says of each layer, as the report shows it."""
 
 
 def _check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -> None:
-    """Raises ValueError where something has another type or size than what is written here."""
+    """Raises ValueError where something has another type or size than what is written here; what may be left out is
+    filled in, so that whoever reads the metadata finds it."""
 
     def require(holds: bool, message: str) -> None:
         if not holds:
             raise ValueError(message)
 
     scale = metadata["scale"]
-    require(type(scale) in (int, float) and abs(scale) <= MOST_SCALE, f"scale {scale!r}"[:60])
+    strong = type(scale) in (int, float) and LEAST_SCALE <= abs(scale) <= MOST_SCALE
+    require(strong, f"scale {scale!r}"[:60] + f" is no number from {LEAST_SCALE:g} to {MOST_SCALE:g} or its negative")
     digests = metadata["fingerprint"]
     require(isinstance(digests, dict) and len(digests) > 0, "fingerprint is empty")
-    require(all(isinstance(word, str) for pair in digests.items() for word in pair), "fingerprint is no text")
-    concept = metadata["concept"]
-    require(isinstance(concept["forget"], str), "concept has no words")
-    require(isinstance(concept.get("surrogate", ""), str), "surrogate has no words")
-    require(isinstance(metadata.get("base", ""), str), "base is no name")
+    require(all(_is_name(word) for pair in digests.items() for word in pair), "fingerprint is no text")
+
+    prompts = ("forget_prompts", "surrogate_prompts", "retain_prompts")
+    concept = metadata["concept"] = {"surrogate": "", **{kind: [] for kind in prompts}, **metadata["concept"]}
+    require(_is_name(concept["forget"]) and bool(concept["forget"].strip()), "concept has no words")
+    require(_is_name(concept["surrogate"]), "surrogate has no words")
+    for kind in prompts:
+        require(_is_list(concept[kind], lambda prompt: isinstance(prompt, str)), f"{kind} are no text")
+    for name in ("base", "created"):
+        require(_is_name(metadata.get(name, "")), f"{name} is no name")
+
     for part, inner in (
         ("config", ("data", "locate", "overwrite")),
         ("run", ("seconds", "peak_memory_bytes", "losses")),
@@ -148,19 +253,41 @@ def _check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -
         section = metadata.get(part, {})
         require(isinstance(section, dict), f"{part} is no table")
         require(all(isinstance(section.get(name, {}), dict) for name in inner), f"{part} is no table of tables")
+    run = metadata.get("run", {})
     for name in ("seconds", "peak_memory_bytes"):
-        numbers = metadata.get("run", {}).get(name, {}).values()
-        require(all(type(number) in (int, float) for number in numbers), f"{name} are no numbers")
+        require(all(map(_is_number, run.get(name, {}).values())), f"{name} are no numbers")
+    require(all(_is_list(values, _is_number) for values in run.get("losses", {}).values()), "losses are no numbers")
+    require(all(_is_number(run.get(name, 0)) for name in ("selected", "total")), "selected, total are no numbers")
+    for layer in run.get("layers", []):
+        wrong = [name for name, holds in _LAYER_FACTS.items() if name not in layer or not holds(layer[name])]
+        require(not wrong, f"the run's record of a layer has no good {', '.join(wrong)}")
     require(isinstance(metadata.get("versions", {}), dict), "versions is no table")
+
     ranks = {tensors.factors[0].shape[0] for tensors in layers.values() if tensors.factors is not None}
     require(len(ranks) <= 1 and 0 not in ranks, f"layers have the ranks {sorted(ranks)}")
+    for name, tensors in layers.items():
+        strength = abs(scale) * _largest_delta(tensors)
+        require(strength <= torch.finfo(torch.float32).max, f"{name}: a change of {strength:.1g} is none of a weight")
 
 
-def _read_layer(key: str, shape: tuple[int, int], form: str, tensors: dict[str, Tensor]) -> LayerTensors:
+def _largest_delta(tensors: LayerTensors) -> float:
+    """A bound of the delta's entries, without the scale."""
+    if tensors.factors is None:
+        return _largest(tensors.values)
+    lora_a, lora_b = tensors.factors
+    return _largest(lora_a) * _largest(lora_b) * lora_a.shape[0]
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest magnitude, NaN where there is one; makes no copy."""
+    return max((abs(end.item()) for end in tensor.aminmax()), default=0.0) if tensor.numel() else 0.0
+
+
+def _read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> LayerTensors:
     """Takes one layer's tensors out of `tensors`, checking sizes before anything is built from them."""
-    n, k = shape
-    if n < 1 or k < 1 or n * k > MOST_WEIGHTS:
-        raise ValueError(f"{key} has the shape {list(shape)}"[:120])
+    n, k = shape if isinstance(shape, list) and list(map(type, shape)) == [int, int] else (0, 0)
+    if n < 1 or k < 1 or n * k > MOST_WEIGHTS or len(key) > MOST_NAME:
+        raise ValueError(f"{key[:100]} has the shape {str(shape)[:100]} or a name of {len(key)} characters")
 
     def take(part: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> Tensor:
         tensor = tensors.pop(f"{key}.{part}", None)
@@ -171,30 +298,24 @@ def _read_layer(key: str, shape: tuple[int, int], form: str, tensors: dict[str, 
         return tensor
 
     if f"{key}.mask" in tensors:
-        mask = BitMask.from_words(take("mask", torch.int32, (n, -(-k // 32))), shape)
+        mask = BitMask(take("mask", torch.int32, (n, -(-k // 32))), (n, k))
     else:
-        counts = take("row_counts", torch.int32, (n,)).long()
-        if counts.min() < 0 or counts.max() > k:
-            raise ValueError(f"tensor {key}.row_counts is out of range")
-        columns = take("columns", torch.uint16, (int(counts.sum()),)).long()
-        rows = torch.repeat_interleave(torch.arange(n), counts)
-        flat = rows * k + columns
-        if columns.numel() and (columns.max() >= k or (flat.diff() <= 0).any()):
-            raise ValueError(f"tensor {key}.columns is out of range or out of order")
-        dense = torch.zeros(n * k, dtype=torch.bool)
-        dense[flat] = True
-        mask = BitMask.pack(dense.view(n, k))
+        counts, columns = take("row_counts", torch.int32, (n,)), take("columns", torch.uint16, None)
+        try:
+            mask = BitMask.from_positions(counts, columns, (n, k))
+        except ValueError as error:
+            raise ValueError(f"tensor {key}.{error}") from error
 
     def finite(tensor: Tensor, part: str) -> Tensor:
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.dtype not in FLOATS or not math.isfinite(_largest(tensor)):
             raise ValueError(f"tensor {key}.{part} holds NaN, infinity or no floating-point numbers")
         return tensor
 
     if form == "values":
         return LayerTensors(mask, values=finite(take("values", torch.float32, (mask.count,)), "values"))
     if form != "factors":
-        raise ValueError(f"unknown form {form!r}")
-    lora_a, lora_b = finite(take("a", None, None), "a"), finite(take("b", None, None), "b")
+        raise ValueError(f"unknown form {form!r}"[:100])
+    lora_a, lora_b = (finite(take(part, None, None), part) for part in ("a", "b"))
     rank = lora_a.shape[0]
     if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
         raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")

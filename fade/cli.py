@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from fade import config as settings
-from fade.errors import FadeError
+from fade.errors import FadeError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,7 +102,7 @@ def demo(
         f"evaluate, {seconds['total']:.1f} s in all; adapter {record['adapter_bytes']:,} bytes"
     )
     report = (output / REPORT_FILE).resolve()
-    console.print(f"report: {report}", soft_wrap=True)
+    _say(f"report: {report}")
     if open_report:
         _open_in_browser(report)
 
@@ -266,8 +266,8 @@ def unlearn(
         f"(peak {memory['locate'] / 1e6:,.0f} MB), overwrite {seconds['overwrite']:.1f} s "
         f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
     )
-    console.print(f"adapter: {file} ({file.stat().st_size:,} bytes)", soft_wrap=True)
-    console.print(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}", soft_wrap=True)
+    _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
+    _say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
 
 
 @app.command()
@@ -318,7 +318,7 @@ def generate(
         picture = Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy())
         with atomic_write(path) as temporary:
             picture.save(temporary, format=kind)
-        _console().print(f"{path}", soft_wrap=True)
+        _say(f"{path}")
 
 
 @app.command()
@@ -375,10 +375,10 @@ def evaluate(
         record = full_record(evaluation, attached.metadata, size, cost.seconds)
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-        console.print(f"numbers: {json_file}", soft_wrap=True)
+        _say(f"numbers: {json_file}")
     if report is not None:
         write_report(report, evaluation, attached.metadata, adapter_bytes=size, evaluate_seconds=cost.seconds)
-        console.print(f"report: {report}", soft_wrap=True)
+        _say(f"report: {report}")
 
 
 @app.command()
@@ -408,7 +408,7 @@ def merge(
         f"{merged.entries:,} weights changed; rounding to {precision} lost at most {100 * merged.relative_loss:.2g} % "
         "of a layer's change"
     )
-    console.print(f"model: {output}", soft_wrap=True)
+    _say(f"model: {output}")
 
 
 @app.command()
@@ -431,7 +431,7 @@ def inspect(
     }
     if as_json:
         record = {**metadata, "bytes": content.bytes, "selected": content.selected, "total": content.total}
-        print(json.dumps({**record, "layers": layers}, indent=2, ensure_ascii=False))
+        print(_json({**record, "layers": layers}))
         return
     concept, run, settings_used = metadata["concept"], metadata.get("run", {}), metadata.get("config", {})
     memory = run.get("peak_memory_bytes", {})
@@ -462,6 +462,7 @@ def inspect(
     flat = {f"{section}.{key}": value for section, values in settings_used.items() if isinstance(values, dict)
             for key, value in values.items()}  # fmt: skip
     console.print(_facts("settings", {**flat, "seed": settings_used.get("seed", "unknown")}))
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="layers", title_justify="left")
@@ -469,7 +470,7 @@ def inspect(
         table.add_column(name, justify=justify)
     for name, layer in layers.items():
         table.add_row(
-            short_layer_name(name), "×".join(map(str, layer["shape"])), f"{layer['selected']:,}",
+            escape(printable(short_layer_name(name))), "×".join(map(str, layer["shape"])), f"{layer['selected']:,}",
             f"{100 * layer['density']:.2f} %",
         )  # fmt: skip
     console.print(table)
@@ -521,7 +522,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     try:
         with typer.main.get_command(app).make_context("fade", list(arguments)) as context:
             context.command.invoke(context)
@@ -572,7 +573,7 @@ def _how_to_go_on(arguments: list[str]) -> str:
 
 
 def _fail(message: str, status: int, word: str = "error") -> int:
-    print(f"{word}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{word}: {_one_line(message)}", file=sys.stderr)
     return status
 
 
@@ -592,16 +593,31 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(110, console.width))
 
 
+def _say(line: str) -> None:
+    """One line on standard output as it is: no markup is read in it, and nothing in it reaches the terminal raw."""
+    _console().print(printable(line), soft_wrap=True, markup=False)
+
+
+def _one_line(message: object) -> str:
+    return printable(" ".join(str(message).split()))
+
+
+def _json(record: dict[str, Any]) -> str:
+    """JSON for the terminal: as people read it, or in ASCII where it holds what steers a terminal."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    return text if all(line == printable(line) for line in text.split("\n")) else json.dumps(record, indent=2)
+
+
 def _facts(title: str, values: dict[str, Any]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table = Table(title=escape(printable(title)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in values.items():
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        table.add_row(escape(name), escape(shown))
+        table.add_row(escape(printable(name)), escape(printable(shown)))
     return table
 
 

@@ -11,27 +11,23 @@ step on the forget and the retain half together.
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
 from fade.config import OverwriteConfig
-from fade.errors import DivergedError, FadeError
-from fade.files import atomic_write
+from fade.errors import DivergedError
 from fade.latents import Latents
 from fade.layers import MaskedLoraLayer
 from fade.noise import epoch_order, forget_timesteps, loss_scale, step_generator, uniform_timesteps
 from fade.progress import progress_bar
+from fade.run_folder import Checkpoint
 
 
 @dataclass
@@ -49,15 +45,15 @@ def overwrite(
     embeddings: Mapping[str, Tensor],
     config: OverwriteConfig,
     seed: int,
-    checkpoint: Path | None = None,
-    resume: bool = False,
+    checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Losses:
     """Trains the adapter in place and returns the losses.
 
     `embeddings` maps every prompt of `latents` to [tokens, width]. With `checkpoint` the state is written there every
-    `config.checkpoint_every` steps; with `resume` as well, training goes on from it and ends as it would have without
-    the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint.
+    `config.checkpoint_every` steps; where one is there already, training goes on from it and ends as it would have
+    without the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint;
+    FadeError for a checkpoint that does not fit.
     """
     forget = torch.stack([embeddings[p] for p in latents.forget_prompts])
     surrogate = torch.stack([embeddings[p] for p in latents.surrogate_prompts])
@@ -89,9 +85,8 @@ def overwrite(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine_with_warmup(step, config))
-    losses, first = Losses(), 0
-    if resume and checkpoint is not None and checkpoint.is_file():
-        first = _load_checkpoint(checkpoint, parameters, optimizer, schedule, losses)
+    losses = Losses() if checkpoint is None else _restore(checkpoint, parameters, optimizer, schedule, config.steps)
+    first = len(losses.forget)
 
     with progress_bar("overwriting", config.steps, progress) as advance:
         for _ in range(first):
@@ -107,7 +102,7 @@ def overwrite(
                 raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
             if checkpoint is not None and step > first and step % config.checkpoint_every == 0:
-                _save_checkpoint(checkpoint, parameters, optimizer, losses)
+                checkpoint.save(_state(parameters, optimizer), vars(losses))
             if scale != 1.0:
                 torch._foreach_div_([p.grad for p in parameters], scale)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -124,8 +119,9 @@ def overwrite(
     return losses
 
 
-def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Path | None) -> DivergedError:
-    kept = f" The last good checkpoint is kept in {checkpoint}." if checkpoint and checkpoint.is_file() else ""
+def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Checkpoint | None) -> DivergedError:
+    there = checkpoint is not None and checkpoint.path.is_file()
+    kept = f" The last good checkpoint is kept in {checkpoint.path}." if there else ""
     return DivergedError(
         f"the {what} at step {step + 1}.{kept} Start again with --overwrite and a learning rate below "
         f"{config.learning_rate:g}"
@@ -152,44 +148,53 @@ def _adapters_off(layers: Sequence[MaskedLoraLayer]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _save_checkpoint(path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer, losses: Losses) -> None:
+def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds: each parameter and its optimiser state, by the parameter's number."""
     tensors = {}
     for index, parameter in enumerate(parameters):
-        state = optimizer.state[parameter]
-        tensors |= {f"{index}.{key}": value.detach().cpu() for key, value in state.items()}
-        tensors[f"{index}.parameter"] = parameter.detach().cpu()
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"losses": json.dumps(vars(losses))})
+        tensors[f"{index}.parameter"] = parameter
+        tensors |= {f"{index}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
 
 
-def _load_checkpoint(
-    path: Path,
-    parameters: list[Tensor],
+def _restore(
+    checkpoint: Checkpoint,
+    parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-    losses: Losses,
-) -> int:
-    """Restores the state and returns the number of steps done. Raises FadeError for a file that does not fit."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {})["losses"])
-            keys = list(file.keys())
-            for index, parameter in enumerate(parameters):
-                state = {}
-                for key in keys:
-                    owner, _, name = key.partition(".")
-                    if owner == str(index) and name != "parameter":
-                        tensor = file.get_tensor(key)
-                        state[name] = tensor if name == "step" else tensor.to(parameter.device)
-                optimizer.state[parameter] = state
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"{index}.parameter"))
-    except (SafetensorError, KeyError, json.JSONDecodeError, RuntimeError) as error:
-        raise FadeError(f"the checkpoint {path} does not fit this run ({error}); use --overwrite") from error
-    losses.forget, losses.retain = saved["forget"], saved["retain"]
+    steps: int,
+) -> Losses:
+    """Restores parameters, optimiser and schedule where there is a checkpoint, and returns the losses until then.
+
+    Raises FadeError, before anything has changed, where it does not fit.
+    """
+    saved = checkpoint.load()
+    if saved is None:
+        return Losses()
+    tensors, losses = saved[0], Losses(**saved[1])
     done = len(losses.forget)
+    kinds = ("parameter", "step", "exp_avg", "exp_avg_sq")
+    if tensors.keys() != {f"{index}.{kind}" for index in range(len(parameters)) for kind in kinds}:
+        raise checkpoint.misfit("it holds other tensors")
+    for index, parameter in enumerate(parameters):
+        for kind in kinds:
+            tensor = tensors[f"{index}.{kind}"]
+            shape = () if kind == "step" else parameter.shape
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+                raise checkpoint.misfit(f"{index}.{kind} has another shape or dtype, or numbers that are not finite")
+        if tensors[f"{index}.step"] != done:
+            raise checkpoint.misfit("its losses are of another number of steps")
+    if not 0 < done < steps:
+        raise checkpoint.misfit(f"it is of {done} steps")
+    for index, parameter in enumerate(parameters):
+        state = {kind: tensors[f"{index}.{kind}"] for kind in kinds}
+        with torch.no_grad():
+            parameter.copy_(state.pop("parameter"))
+        optimizer.state[parameter] = {
+            kind: tensor if kind == "step" else tensor.to(parameter.device) for kind, tensor in state.items()
+        }
     # Not by schedule.step(), which warns where no optimiser step of this process went before it.
     schedule.last_epoch = done
     for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(done)
-    return done
+    return losses

@@ -1,12 +1,21 @@
 """Writing files so that a full disk, Ctrl-C or a crash never costs the old file: write beside it, flush, rename."""
 
 import contextlib
+import glob
+import hashlib
+import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fade.errors import FadeError
 
@@ -30,31 +39,34 @@ def check_writable(path: str | Path) -> None:
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
             raise FadeError(f"cannot write {path}: {parent} is a file, not a folder; name another place")
-    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    probe = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.mkdir()
     except OSError as error:
         raise FadeError(f"cannot write {path}: {error.strerror or error}; name another place") from error
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+            probe.rmdir()
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in `path`'s folder; on success it is flushed to disk and renamed to `path`.
+    """Yields a temporary path below `path`'s folder; on success it is flushed to disk and renamed to `path`.
 
-    On any exception, KeyboardInterrupt included, the temporary file is removed and an existing `path` stays as it was.
-    Raises FadeError when the folder cannot be made or written.
+    On any exception, KeyboardInterrupt included, the temporary file is removed and an existing `path` stays as it was;
+    what a killed process leaves is `remove_parts`'. Raises FadeError when the folder cannot be made or written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FadeError(f"cannot create the folder {path.parent}: {error.strerror or error}") from error
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = _part(path)
     try:
+        # A folder of its own, because some writers put temporary files of theirs beside the one that they were given.
+        part.mkdir()
+        temporary = part / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -65,4 +77,64 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except WRITE_ERRORS as error:
         raise FadeError(f"cannot write {path}: {reason(error)}; nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(path: str | Path) -> None:
+    """Removes what killed processes left half-written for `path`. Nobody else may be writing it meanwhile."""
+    path = Path(path)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if re.fullmatch(r"[0-9a-f]{8}", part.name[len(path.name) + 2 : -len(".part")]):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, dtypes and shapes, on whichever device they are."""
+    value = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return value.hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], record: Any) -> None:
+    """Writes a safetensors file that tells whether it is whole, with a record for JSON to hold. Raises FadeError."""
+    text = json.dumps(record)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(stored, temporary, metadata={"record": text, "digest": _whole(stored, text)})
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors, on the CPU, and the record that `write_tensors` wrote.
+
+    Raises FadeError where the file cannot be read or is not, to the last bit, what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, because what safetensors gives is the file itself, mapped into memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        text = metadata["record"]
+        whole = metadata["digest"] == _whole(tensors, text)
+        record = json.loads(text)
+    except (*WRITE_ERRORS, KeyError, ValueError, RuntimeError) as error:
+        raise FadeError(f"{path} is damaged or was not written by FADE: {_first_line(error)}") from error
+    if not whole:
+        raise FadeError(f"{path} is damaged: its tensors are not those that were written")
+    return tensors, record
+
+
+def _whole(tensors: Mapping[str, Tensor], text: str) -> str:
+    return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from fade.config import OverwriteConfig
 def step_generator(seed: int, stream: str, step: int) -> torch.Generator:
     """A CPU generator (the same numbers on every device) for one step of one stream."""
     digest = hashlib.sha256(f"{seed}/{stream}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fade.errors import printable
+
 T = TypeVar("T")
 
 
@@ -15,16 +17,16 @@ T = TypeVar("T")
 def progress_bar(description: str, total: int, enabled: bool) -> Iterator[Callable[..., None]]:
     """Yields `advance(note="")`, to be called once a step; the note (such as losses) is shown behind the bar."""
     bar = Progress(
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),
         disable=not enabled,
     )
     with bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(printable(description), total=total, note="")
         yield lambda note="": bar.update(task, advance=1, note=note)
 
 

@@ -6,12 +6,15 @@ colour, so that they are legible in light and dark and on paper; the page itself
 
 import base64
 import io
+import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fade.errors import printable
 from fade.evaluation.run import METRICS, Evaluation
 from fade.files import atomic_write
 
@@ -67,10 +70,14 @@ def render_report(
 ) -> str:
     """The report as one HTML string. Arguments as for `write_report`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=PackageLoader("fade", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=shown,
     )  # fmt: skip
     run = metadata.get("run", {})
     return environment.get_template("report.html").render(
@@ -117,7 +124,7 @@ def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
     forget = evaluation.answers.forget
     near = sorted(_retained_classes(evaluation), key=lambda word: abs(word - forget))[:2]
     groups = [
-        (words[word], [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
+        (printable(words[word]), [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
         for word in (forget, *sorted(near))
     ]
     margin, gap, space, text = 12, 4, 20, 110
@@ -231,8 +238,11 @@ def _figure(width: float, height: float, draw: Callable[[Any], None], label: str
         "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
         "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10,
         "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.linewidth": 0.6,
+        "text.parse_math": False,  # a class may be called "$x$"
     }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The text stays text, drawn in the reader's font, whatever matplotlib's own has.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots(1, columns, squeeze=False)[0] if columns > 1 else figure.subplots())
         buffer = io.StringIO()
@@ -258,6 +268,7 @@ def _heat(axes: Any, values: Sequence[Sequence[float | None]], rows: Sequence[st
             axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour, alpha=strength, linewidth=0))
             axes.text(x + 0.5, y + 0.52, text(value), ha="center", va="center", fontsize=7.5)
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    rows, columns = [printable(name) for name in rows], [printable(name) for name in columns]
     axes.set_xticks([x + 0.5 for x in range(len(columns))], columns, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
     axes.tick_params(length=0)
@@ -335,7 +346,7 @@ def _layer_charts(run: dict[str, Any], config: dict[str, Any]) -> list[dict[str,
         title = "Largest saliency ÷ the layer's mean" if scaled else "Mean saliency"
         quantities.append((title, BEFORE, saliency))
     matches = [_ATTENTION.fullmatch(layer["name"].removesuffix(".0")) for layer in layers]
-    kind = config["locate"]["saliency"]
+    kind = config.get("locate", {}).get("saliency", "unknown")
     note = f"By layer, saliency “{kind}”: " + " and ".join(title for title, *_ in quantities) + "."
 
     if all(matches):
@@ -354,7 +365,7 @@ def _layer_charts(run: dict[str, Any], config: dict[str, Any]) -> list[dict[str,
 
         height = 0.28 * len(rows) + 1.1
     else:
-        names = [short_layer_name(layer["name"]) for layer in layers]
+        names = [printable(short_layer_name(layer["name"])) for layer in layers]
 
         def draw(panels: Any) -> None:
             for position, (axes, (title, colour, quantity)) in enumerate(
@@ -399,7 +410,8 @@ def _loss_chart(losses: dict[str, Sequence[float]]) -> dict[str, str] | None:
         window = max(1, steps // 20)
         for name, values, colour in curves:
             axis = range(1, len(values) + 1)
-            smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+            sums = [0.0, *itertools.accumulate(values)]
+            smooth = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
             # An untouched adapter has a retain loss of exactly zero, which a logarithmic axis cannot show.
             axes.plot(axis, [value or math.nan for value in values], color=colour, alpha=0.3, linewidth=0.8)
             axes.plot(axis, [value or math.nan for value in smooth], color=colour, linewidth=1.8, label=name)
@@ -423,10 +435,11 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
         (other,) = evaluation.answers.classes.keys() - {evaluation.answers.domain}
         figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
     if run.get("total"):
-        figures.append((f"{100 * run['selected'] / run['total']:.3g} %", "of the target weights changed"))
+        figures.append((f"{100 * run.get('selected', 0) / run['total']:.3g} %", "of the target weights changed"))
     figures.append((human_bytes(adapter_bytes), "adapter file"))
-    if "seconds" in run:
-        figures.append((f"{run['seconds']['locate'] + run['seconds']['overwrite']:.1f} s", "locate + overwrite"))
+    stages = [run.get("seconds", {}).get(stage) for stage in ("locate", "overwrite")]
+    if None not in stages:
+        figures.append((f"{sum(stages):.1f} s", "locate + overwrite"))
     return figures
 
 

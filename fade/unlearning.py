@@ -2,14 +2,14 @@
 here they only follow one another, and a later part never reaches into an earlier one."""
 
 import contextlib
-import json
+import os
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fade.adapter import Adapter, adapters_off, attach, check_name, new_metadata
@@ -17,19 +17,19 @@ from fade.backbones import Backbone, backbone_for
 from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, refuse_offloaded, target_layers
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
+from fade.distillation import Losses
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
-from fade.files import atomic_write, check_writable
 from fade.latents import Latents, prepare_latents
 from fade.measure import Measurement, measured
+from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
+from fade.run_folder import ADAPTER_FILE, RunFolder, open_run_folder
 from fade.saliency import Located, locate
-from fade_kernels import BitMask
 
-ADAPTER_FILE, RUN_FILE, LATENTS_FILE = "adapter.safetensors", "run.json", "latents.safetensors"
-# These three exist only while a run is unfinished.
-REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE = "request.json", "masks.safetensors", "checkpoint.safetensors"
+__all__ = ["ADAPTER_FILE", "unlearn"]
 
 
+@plain_mode()
 def unlearn(
     pipeline: Any,
     forget: str | None = None,
@@ -60,79 +60,161 @@ def unlearn(
         progress: show progress bars.
 
     Returns the adapter, attached and enabled. Adapters that were on before stay on; the new one is trained without
-    them, against the base weights. Raises FadeError for bad input, DivergedError where the loss is not finite.
+    them, against the base weights. Called under `no_grad`, `inference_mode`, autocast or another default dtype or
+    device it does the same as outside of them (weights that were loaded under `inference_mode` become ordinary ones of
+    the same bits); the global random generators are left alone. Whatever is raised, the pipeline is as it was before.
+    Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()
     if not isinstance(config, Config):
         raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
+    if resume and (output is None or overwrite):
+        why = "needs the output folder of the interrupted run" if output is None else "excludes overwrite"
+        raise FadeError(f"resume {why}; give output and resume alone to go on, or overwrite to start again")
+    for argument, text in (("forget", forget), ("surrogate", surrogate), ("name", name)):
+        if not isinstance(text, str if argument == "name" else str | None):
+            raise FadeError(f"{argument} must be a text, not {text!r}"[:200])
+    if not isinstance(output, str | os.PathLike | None):
+        raise FadeError(f"output must be a folder's path, not {output!r}"[:200])
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     if concept is None:
         concept = _concept(pipeline, forget, surrogate, templates, retain, config.data.plurals)
-    layers = target_layers(backbone.denoiser, config.locate.targets)
-    check_name(backbone.denoiser, name)
-    refuse_merged(backbone.denoiser)
-    refuse_offloaded(backbone.denoiser)
-    digests = fingerprint(backbone.denoiser)
-    folder = None if output is None else _open_folder(Path(output), concept, config, digests, overwrite, resume)
+    else:
+        given = {"forget": forget, "surrogate": surrogate, "templates": templates, "retain": retain}
+        _check_concept(concept, [name for name, value in given.items() if value is not None])
+    with _alone(backbone.denoiser), contextlib.ExitStack() as resources:
+        for module in _modules(pipeline):
+            out_of_inference_mode(module)
+        layers = target_layers(backbone.denoiser, config.locate.targets)
+        check_name(backbone.denoiser, name)
+        refuse_merged(backbone.denoiser)
+        refuse_offloaded(backbone.denoiser)
+        digests = fingerprint(backbone.denoiser)
+        folder = None
+        if output is not None:
+            request = {"concept": vars(concept), "config": config.to_dict(), "fingerprint": digests}
+            # Absolute, because a program may change its working directory while this runs.
+            path = Path(output).absolute()
+            folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
+        for module in _modules(pipeline):
+            resources.enter_context(evaluation_mode(module))
+        return _run(backbone, concept, config, layers, digests, folder, name, progress)
 
-    data, located_in, overwritten = Measurement(), Measurement(), Measurement()
-    with _frozen(backbone.denoiser):
-        with measured(backbone.device) as data:
+
+def _run(
+    backbone: Backbone,
+    concept: Concept,
+    config: Config,
+    layers: dict[str, nn.Module],
+    digests: dict[str, str],
+    folder: RunFolder | None,
+    name: str,
+    progress: bool,
+) -> Adapter:
+    pipeline, denoiser = backbone.pipeline, backbone.denoiser
+    costs = {} if folder is None else folder.costs
+
+    @contextlib.contextmanager
+    def stage(part: str) -> Iterator[None]:
+        """Measures a part of the run; what it cost is kept however it ends."""
+        try:
+            with measured(backbone.device, earlier=costs.get(part)) as costs[part]:
+                yield
+        except BaseException:
+            if folder is not None:
+                with contextlib.suppress(FadeError):
+                    folder.keep()
+            raise
+        if folder is not None:
+            folder.keep()
+
+    adapter = None
+    try:
+        with _frozen(denoiser):
             try:
-                latents = prepare_latents(
-                    backbone, concept, config.data, config.seed, next(iter(digests.values())),
-                    folder and folder / LATENTS_FILE, progress,
-                )  # fmt: skip
-                embeddings = _encode(backbone, latents)
+                with stage("data"):
+                    latents = prepare_latents(
+                        backbone, concept, config.data, config.seed, next(iter(digests.values())),
+                        folder and folder.latents_file, progress,
+                    )  # fmt: skip
+                    embeddings = _encode(backbone, latents)
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
-                if folder is not None and not resume:
-                    (folder / REQUEST_FILE).unlink(missing_ok=True)
+                if folder is not None:
+                    folder.abandon()
                 raise
-        with backbone.only_denoiser_on_device():
-            with measured(backbone.device) as located_in:
-                located = _located_before(folder) if resume else None
-                if located is None:
-                    located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
-                    if folder is not None:
-                        _keep_located(folder, located)
-            values = config.overwrite.parameters == "values"
-            scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
-            adapter = attach(
-                pipeline, name, located.masks, rank=config.overwrite.rank,
-                alpha=scale if values else config.overwrite.alpha, values=values,
-                metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
-            )  # fmt: skip
-            adapter.enable()
-            try:
-                with measured(backbone.device) as overwritten:
+            if folder is not None:
+                folder.begin_with(latents, embeddings, backbone)
+            with backbone.only_denoiser_on_device():
+                with stage("locate"):
+                    located = None if folder is None else folder.located_before(layers)
+                    if located is None:
+                        located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
+                        if folder is not None:
+                            folder.keep_located(located)
+                values = config.overwrite.parameters == "values"
+                scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
+                adapter = attach(
+                    pipeline, name, located.masks, rank=config.overwrite.rank,
+                    alpha=scale if values else config.overwrite.alpha, values=values,
+                    metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
+                )  # fmt: skip
+                adapter.enable()
+                with stage("overwrite"):
                     losses = run_overwrite(
                         backbone, adapter, latents, embeddings, config.overwrite, config.seed,
-                        folder and folder / CHECKPOINT_FILE, resume, progress,
+                        folder and folder.checkpoint(located), progress,
                     )  # fmt: skip
-            except BaseException:
-                adapter.remove()
-                raise
-    adapter.enable()
+            adapter.metadata["run"] = _run_record(costs, losses, located)
+            if folder is not None:
+                folder.finish(adapter)
+        return adapter.enable()
+    except BaseException:
+        if adapter is not None:
+            adapter.remove()
+        raise
 
-    adapter.metadata["run"] = {
-        "seconds": {"data": data.seconds, "locate": located_in.seconds, "overwrite": overwritten.seconds},
-        "peak_memory_bytes": {
-            "locate": located_in.peak_memory_bytes, "overwrite": overwritten.peak_memory_bytes,
-        },
+
+def _run_record(costs: dict[str, Measurement], losses: Losses, located: Located) -> dict[str, Any]:
+    return {
+        "seconds": {part: cost.seconds for part, cost in costs.items()},
+        "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
         "losses": vars(losses),
         "threshold": located.threshold,
         "selected": located.selected,
         "total": located.total,
         "layers": located.layers,
-    }  # fmt: skip
-    if folder is not None:
-        adapter.save(folder / ADAPTER_FILE)
-        _write_json(folder / RUN_FILE, adapter.metadata)
-        for leftover in (REQUEST_FILE, CHECKPOINT_FILE, MASKS_FILE):
-            (folder / leftover).unlink(missing_ok=True)
-    return adapter
+    }
+
+
+def _modules(pipeline: Any) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+_in_training: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(denoiser: nn.Module) -> Iterator[None]:
+    """Raises FadeError where another thread is unlearning on the same denoiser."""
+    with _guard:
+        if denoiser in _in_training:
+            raise FadeError("this pipeline is unlearning in another thread already; wait, or load it a second time")
+        _in_training.add(denoiser)
+    try:
+        yield
+    finally:
+        with _guard:
+            _in_training.discard(denoiser)
+
+
+def _check_concept(concept: Concept, beside: Sequence[str]) -> None:
+    if not isinstance(concept, Concept):
+        raise FadeError(f"concept must be a fade.Concept, not a {type(concept).__name__}")
+    if beside:
+        raise FadeError(f"{', '.join(beside)} would be ignored beside concept, which holds all prompts; give either")
 
 
 def _concept(
@@ -166,83 +248,7 @@ def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _frozen(denoiser: nn.Module) -> Iterator[None]:
-    """The denoiser in evaluation mode, its weights needing no gradient, its adapters off; all as it was afterwards."""
-    training = [module for module in denoiser.modules() if module.training]
+    """The denoiser's weights needing no gradient, its adapters off; all as it was afterwards."""
     with adapters_off(denoiser):
-        denoiser.eval().requires_grad_(False)
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def _open_folder(
-    folder: Path, concept: Concept, config: Config, digests: dict[str, str], overwrite: bool, resume: bool
-) -> Path:
-    """The output folder, ready for a new run or for going on with an interrupted one. Raises FadeError."""
-    request = {"concept": vars(concept), "config": config.to_dict(), "fingerprint": digests}
-    request = json.loads(json.dumps(request))
-    if folder.exists() and not folder.is_dir():
-        raise FadeError(f"the output {folder} is a file; name a folder")
-    if resume:
-        try:
-            before = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            state = "is complete" if (folder / ADAPTER_FILE).exists() else "was never started"
-            raise FadeError(f"there is nothing to resume in {folder}: the run {state}; leave out --resume") from error
-        changed = (
-            [path for path, value in _flat(request).items() if _flat(before).get(path, ...) != value]
-            if isinstance(before, dict)
-            else ["everything"]
-        )
-        if changed:
-            raise FadeError(
-                f"the run in {folder} has another {', '.join(changed[:3])}; resume with the same settings, or start "
-                "again with --overwrite"
-            )
-        return folder
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        going_on = " or --resume to go on" if (folder / REQUEST_FILE).exists() else ""
-        raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it{going_on}")
-    check_writable(folder / ADAPTER_FILE)
-    for leftover in (CHECKPOINT_FILE, MASKS_FILE):
-        (folder / leftover).unlink(missing_ok=True)
-    _write_json(folder / REQUEST_FILE, request)
-    return folder
-
-
-def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
-    return flat
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _keep_located(folder: Path, located: Located) -> None:
-    record = {
-        "layers": located.layers, "threshold": located.threshold,
-        "selected": located.selected, "total": located.total,
-        "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
-    }  # fmt: skip
-    with atomic_write(folder / MASKS_FILE) as temporary:
-        words = {name: mask.words.cpu().contiguous() for name, mask in located.masks.items()}
-        save_file(words, temporary, metadata={"located": json.dumps(record)})
-
-
-def _located_before(folder: Path) -> Located | None:
-    """The masks of an interrupted run, None where it had not come that far."""
-    path = folder / MASKS_FILE
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()["located"])
-    words = load_file(path)
-    masks = {name: BitMask.from_words(words[name], tuple(shape)) for name, shape in record.pop("shapes").items()}
-    return Located(masks=masks, **record)
+        denoiser.requires_grad_(False)
+        yield

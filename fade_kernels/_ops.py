@@ -137,9 +137,9 @@ unpack_mask = _define(
 )
 
 mask_row_counts = _define(
-    "mask_row_counts(Tensor mask_words) -> Tensor",
-    check=check_mask_words,
-    fake=lambda mask_words: mask_words.new_empty((mask_words.shape[0],), dtype=torch.int64),
+    "mask_row_counts(Tensor mask_words, int columns) -> Tensor",
+    check=_check_unpack_mask,
+    fake=lambda mask_words, columns: mask_words.new_empty((mask_words.shape[0],), dtype=torch.int64),
     default=reference.mask_row_counts,
 )
 

@@ -4,6 +4,7 @@ Apart from the operators that use it because every stage of the method passes it
 computes with it, the adapter file stores its words. Layout: row-major int32 words, bit j of word w is column 32 w + j.
 """
 
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -15,25 +16,45 @@ from fade_kernels import _ops
 class BitMask:
     """Packed mask of a weight matrix [N, K]; a weight with more dimensions is seen as [N, product of the rest].
 
-    Immutable: `words` must not be written to, because the number of set bits and the tile occupancy are kept.
-
-    Attributes:
-        words: int32 [N, ceil(K/32)], contiguous; bit j of word w is column 32 w + j, padding bits are 0.
-        shape: (N, K).
+    `BitMask(words, shape)` takes words as they were stored and checks them; `pack`, `full` and `from_positions` make
+    them. Immutable: words must not be written to, because the number of set bits and the tile occupancy are kept. (The
+    kernels ignore padding bits all the same, so that words which somebody else overwrites cannot lead them astray.)
     """
 
-    __slots__ = ("_count", "_occupancy", "shape", "words")
+    __slots__ = ("_count", "_occupancy", "_positions", "_shape", "_words")
     __hash__ = None
 
-    words: Tensor
-    shape: tuple[int, int]
+    def __init__(self, words: Tensor, shape: tuple[int, ...]) -> None:
+        """Takes words as they were stored, for a weight of this shape.
 
-    def __init__(self, words: Tensor, shape: tuple[int, int]) -> None:
-        """Use `pack`, `full` or `from_words`: they check what this constructor takes for granted."""
-        self.words = words
-        self.shape = shape
+        Args:
+            words: int32 [N, ceil(K/32)]; bit j of word w is column 32 w + j, padding bits are 0.
+            shape: of the weight, two or more dimensions.
+
+        Raises:
+            TypeError: the words are not int32.
+            ValueError: they do not fit the shape, or a padding bit is set.
+        """
+        rows, columns = _matrix_shape(shape)
+        _ops.check_mask_words(words, rows, columns)
+        padding = -columns % 32
+        if padding and rows and not words.is_meta and bool((words[:, -1] >> (32 - padding) != 0).any()):
+            raise ValueError(f"mask words have bits set beyond column {columns}: they belong to another shape")
+        self._set(words.contiguous(), (rows, columns))
+
+    def _set(self, words: Tensor | None, shape: tuple[int, int]) -> None:
+        self._words = None if words is None else _outside_inference(words)
+        self._shape = shape
         self._count: int | None = None
         self._occupancy: dict[tuple[int, int], Tensor] = {}
+        self._positions: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def _trusted(cls, words: Tensor, shape: tuple[int, int]) -> "BitMask":
+        """For words that an operator of this library has just made: no check, which would wait for the device."""
+        mask = cls.__new__(cls)
+        mask._set(words, shape)
+        return mask
 
     @staticmethod
     def pack(mask: Tensor) -> "BitMask":
@@ -46,7 +67,7 @@ class BitMask:
         if mask.dim() < 2:
             raise ValueError(f"a mask must have at least two dimensions [N, ...], not {list(mask.shape)}")
         rows, columns = mask.shape[0], prod(mask.shape[1:])
-        return BitMask(_ops.pack_mask(mask.reshape(rows, columns)), (rows, columns))
+        return BitMask._trusted(_ops.pack_mask(mask.reshape(rows, columns)), (rows, columns))
 
     @staticmethod
     def full(shape: tuple[int, ...], device: torch.device | str | None = None) -> "BitMask":
@@ -55,20 +76,61 @@ class BitMask:
 
     @staticmethod
     def from_words(words: Tensor, shape: tuple[int, ...]) -> "BitMask":
-        """Takes words as they were stored, for a weight of this shape.
+        """`BitMask(words, shape)`, by a name that says what is taken."""
+        return BitMask(words, shape)
+
+    @staticmethod
+    def from_positions(row_counts: Tensor, columns: Tensor, shape: tuple[int, ...]) -> "BitMask":
+        """A mask from its set bits: how many each row has, and their columns, ascending in each row.
+
+        The words are made when they are first asked for; until then the mask is no larger than these two tensors.
+
+        Args:
+            row_counts: int [N].
+            columns: int, uint16 included, [nnz], row by row.
+            shape: of the weight, two or more dimensions.
 
         Raises:
-            TypeError: the words are not int32.
-            ValueError: they do not fit the shape, or a padding bit is set.
+            ValueError: they do not fit the shape or each other, or are out of range or out of order.
         """
-        if len(shape) < 2:
-            raise ValueError(f"a masked weight must have at least two dimensions, not {list(shape)}")
-        rows, columns = int(shape[0]), prod(int(size) for size in shape[1:])
-        _ops.check_mask_words(words, rows, columns)
-        padding = -columns % 32
-        if padding and rows and bool((words[:, -1] >> (32 - padding) != 0).any()):
-            raise ValueError(f"mask words have bits set beyond column {columns}: they belong to another shape")
-        return BitMask(words.contiguous(), (rows, columns))
+        rows, width = _matrix_shape(shape)
+        if row_counts.is_floating_point() or columns.is_floating_point():
+            raise ValueError("row_counts and columns must be integers")
+        counts, at = row_counts.cpu().numpy(), columns.cpu().numpy()
+        if counts.shape != (rows,) or (rows and (counts.min() < 0 or counts.max() > width)):
+            raise ValueError(f"row_counts is out of range: {rows} numbers from 0 to {width} are needed")
+        if at.shape != (int(counts.sum(dtype="int64")),):
+            raise ValueError(f"there are {at.shape} columns, but row_counts add up to {counts.sum(dtype='int64')}")
+        if at.size:
+            ascending = at[1:] > at[:-1]
+            starts = counts.cumsum(dtype="int64")[:-1]
+            ascending[starts[(starts > 0) & (starts < at.size)] - 1] = True  # a row may begin anywhere
+            if at.min() < 0 or at.max() >= width or not ascending.all():
+                raise ValueError(f"columns is out of range or out of order: a row's ascend, from 0 to {width - 1}")
+        mask = BitMask.__new__(BitMask)
+        mask._set(None, (rows, width))
+        mask._positions, mask._count = (row_counts, columns), at.size
+        return mask
+
+    @property
+    def words(self) -> Tensor:
+        """int32 [N, ceil(K/32)], contiguous; bit j of word w is column 32 w + j, padding bits are 0."""
+        positions = self._positions
+        if self._words is None:
+            self._words = _outside_inference(_words_of(*positions, self.shape))
+            self._positions = None  # last, because another thread may be here
+        return self._words
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self._shape
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """The set bits as `from_positions` takes them: integers [N] and [nnz]."""
+        if self._positions is not None:
+            return self._positions
+        return self.row_counts, self.unpack().nonzero()[:, 1]
 
     def unpack(self) -> Tensor:
         """The mask as bool [N, K]."""
@@ -77,7 +139,7 @@ class BitMask:
     @property
     def row_counts(self) -> Tensor:
         """Number of set bits in each row: int64 [N]."""
-        return _ops.mask_row_counts(self.words)
+        return _ops.mask_row_counts(self.words, self.shape[1])
 
     @property
     def count(self) -> int:
@@ -107,14 +169,14 @@ class BitMask:
 
     @property
     def device(self) -> torch.device:
-        return self.words.device
+        return (self._positions[0] if self._words is None else self._words).device
 
     def to(self, device: torch.device | str) -> "BitMask":
         """The same mask on another device; itself where it is there already."""
         words = self.words.to(device)
         if words is self.words:
             return self
-        moved = BitMask(words, self.shape)
+        moved = BitMask._trusted(words, self.shape)
         moved._count = self._count
         return moved
 
@@ -126,6 +188,38 @@ class BitMask:
 
     def __repr__(self) -> str:
         return f"BitMask(shape={self.shape}, count={self.count}, density={self.density:.3g}, device={self.device})"
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) < 2:
+        raise ValueError(f"a masked weight must have at least two dimensions, not {list(shape)}")
+    return int(shape[0]), prod(int(size) for size in shape[1:])
+
+
+def _outside_inference(words: Tensor) -> Tensor:
+    """A mask outlives the inference mode that it was made in: autograd must be able to keep its words."""
+    if not words.is_inference():
+        return words
+    with torch.inference_mode(False):
+        return words.clone()
+
+
+def _words_of(row_counts: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Words from positions as `from_positions` takes them, about a million at a time: 40 bytes of scratch each."""
+    rows, width = shape[0], _ops.words_per_row(shape[1])
+    words = torch.zeros((rows, width), dtype=torch.int32, device=columns.device)
+    blocks = max(1, columns.numel() >> 20)
+    first_rows = [rows * i // blocks for i in range(blocks + 1)]
+    done = 0
+    for first, last in pairwise(first_rows):
+        counts = row_counts[first:last].long()
+        at = columns[done : done + int(counts.sum())].long()
+        row = torch.repeat_interleave(torch.arange(last - first, device=columns.device), counts)
+        bit = torch.ones((), dtype=torch.int32, device=columns.device) << (at & 31).int()
+        # Every bit comes once, so that a sum is a union.
+        words[first:last].view(-1).index_add_(0, row.mul_(width).add_(at >> 5), bit)
+        done += at.numel()
+    return words
 
 
 def gather_masked(weight: Tensor, mask: BitMask) -> Tensor:

@@ -95,7 +95,7 @@ def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
     if _capturing(mask_words):
         return _UNKNOWN
     rows = mask_words.shape[0]
-    count = torch.ops.fade_kernels.mask_row_counts(mask_words).sum()
+    count = torch.ops.fade_kernels.mask_row_counts(mask_words, columns).sum()
     occupied = torch.ops.fade_kernels.mask_occupancy(mask_words, columns, OCCUPANCY_TILE, OCCUPANCY_TILE)
     density, occupancy = torch.stack([count.double() / max(1, rows * columns), occupied.double().mean()]).tolist()
     facts = MaskFacts(version, density, occupancy if occupied.numel() else 0.0)

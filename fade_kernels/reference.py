@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 # --- masks -----------------------------------------------------------------------------------------------------------
+#
+# Words may come from files and state dicts: padding bits, those beyond a row's columns, are ignored wherever words are
+# read.
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -27,9 +30,9 @@ def unpack_mask(mask_words: Tensor, columns: int) -> Tensor:
     return bits.to(torch.bool).reshape(mask_words.shape[0], mask_words.shape[1] * 32)[:, :columns].contiguous()
 
 
-def mask_row_counts(mask_words: Tensor) -> Tensor:
+def mask_row_counts(mask_words: Tensor, columns: int) -> Tensor:
     """Number of set bits in each row: int64 [N]."""
-    return unpack_mask(mask_words, mask_words.shape[1] * 32).sum(dim=1)
+    return unpack_mask(mask_words, columns).sum(dim=1)
 
 
 def mask_occupancy(mask_words: Tensor, columns: int, tile_n: int, tile_k: int) -> Tensor:

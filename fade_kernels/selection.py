@@ -99,7 +99,7 @@ def select_top_fraction(
     if int(invalid) >= 0:
         raise _invalid(saliency, int(invalid))
     shapes = [(s.shape[0], math.prod(s.shape[1:])) for s in scores]
-    units = [BitMask(w, shape) for w, shape in zip(words, shapes, strict=True)]
+    units = [BitMask._trusted(w, shape) for w, shape in zip(words, shapes, strict=True)]
     return Selection(units if expand is None else expand(units), float(threshold), count, total)
 
 

@@ -1,5 +1,6 @@
-// The layout of a packed mask, in one place: row-major words of 32 columns, bit j of word w is column 32 w + j, padding
-// bits at the end of a row are 0. The Python side of the same definition is fade_kernels/bitmask.py.
+// The layout of a packed mask, in one place: row-major words of 32 columns, bit j of word w is column 32 w + j. The bits
+// of a row's last word beyond its columns are padding: 0 as fade_kernels/bitmask.py makes them, and ignored by every
+// kernel whatever they are, because words also come from files and state dicts.
 #pragma once
 
 #include "common/macros.h"
@@ -18,6 +19,12 @@ FADE_HOST_DEVICE bool mask_bit(const uint32_t* row, int64_t column) {
 FADE_HOST_DEVICE uint32_t bit_range(int64_t begin, int64_t end) {
   const uint32_t below_end = end == kWordBits ? ~0u : (1u << end) - 1u;
   return below_end & (~0u << begin);
+}
+
+// The bits of a row's word that are columns: all of them but in the last word. 0 <= word < words_per_row(columns).
+FADE_HOST_DEVICE uint32_t column_bits(int64_t word, int64_t columns) {
+  const int64_t left = columns - word * kWordBits;
+  return bit_range(0, left < kWordBits ? left : kWordBits);
 }
 
 // The lowest `count` set bits of a word, all of them where there are fewer.

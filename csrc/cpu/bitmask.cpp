@@ -6,6 +6,7 @@
 #include <bit>
 
 #include "cpu/kernel.h"
+#include "cpu/mask_words.h"
 
 namespace fade {
 namespace {
@@ -43,11 +44,6 @@ FADE_CPU_CLONES int64_t count_words(const uint32_t* words, int64_t n) {
 
 int64_t rows_grain(int64_t columns) { return std::max<int64_t>(1, kGrainSize / std::max<int64_t>(1, columns)); }
 
-void check_words(const Tensor& words, int64_t columns) {
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.dim() == 2, "mask words must be int32 [N, ceil(K/32)]");
-  STD_TORCH_CHECK(words.size(1) == words_per_row(columns), "mask words do not fit the number of columns");
-}
-
 Tensor pack_mask(const Tensor& mask) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2, "mask must be bool [N, K]");
   const Tensor dense = as_dense(mask);
@@ -62,9 +58,8 @@ Tensor pack_mask(const Tensor& mask) {
 }
 
 Tensor unpack_mask(const Tensor& mask_words, int64_t columns) {
-  check_words(mask_words, columns);
-  const Tensor dense = as_dense(mask_words);
-  const int64_t rows = mask_words.size(0), width = mask_words.size(1);
+  const int64_t rows = mask_words.size(0), width = words_per_row(columns);
+  const Tensor dense = valid_words(mask_words, rows, columns);
   Tensor mask = torch::stable::new_empty(mask_words, {rows, columns}, ScalarType::Bool);
   const auto* source = read<uint32_t>(dense);
   auto* target = write<uint8_t>(mask);
@@ -74,11 +69,9 @@ Tensor unpack_mask(const Tensor& mask_words, int64_t columns) {
   return mask;
 }
 
-Tensor mask_row_counts(const Tensor& mask_words) {
-  STD_TORCH_CHECK(mask_words.scalar_type() == ScalarType::Int && mask_words.dim() == 2,
-                  "mask words must be int32 [N, ceil(K/32)]");
-  const Tensor dense = as_dense(mask_words);
-  const int64_t rows = mask_words.size(0), width = mask_words.size(1);
+Tensor mask_row_counts(const Tensor& mask_words, int64_t columns) {
+  const int64_t rows = mask_words.size(0), width = words_per_row(columns);
+  const Tensor dense = valid_words(mask_words, rows, columns);
   Tensor counts = torch::stable::new_empty(mask_words, {rows}, ScalarType::Long);
   const auto* source = read<uint32_t>(dense);
   auto* target = write<int64_t>(counts);
@@ -89,10 +82,9 @@ Tensor mask_row_counts(const Tensor& mask_words) {
 }
 
 Tensor mask_occupancy(const Tensor& mask_words, int64_t columns, int64_t tile_n, int64_t tile_k) {
-  check_words(mask_words, columns);
   STD_TORCH_CHECK(tile_n > 0 && tile_k > 0, "tile sizes must be positive");
-  const Tensor dense = as_dense(mask_words);
-  const int64_t rows = mask_words.size(0), width = mask_words.size(1);
+  const int64_t rows = mask_words.size(0), width = words_per_row(columns);
+  const Tensor dense = valid_words(mask_words, rows, columns);
   const int64_t tile_rows = (rows + tile_n - 1) / tile_n, tile_columns = (columns + tile_k - 1) / tile_k;
   Tensor occupancy = torch::stable::new_empty(mask_words, {tile_rows, tile_columns}, ScalarType::Bool);
   const auto* source = read<uint32_t>(dense);
@@ -161,9 +153,7 @@ struct MaskedCopy {
 MaskedCopy masked_copy(const Tensor& weight, const Tensor& mask_words, int64_t count) {
   STD_TORCH_CHECK(weight.dim() >= 2, "weight must have at least two dimensions");
   const int64_t rows = weight.size(0), columns = flat_columns(weight);
-  check_words(mask_words, columns);
-  STD_TORCH_CHECK(mask_words.size(0) == rows, "mask words do not have the weight's rows");
-  const Tensor words = as_dense(mask_words);
+  const Tensor words = valid_words(mask_words, rows, columns);
   MaskedCopy copy{rows, columns, words_per_row(columns), words, row_offsets(words)};
   STD_TORCH_CHECK(copy.offsets.back() == count, "the mask has ", copy.offsets.back(), " set bits, not ", count);
   return copy;

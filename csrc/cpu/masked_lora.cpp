@@ -13,6 +13,7 @@
 
 #include "common/bitmask.h"
 #include "cpu/kernel.h"
+#include "cpu/mask_words.h"
 
 namespace fade {
 
@@ -263,12 +264,17 @@ struct Rows {
 };
 
 template <typename T>
-Rows as_rows(const Tensor& x) {
-  const int64_t columns = x.size(x.dim() - 1), count = row_count(x);
+Rows as_rows(const Tensor& x, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, "rows must end in ", columns, " features");
+  const int64_t count = row_count(x);
   Tensor flat = as_type(x, dtype_of<T>());
   if (flat.dim() != 2) flat = torch::stable::reshape(flat, {count, columns});
   if (flat.stride(1) != 1 || flat.stride(0) < columns) flat = torch::stable::contiguous(flat);
   return Rows{flat, count, columns, count > 1 ? flat.stride(0) : columns};
+}
+
+void check_same_count(const Rows& dy, const Rows& x) {
+  STD_TORCH_CHECK(dy.count == x.count, "dy has ", dy.count, " rows, x ", x.count);
 }
 
 // [..., columns] with the leading dimensions of `like`.
@@ -306,14 +312,12 @@ std::vector<Panel> split_rows(int64_t begin, int64_t end, int64_t widest) {
 // A packed mask with the position of every row's first value and, once decoded, the column of every value.
 class Mask {
  public:
-  Mask(const Tensor& words, int64_t columns)
+  Mask(const Tensor& words, int64_t rows, int64_t columns)
       : columns(columns),
-        rows(words.size(0)),
+        rows(rows),
         width(words_per_row(columns)),
         offsets(rows + 1, 0),
-        dense_(as_dense(words)) {
-    STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.dim() == 2 && words.size(1) == width,
-                    "mask words must be int32 [N, ceil(K/32)]");
+        dense_(valid_words(words, rows, columns)) {
     STD_TORCH_CHECK(columns < (int64_t{1} << 31), "more than 2^31 columns");
     words_ = read<uint32_t>(dense_);
     const auto count_bits = kernels<float>().count_bits;
@@ -346,7 +350,7 @@ class Mask {
 
   // any[w] = the words of the band's rows, or-ed.
   void occupancy(int64_t band, uint32_t* any) const {
-    std::memset(any, 0, width * sizeof(uint32_t));
+    std::fill_n(any, width, 0u);
     for (int64_t n = band; n < std::min(rows, band + kTile); ++n) {
       for (int64_t w = 0; w < width; ++w) any[w] |= row(n)[w];
     }
@@ -376,6 +380,11 @@ class Mask {
   mutable Buffer<int32_t> positions_;
 };
 
+void check_matrix(const Tensor& matrix, const Mask& mask, const char* name) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == mask.rows && matrix.size(1) == mask.columns, name, " must be [",
+                  mask.rows, ", ", mask.columns, "]");
+}
+
 // A [r, K] and B [N, r] in the layouts of the inner loops.
 template <typename T>
 class Factors {
@@ -387,6 +396,7 @@ class Factors {
         a_(as_dense(as_type(lora_a, dtype_of<T>()))),
         b_(as_dense(as_type(lora_b, dtype_of<T>()))),
         a_t_(k_ * padded) {
+    STD_TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2 && lora_b.size(1) == rank, "A [r, K] and B [N, r] do not fit");
     kernels<T>().transpose_in(read<T>(a_), k_, rank, k_, a_t_.get(), padded);
     const int64_t n = lora_b.size(0);
     if (rank == padded) return;
@@ -465,9 +475,9 @@ class Delta {
       for (int64_t n = begin; n < end; ++n) {
         T* target = out + n * mask.columns;
         if (!weight) {
-          std::memset(target, 0, mask.columns * sizeof(T));
+          std::fill_n(target, mask.columns, T(0));
         } else if (weight != out) {
-          std::memcpy(target, weight + n * mask.columns, mask.columns * sizeof(T));
+          std::copy_n(weight + n * mask.columns, mask.columns, target);
         }
         const T* values = row(n, buffer.get());
         if (mask.filled()) {
@@ -480,6 +490,7 @@ class Delta {
   }
 
   Tensor effective_weight(const Optional& weight, const Tensor& like) const {
+    if (weight) check_matrix(*weight, mask, "weight");
     const Tensor out = scratch<T>(like, mask.rows, mask.columns);
     const Tensor dense = weight ? as_dense(as_type(*weight, dtype_of<T>())) : out;
     add_to(weight ? read<T>(dense) : nullptr, write<T>(out));
@@ -579,7 +590,7 @@ Tensor forward(const Tensor& given_x, const Optional& given_weight, const Option
     torch::stable::zero_(y);
     if (bias) torch::stable::copy_(y, *bias);
   }
-  add_product(delta, as_rows<T>(x), write<T>(y));
+  add_product(delta, as_rows<T>(x, mask.columns), write<T>(y));
   return y;
 }
 
@@ -587,7 +598,7 @@ Tensor forward(const Tensor& given_x, const Optional& given_weight, const Option
 template <typename T>
 Tensor input_gradient(const Tensor& dy, const Optional& weight, const Delta<T>& delta, Regime regime) {
   const Mask& mask = delta.mask;
-  const Rows rows = as_rows<T>(dy);
+  const Rows rows = as_rows<T>(dy, mask.rows);
   Tensor dx = empty_rows(dy, mask.columns, dtype_of<T>());
   const Tensor flat = as_two_dimensions(dx, mask.columns);
   const bool frozen = weight && mask.count() == 0;
@@ -755,6 +766,7 @@ Buffer<T> values_at(const Mask& mask, const Tensor& dense) {
 // The gradient at the mask's positions, [nnz], unscaled.
 template <typename T>
 Buffer<T> gradient_values(const Mask& mask, const Rows& dy, const Rows& x, Regime regime) {
+  check_same_count(dy, x);
   Buffer<T> gradient(mask.count());
   if (mask.count() == 0 || x.count == 0) {
     std::fill_n(gradient.get(), mask.count(), T(0));
@@ -818,7 +830,7 @@ class FactorSums {
       for (int64_t j = 0; j < size_; ++j) da_t_.get()[j] += da_t_.get()[part * size_ + j];
     }
     T *da_out = write<T>(da), *db_out = write<T>(db);
-    std::memset(da_out, 0, rank * k * sizeof(T));
+    std::fill_n(da_out, rank * k, T(0));
     kernels<T>().transpose_add(da_t_.get(), padded, rank, k, da_out, k);
     for (int64_t i = 0; rank != padded && i < mask_.rows; ++i) {
       std::memcpy(db_out + i * rank, db_rows_ + i * padded, rank * sizeof(T));
@@ -919,6 +931,7 @@ void contract_blocks(const Mask& mask, const Factors<T>& factors, T scale, Tenso
 template <typename T>
 std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, const Rows& x, const Factors<T>& factors,
                                             T scale, Regime forced) {
+  check_same_count(dy, x);
   Tensor da = torch::stable::new_empty(factors.a(), {factors.rank, mask.columns});
   Tensor db = torch::stable::new_empty(factors.b(), {mask.rows, factors.rank});
   const Regime regime = choose_gradient(forced, x.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
@@ -940,7 +953,7 @@ Tensor masked_lora_linear(const Tensor& x, const Optional& weight, const Optiona
                           const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale, int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
     const Tensor y = forward(x, weight, bias, delta, Regime{regime});
@@ -953,7 +966,7 @@ Tensor masked_lora_linear_input_gradient(const Tensor& grad_output, const Option
                                          int64_t regime) {
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
     const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
@@ -967,10 +980,10 @@ std::tuple<Tensor, Tensor> masked_lora_linear_factor_gradients(const Tensor& gra
                                                                int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
-    const auto [da, db] = factor_gradients<T>(mask, as_rows<T>(grad_output), as_rows<T>(x), factors,
-                                              static_cast<T>(scalar_value(scale)), Regime{regime});
+    const auto [da, db] = factor_gradients<T>(mask, as_rows<T>(grad_output, mask.rows), as_rows<T>(x, mask.columns),
+                                              factors, static_cast<T>(scalar_value(scale)), Regime{regime});
     return std::make_tuple(as_type(da, lora_a.scalar_type()), as_type(db, lora_b.scalar_type()));
   });
 }
@@ -982,7 +995,8 @@ std::tuple<Tensor, Tensor> masked_factor_gradients(const Tensor& weight_gradient
                                                    const Tensor& scale) {
   return with_compute_type(weight_gradient, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
+    check_matrix(weight_gradient, mask, "weight_gradient");
     const Factors<T> factors(lora_a, lora_b);
     const Tensor dense = as_dense(as_type(weight_gradient, dtype_of<T>()));
     const T factor = static_cast<T>(scalar_value(scale));
@@ -1017,7 +1031,7 @@ Tensor masked_values_linear(const Tensor& x, const Optional& weight, const Optio
                             const Tensor& mask_words, const Tensor& scale, int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, x.size(x.dim() - 1));
+    const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
     const Tensor y = forward(x, weight, bias, delta, Regime{regime});
@@ -1030,7 +1044,7 @@ Tensor masked_values_linear_input_gradient(const Tensor& grad_output, const Opti
                                            int64_t regime) {
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, in_features);
+    const Mask mask(mask_words, mask_words.size(0), in_features);
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
     const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
@@ -1042,8 +1056,8 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
                                      const Tensor& mask_words, const Tensor& scale, int64_t regime) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, x.size(x.dim() - 1));
-    const Rows dy = as_rows<T>(grad_output), rows = as_rows<T>(x);
+    const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
+    const Rows dy = as_rows<T>(grad_output, mask.rows), rows = as_rows<T>(x, mask.columns);
     const Regime chosen =
         choose_gradient(Regime{regime}, rows.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
     const Buffer<T> gradient = gradient_values<T>(mask, dy, rows, chosen);
@@ -1051,7 +1065,7 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
     STD_TORCH_CHECK(values.numel() == mask.count(), "values has ", values.numel(), " elements, but the mask has ",
                     mask.count(), " set bits");
     T* out = write<T>(result);
-    std::memcpy(out, gradient.get(), mask.count() * sizeof(T));
+    std::copy_n(gradient.get(), mask.count(), out);
     scale_all(out, mask.count(), static_cast<T>(scalar_value(scale)));
     return as_type(result, values.scalar_type());
   });
@@ -1060,7 +1074,7 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
 Tensor masked_factor_values(const Tensor& lora_a, const Tensor& lora_b, const Tensor& mask_words, int64_t count) {
   return with_compute_type(lora_a, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     STD_TORCH_CHECK(count == mask.count(), "count is ", count, ", but the mask has ", mask.count(), " set bits");
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, T(1));
@@ -1075,6 +1089,8 @@ Tensor masked_factor_values(const Tensor& lora_a, const Tensor& lora_b, const Te
 // out = weight + delta in the compute type, rounded once to out's dtype. out may be the weight itself.
 template <typename T>
 void store_effective_weight(const Tensor& out, const Optional& weight, const Delta<T>& delta) {
+  check_matrix(out, delta.mask, "out");
+  if (weight) check_matrix(*weight, delta.mask, "weight");
   if (out.scalar_type() != dtype_of<T>() || !out.is_contiguous()) {
     Tensor target = out;
     torch::stable::copy_(target, delta.effective_weight(weight, out));
@@ -1088,7 +1104,7 @@ void effective_weight_out(Tensor out, const Optional& weight, const Tensor& lora
                           const Tensor& mask_words, const Tensor& scale) {
   with_compute_type(out, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, lora_a.size(1));
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     store_effective_weight(out, weight, Delta<T>(mask, factors, static_cast<T>(scalar_value(scale))));
   });
@@ -1105,7 +1121,7 @@ void effective_weight_from_values_out(Tensor out, const Optional& weight, const 
                                       const Tensor& mask_words, const Tensor& scale) {
   with_compute_type(out, [&](auto element) {
     using T = decltype(element);
-    const Mask mask(mask_words, out.size(1));
+    const Mask mask(mask_words, out.size(0), out.size(1));
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     store_effective_weight(out, weight, Delta<T>(mask, read<T>(dense), static_cast<T>(scalar_value(scale))));
   });

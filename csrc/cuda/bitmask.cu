@@ -53,10 +53,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp per row.
 __global__ void __launch_bounds__(kThreads)
-    count_rows(const uint32_t* words, int64_t* counts, int64_t rows, int64_t width) {
+    count_rows(const uint32_t* words, int64_t* counts, int64_t rows, int64_t columns, int64_t width) {
   for (int64_t row = warp_index(); row < rows; row += warp_count()) {
     int64_t count = 0;
-    for (int64_t w = lane_index(); w < width; w += kWarpSize) count += __popc(words[row * width + w]);
+    for (int64_t w = lane_index(); w < width; w += kWarpSize) {
+      count += __popc(words[row * width + w] & column_bits(w, columns));
+    }
     count = warp_sum(count);
     if (lane_index() == 0) counts[row] = count;
   }
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(kThreads)
     T* p_row = weight + row * columns;
     int64_t offset = offsets[row];
     for (int64_t first = 0; first < width; first += kWarpSize) {
-      const uint32_t own = first + lane < width ? words[row * width + first + lane] : 0u;
+      const int64_t w = first + lane;
+      const uint32_t own = w < width ? words[row * width + w] & column_bits(w, columns) : 0u;
       const int bits = __popc(own);
       const int through = warp_inclusive_scan(bits);
       for (uint32_t rest = __ballot_sync(kAllLanes, own != 0); rest != 0; rest &= rest - 1) {
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t word = __shfl_sync(kAllLanes, own, source);
         const int64_t i = offset + __shfl_sync(kAllLanes, through - bits, source) + __popc(word & lower_lanes);
         const int64_t column = (first + source) * kWordBits + lane;
-        if (((word >> lane) & 1u) != 0 && i < count && column < columns) {
+        if (((word >> lane) & 1u) != 0 && i < count) {
           if constexpr (gather) {
             values[i] = p_row[column];
           } else {
@@ -141,13 +144,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void check_words(const Tensor& words) {
+void check_words(const Tensor& words, int64_t columns) {
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int && words.dim() == 2,
                   "mask_words must be int32 [N, ceil(K/32)]");
-}
-
-void check_words(const Tensor& words, int64_t columns) {
-  check_words(words);
   STD_TORCH_CHECK(words.size(1) == words_per_row(columns), "mask_words do not fit the number of columns");
 }
 
@@ -174,17 +173,17 @@ Tensor unpack_mask(const Tensor& mask_words, int64_t columns) {
   return mask;
 }
 
-void launch_count_rows(const Device& device, const Tensor& dense_words, int64_t* counts) {
+void launch_count_rows(const Device& device, const Tensor& dense_words, int64_t columns, int64_t* counts) {
   const int64_t rows = dense_words.size(0), width = dense_words.size(1);
   device.launch("mask_row_counts", count_rows, blocks_for(rows), kThreads, read<uint32_t>(dense_words), counts, rows,
-                width);
+                columns, width);
 }
 
-Tensor mask_row_counts(const Tensor& mask_words) {
-  check_words(mask_words);
+Tensor mask_row_counts(const Tensor& mask_words, int64_t columns) {
+  check_words(mask_words, columns);
   const Device device(mask_words);
   Tensor counts = torch::stable::new_empty(mask_words, {mask_words.size(0)}, ScalarType::Long);
-  launch_count_rows(device, as_dense(mask_words), write<int64_t>(counts));
+  launch_count_rows(device, as_dense(mask_words), columns, write<int64_t>(counts));
   return counts;
 }
 
@@ -215,7 +214,7 @@ void launch_copy_masked(const Tensor& weight, const Tensor& values, const Tensor
   const Device device(weight);
   const Tensor words = as_dense(mask_words);
   const Tensor offsets = torch::stable::new_empty(mask_words, {rows + 1}, ScalarType::Long);
-  launch_count_rows(device, words, write<int64_t>(offsets));
+  launch_count_rows(device, words, columns, write<int64_t>(offsets));
   device.launch("row offsets of a mask", scan_rows, 1, kScanThreads, write<int64_t>(offsets), rows);
 
   const auto copy = [&](auto element) {

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from fade.backbones.parts import execution_device, is_managed, tensors, unwrappe
 from fade.errors import FadeError
 from fade.images import square
 from fade.progress import track
+
+_tokenizing = threading.Lock()
+"""A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
 
 MOST_PIXELS = 8192
 """Side of an image; attention over more takes more memory than there is."""
@@ -125,9 +129,10 @@ class StableDiffusionBackbone:
         self._part("tokenizer")
         device, parts = execution_device(text_encoder), []
         for start in range(0, len(prompts), batch_size):
-            embeddings, _ = self.pipeline.encode_prompt(
-                list(prompts[start : start + batch_size]), device, 1, do_classifier_free_guidance=False
-            )
+            with _tokenizing:
+                embeddings, _ = self.pipeline.encode_prompt(
+                    list(prompts[start : start + batch_size]), device, 1, do_classifier_free_guidance=False
+                )
             parts.append(embeddings.to(self.device, self.dtype))
         return torch.cat(parts)
 

@@ -107,9 +107,10 @@ class Evaluation:
 
     def table(self) -> "Table":
         """The metrics as a rich table: with the adapter off and on, and the 95 % interval."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"forgetting {self.forget!r}", title_justify="left")
+        table = Table(title=escape(f"forgetting {self.forget!r}"), title_justify="left")
         for name, justify in (("metric", "left"), ("base model", "right"), ("adapted", "right"), ("95 %", "right")):
             table.add_column(name, justify=justify)
         for name, meaning in METRICS.items():

@@ -1,5 +1,7 @@
 """The adapter file: the smaller form is chosen, everything in it is checked, loaders that know no masks refuse it."""
 
+import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -15,8 +17,13 @@ from fade.adapter_file import FORMAT, LayerTensors, read_adapter_file, write_ada
 from fade.errors import AdapterFileError, FadeError
 from fade_kernels import BitMask, masked_factor_values
 
+from ..fuzz.run import LIMITED, memory_limit
 from .adapters import random_adapter
 
+RECORD = {
+    "name": "a", "shape": [40, 70], "saliency_mean": 0.1, "saliency_max": None, "selected": 3, "density": 0.1,
+    "tiles_occupied": 1.0,
+}  # fmt: skip
 METADATA = {"concept": {"forget": "cat", "surrogate": "dog"}, "fingerprint": {"float32": "0"}, "scale": 2.0}
 
 
@@ -123,6 +130,26 @@ def damaged(path: Path, **changes: object) -> Path:
         ({"header_run": []}, "run is no table"),
         ({"header_run": {"seconds": {"locate": "long"}}}, "seconds are no numbers"),
         ({"header_versions": "all"}, "versions is no table"),
+        ({"header_scale": 0.0}, "scale 0.0 is no number from"),
+        ({"header_scale": -0.0}, "scale -0.0 is no number from"),
+        ({"header_scale": 1e-300}, "scale 1e-300 is no number from"),
+        ({"header_scale": True}, "scale True is no number from"),
+        ({"header_shapes": {"a": ["40", "70"]}}, "has the shape"),
+        ({"header_shapes": {"a": [40, 70, 1]}}, "has the shape"),
+        ({"header_concept": {"forget": " "}}, "concept has no words"),
+        ({"header_concept": {"forget": "cat", "surrogate": None}}, "surrogate has no words"),
+        ({"header_concept": {"forget": "cat", "forget_prompts": "cat"}}, "forget_prompts are no text"),
+        ({"header_concept": {"forget": "cat", "retain_prompts": [1]}}, "retain_prompts are no text"),
+        ({"header_created": 2026}, "created is no name"),
+        ({"header_created": "\udc80"}, "surrogates not allowed"),
+        ({"header_run": {"losses": {"forget": [None]}}}, "losses are no numbers"),
+        ({"header_run": {"seconds": {"locate": 10**400}}}, "seconds are no numbers"),
+        ({"header_run": {"layers": [{"name": "a"}]}}, "record of a layer has no good shape, saliency_mean"),
+        ({"header_run": {"layers": [{**RECORD, "density": 2.0}]}}, "has no good density"),
+        ({"header_run": {"layers": [{**RECORD, "saliency_max": "much"}]}}, "has no good saliency_max"),
+        ({"header_more": functools.reduce(lambda inner, _: [inner], range(20), [])}, "more than 16 deep"),
+        ({"header_more": [{}] * 300_000}, "tables of more than 200000 entries"),
+        ({"values": torch.full((28,), 3e38), "header_scale": 10.0}, "a change of 3e\\+39 is none of a weight"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, changes: dict, message: str) -> None:
@@ -132,6 +159,55 @@ def test_damaged_files_are_named(tmp_path: Path, changes: dict, message: str) ->
     write_adapter_file(tmp_path / "f", METADATA, {"a": tensors})
     with pytest.raises(AdapterFileError, match=message):
         read_adapter_file(damaged(tmp_path / "f", **changes))
+
+
+def test_what_may_be_left_out_is_filled_in(tmp_path: Path) -> None:
+    write_adapter_file(tmp_path / "f", METADATA | {"concept": {"forget": "cat"}}, {"a": layer(0.1, 4)})
+    concept = read_adapter_file(tmp_path / "f").metadata["concept"]
+    prompts = {"forget_prompts": [], "surrogate_prompts": [], "retain_prompts": []}
+    assert concept == {"forget": "cat", "surrogate": "", **prompts}
+
+
+def test_a_size_in_a_file_makes_nothing_as_large_as_it_says(tmp_path: Path) -> None:
+    """One entry in 3e9 weights: as dense masks that would be 3 GB, as words 400 MB, of a file of 200 kB."""
+    rows, path = 49_000, tmp_path / "f"
+    counts = torch.zeros(rows, dtype=torch.int32)
+    counts[-1] = 1
+    tensors = {"row_counts": counts, "columns": torch.tensor([65535], dtype=torch.uint16), "values": torch.ones(1)}
+    header = {**METADATA, "format": FORMAT, "version": 1, "form": "values", "shapes": {"a": [rows, 43_000]}}
+    for columns, refused in ((43_000, True), (43_690, False)):
+        header["shapes"]["a"][1] = columns
+        tensors["columns"] = torch.tensor([43_689], dtype=torch.uint16)
+        save_file(
+            {f"fade.unet.a.{part}": tensor for part, tensor in tensors.items()}, path,
+            metadata={"format": FORMAT, "fade": json.dumps(header)},
+        )  # fmt: skip
+        with memory_limit(2 * path.stat().st_size + (16 << 20)) if LIMITED else contextlib.nullcontext():
+            if refused:
+                with pytest.raises(AdapterFileError, match="columns is out of range"):
+                    read_adapter_file(path)
+                continue
+            file = read_adapter_file(path)
+            mask = file.layers["a"].mask
+            assert (mask.shape, mask.count, file.selected) == ((rows, columns), 1, 1)
+            assert file.total == rows * columns
+
+
+def test_a_header_that_would_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    for text in (b"[" * 2**20, b'{"a":' * 2**18, b'{"a":[' + b"{}," * 2**19 + b"{}]}", b" " * (2**24 + 1)):
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with memory_limit(2 * len(text) + (16 << 20)) if LIMITED else contextlib.nullcontext():
+            with pytest.raises(AdapterFileError, match="not a readable safetensors file"):
+                read_adapter_file(path)
+
+
+def test_a_large_file_of_another_kind_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(8 << 20)}, path)
+    with memory_limit(16 << 20) if LIMITED else contextlib.nullcontext():
+        with pytest.raises(AdapterFileError, match="does not say format="):
+            read_adapter_file(path)
 
 
 def test_factors_and_masks_are_checked(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import fade.demo
 import fade.unlearning
 from fade import cli
 from fade.adapter import load_adapter
+from fade.adapter_file import read_adapter_file, write_adapter_file
 from fade.config import Config
-from fade.errors import FadeError
+from fade.errors import FadeError, printable
 from fade.evaluation import first_seeds
 from fade.loading import load_model
 
@@ -314,6 +316,47 @@ def test_damaged_adapter_files_are_refused(refused: Any, model: Path, adapter: P
         assert words in refused("inspect", file)
         assert words in refused("merge", model, "--adapter", file, "--output", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+HOSTILE = "\x1b[2J\x9b31m\u202e\u2066\r\nerror: all is well [red]"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_text_in_a_file_never_reaches_the_terminal_raw(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    content = read_adapter_file(adapter)
+    metadata = content.metadata | {"base": HOSTILE, "created": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    metadata["concept"] |= {"forget": f"cat{HOSTILE}", "surrogate": HOSTILE}
+    metadata["config"]["locate"] |= {HOSTILE: [HOSTILE]}
+    metadata["run"] = {"seconds": {HOSTILE: 1.0}}
+    layers = {f"{name}{HOSTILE}": tensors for name, tensors in content.layers.items()}
+    hostile = tmp_path / "\x1b[2J\u202e[bold]\n.safetensors"
+    write_adapter_file(hostile, metadata, layers)
+    assert cli.main(["inspect", str(hostile), *(["--json"] if as_json else [])]) == 0
+    out, err = capsys.readouterr()
+    assert all(printable(line) == line for line in out.split("\n"))
+    assert err == ""
+    if as_json:
+        assert json.loads(out)["concept"]["forget"] == f"cat{HOSTILE}"
+    else:
+        assert r"cat\x1b[2J\x9b31m" in out
+
+
+def test_names_of_files_never_reach_the_terminal_raw(
+    refused: Any, adapter: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused("inspect", tmp_path / "\x1b[2J\u202e\n.safetensors")
+    assert printable(line) == line and r"\x1b[2J\u202e" in line
+    output = tmp_path / "\x1b[2J[bold]"
+    assert cli.main(["merge", str(model), "--adapter", str(adapter), "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert all(printable(line) == line for line in out.split("\n"))
+    assert f"model: {tmp_path}/\\x1b[2J[bold]" in out
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["env", "--json"]) == 0
+        assert warnings.formatwarning("\x1b[2J\nx", UserWarning, "", 1) == "warning: \\x1b[2J x\n"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

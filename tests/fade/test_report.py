@@ -16,7 +16,7 @@ from PIL import Image
 from fade.concept import digitcanvas_concept
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES
-from fade.errors import FadeError
+from fade.errors import FadeError, printable
 from fade.evaluation import Evaluation
 from fade.evaluation.run import _summarise, class_answers
 from fade.report import before_after_picture, human_bytes, outcome, render_report, short_layer_name, write_report
@@ -175,6 +175,32 @@ def test_text_from_the_adapter_is_escaped() -> None:
     html = render_report(evaluation, record, 1)
     assert "<script" not in html
     assert "<b>bold" not in html
+
+
+@pytest.mark.parametrize("word", [r"$\foo$", "a\x1b[2Jb\u202ec\nd", "<b>{x}梵高"])
+def test_classes_and_layers_may_be_called_anything(word: str) -> None:
+    concept = {"forget": word, "surrogate": f"{word}2", "forget_prompts": [f"a photo of {word}"]}
+    answers = class_answers(concept, [f"{word}3"], (1,))
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    settings = {"judge": word, "images": 3, "seeds": [1], "steps": 2, "guidance_scale": 3.0}
+    evaluation = _summarise(answers, answers.prompted, answers.prompted, images, images, settings)
+    record = metadata(layers=[word, f"{word}.0"])
+    record |= {"concept": concept, "base": word, "versions": {word: word}}
+    html = render_report(evaluation, record, 1)
+    page = Page(html)
+    shown = [line for line in page.text.replace("\n", " ").split(" ") if line]
+    assert all(printable(line) == line for line in shown)
+    assert page.text.count(printable(word)) > 8  # title, charts, rows, settings, prompts
+    assert before_after_picture(evaluation, tile=16).width > 100
+
+
+def test_records_with_the_least_in_them() -> None:
+    """As `read_adapter_file` lets them through: every part of the run's record may be missing."""
+    evaluation, *_ = synthetic("three", "eight", seed=2)
+    full = metadata()
+    for run in ({}, {"seconds": {"locate": 1.0}}, {"total": 9}, {"layers": full["run"]["layers"]}, {"losses": {}}):
+        html = render_report(evaluation, {"concept": full["concept"], "run": run, "config": {}}, 1)
+        assert Page(html).open == []
 
 
 @pytest.mark.parametrize("layers", [CONVOLUTIONS, ATTENTION[:2] + CONVOLUTIONS], ids=["convolutions", "both"])

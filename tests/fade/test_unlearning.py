@@ -1,17 +1,28 @@
 """Both stages together: what a run leaves behind, that it can be repeated, interrupted and resumed, and that bad input
 costs nothing."""
 
+import contextlib
+import itertools
 import json
+import random
+import threading
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import fade
+import fade.run_folder
+import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.config import Config
 from fade.errors import DivergedError, FadeError
@@ -289,3 +300,286 @@ def test_a_16_bit_model_learns_the_surrogate_too(
     losses = adapter.run["losses"]["forget"]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
+
+
+def state(pipeline: StableDiffusionPipeline) -> dict[str, object]:
+    """All of a pipeline that a run must leave as it found it."""
+    unet = pipeline.unet
+    return {
+        "modules": [[(n, type(m), m.training) for n, m in p.named_modules()] for p in pipeline_modules(pipeline)],
+        "parameters": {name: (id(p), p.requires_grad, p.grad) for name, p in unet.named_parameters()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in unet.named_modules()},
+        "adapters": list(getattr(unet, "peft_config", {})),
+        "switches": [
+            (name, list(m.active_adapters), m.disable_adapters, list(getattr(m, "suspended", [])))
+            for name, m in unet.named_modules()
+            if isinstance(m, BaseTunerLayer)
+        ],
+        "progress bar": getattr(pipeline, "_progress_bar_config", None),
+        "dtypes": {name: part.dtype for name, part in pipeline.components.items() if hasattr(part, "dtype")},
+    }
+
+
+def pipeline_modules(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
+    return [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+
+
+def global_randomness() -> tuple:
+    return torch.random.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "gradients switched off": lambda: torch.set_grad_enabled(False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast under no_grad": lambda: nested(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: default_device("meta"),
+    "cpu": lambda: default_device("cpu"),
+    "meta as a context": lambda: torch.device("meta"),
+    "deterministic": deterministic,
+    "anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
+    "saved tensors on the CPU": torch.autograd.graph.save_on_cpu,
+    "single-threaded backward": lambda: torch.autograd.set_multithreading_enabled(False),
+}
+
+
+@contextlib.contextmanager
+def nested(*contexts: contextlib.AbstractContextManager) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+FEW = {**WORDS, "retain": ("a house", "a boat", "")}
+
+
+@pytest.fixture(scope="module")
+def brief() -> Config:
+    return Config().replace(
+        data__forget_samples=3, data__retain_samples=3, data__sampling_steps=2, locate__batch_size=3,
+        locate__keep=0.05, locate__passes=1, overwrite__steps=3, overwrite__batch_size=2,
+        overwrite__retain_batch_size=2, overwrite__rank=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plainly(tokenizer: CLIPTokenizer, brief: Config) -> dict[str, torch.Tensor]:
+    """What `brief` trains outside of any mode."""
+    return tensors(fade.unlearn(tiny_pipeline(tokenizer), **FEW, config=brief))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_caller_change_nothing(
+    pipeline: StableDiffusionPipeline, brief: Config, plainly: dict[str, torch.Tensor], mode: str
+) -> None:
+    with MODES[mode]():
+        adapter = fade.unlearn(pipeline, **FEW, config=brief)
+    assert same_bits(tensors(adapter), plainly)
+    assert not any(p.is_inference() for p in adapter.parameters())
+
+
+def test_a_pipeline_loaded_under_inference_mode(
+    tokenizer: CLIPTokenizer, brief: Config, plainly: dict[str, torch.Tensor]
+) -> None:
+    with torch.inference_mode():
+        pipeline = tiny_pipeline(tokenizer)
+        before = weights(pipeline)
+        assert all(p.is_inference() for p in pipeline.unet.parameters())
+        adapter = fade.unlearn(pipeline, **FEW, config=brief)
+        assert same_bits(weights(pipeline), before)
+    assert same_bits(tensors(adapter), plainly)
+    adapter.disable()
+    with torch.inference_mode():
+        assert torch.equal(denoise(pipeline), denoise(tiny_pipeline(tokenizer)))
+
+
+def test_global_generators_are_left_alone(pipeline: StableDiffusionPipeline, brief: Config, tmp_path: Path) -> None:
+    torch.rand(3)
+    before = global_randomness()
+    fade.unlearn(pipeline, **FEW, config=brief, output=tmp_path)
+    assert global_randomness() == before
+
+
+def test_runs_in_threads_are_as_alone(
+    tokenizer: CLIPTokenizer, brief: Config, plainly: dict[str, torch.Tensor]
+) -> None:
+    pipelines = [tiny_pipeline(tokenizer) for _ in range(4)]
+    before = global_randomness()
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda pipeline: tensors(fade.unlearn(pipeline, **FEW, config=brief)), pipelines))
+    assert all(same_bits(run, plainly) for run in runs)
+    assert global_randomness() == before
+
+
+def test_a_second_thread_on_the_same_pipeline_is_refused(
+    pipeline: StableDiffusionPipeline, brief: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, refused = fade.unlearning.prepare_latents, []
+
+    def meanwhile(*args, **kwargs):
+        def second() -> None:
+            with pytest.raises(FadeError, match="is unlearning in another thread already") as error:
+                fade.unlearn(pipeline, **FEW, config=brief, name="second")
+            refused.append(error)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(fade.unlearning, "prepare_latents", meanwhile)
+    fade.unlearn(pipeline, **FEW, config=brief)
+    assert len(refused) == 1
+
+
+def fail_at(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, error: BaseException) -> None:
+    """The `call`-th call raises instead of doing anything."""
+    real, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, failing)
+
+
+FAILURES = {
+    "before latents": (fade.unlearning, "prepare_latents", 1),
+    "sampling": (StableDiffusionPipeline, "__call__", 2),
+    "decoding the prompts": (fade.unlearning, "_encode", 1),
+    "keeping what it began with": (fade.run_folder.RunFolder, "begin_with", 1),
+    "in the first forward pass": (torch.nn.GroupNorm, "forward", 1),
+    "in a later forward pass": (torch.nn.GroupNorm, "forward", 150),
+    "in a backward pass": (torch.Tensor, "backward", 1),
+    "in the second backward pass": (torch.Tensor, "backward", 2),
+    "keeping masks": (fade.run_folder.RunFolder, "keep_located", 1),
+    "wrapping the first layer": (peft.tuners.lora.LoraModel, "_create_and_replace", 1),
+    "wrapping the third layer": (peft.tuners.lora.LoraModel, "_create_and_replace", 3),
+    "just attached": (fade.Adapter, "enable", 1),
+    "making the optimiser": (torch.optim.AdamW, "__init__", 1),
+    "the first step": (torch.optim.AdamW, "step", 1),
+    "the last step": (torch.optim.AdamW, "step", 3),
+    "saving": (fade.Adapter, "save", 1),
+    "writing the record": (fade.run_folder, "_write_json", 6),
+    "switching on": (fade.Adapter, "enable", 2),
+    "removing leftovers": (fade.run_folder, "_remove_leftovers", 1),
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
+def test_whatever_is_raised_leaves_the_pipeline_as_it_was(
+    pipeline: StableDiffusionPipeline, brief: Config, plainly: dict[str, torch.Tensor], tmp_path: Path, beside: bool
+) -> None:
+    others = []
+    if beside:
+        others = [random_adapter(pipeline, "first", targets=("to_q", "conv1"))]
+        others.append(random_adapter(pipeline, "second", targets=("to_v",)).disable())
+    for module in list(pipeline.unet.modules())[::3]:
+        module.training = not module.training
+    before, answer, randomness = state(pipeline), denoise(pipeline), global_randomness()
+    errors = itertools.cycle([KeyboardInterrupt(), RuntimeError("out of memory"), MemoryError()])
+    for point, failure in FAILURES.items():
+        error = next(errors)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((type(error), FadeError)):
+            fail_at(patch, *failure, error)
+            fade.unlearn(pipeline, **FEW, config=brief, output=tmp_path / "out", overwrite=True)
+        assert state(pipeline) == before, point
+        assert torch.equal(denoise(pipeline), answer), point
+        assert global_randomness() == randomness, point
+        assert not (tmp_path / "out" / ".fade.lock").exists(), point
+    for other in others:
+        other.remove()
+    adapter = fade.unlearn(pipeline, **FEW, config=brief, output=tmp_path / "out", overwrite=True)
+    assert same_bits(tensors(adapter), plainly)
+
+
+def test_each_modules_mode_is_its_own(pipeline: StableDiffusionPipeline, brief: Config) -> None:
+    modules = [m for part in pipeline_modules(pipeline) for m in part.modules()]
+    for module in modules:
+        module.training = bool(torch.rand(()) < 0.5)
+    before = [module.training for module in modules]
+    fade.unlearn(pipeline, **FEW, config=brief)
+    assert [module.training for module in modules] == before
+
+
+def test_a_text_encoder_in_training_mode_draws_nothing_random(
+    tokenizer: CLIPTokenizer, brief: Config, plainly: dict[str, torch.Tensor]
+) -> None:
+    pipeline = tiny_pipeline(tokenizer)
+    for module in pipeline.text_encoder.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    pipeline.text_encoder.train()
+    before = global_randomness()
+    assert same_bits(tensors(fade.unlearn(pipeline, **FEW, config=brief)), plainly)
+    assert global_randomness() == before
+
+
+@pytest.mark.parametrize(
+    "beside", [{"forget": "cat"}, {"surrogate": "dog"}, {"templates": ["{}"]}, {"retain": ["a house"]}], ids=str
+)
+def test_what_would_be_ignored_beside_a_concept_is_refused(
+    pipeline: StableDiffusionPipeline, brief: Config, beside: dict[str, object]
+) -> None:
+    concept = fade.Concept("cat", "dog", ("cat",), ("dog",), ("a house",))
+    with pytest.raises(FadeError, match=f"{next(iter(beside))} would be ignored beside concept"):
+        fade.unlearn(pipeline, concept=concept, config=brief, **beside)
+    with pytest.raises(FadeError, match="concept must be a fade.Concept, not a str"):
+        fade.unlearn(pipeline, concept="cat", config=brief)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"forget": 3}, {"surrogate": ["dog"]}, {"name": None}, {"output": 3}, {"config": {"seed": 1}}], ids=str
+)
+def test_arguments_of_another_type_are_refused(
+    pipeline: StableDiffusionPipeline, brief: Config, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(FadeError, match=f"{next(iter(wrong))} must be a"):
+        fade.unlearn(pipeline, **{**FEW, "config": brief, **wrong})
+
+
+def test_threads_share_the_default_dtype(
+    tokenizer: CLIPTokenizer, brief: Config, plainly: dict[str, torch.Tensor]
+) -> None:
+    """The run that ends first must not put the process's default dtype back under the others."""
+    pipelines = [tiny_pipeline(tokenizer) for _ in range(3)]
+    configs = [brief, brief.replace(overwrite__steps=9), brief.replace(overwrite__steps=9)]
+    with default_dtype(torch.float64), ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda p, c: tensors(fade.unlearn(p, **FEW, config=c)), pipelines, configs))
+    assert same_bits(runs[0], plainly)
+    assert same_bits(runs[1], runs[2]) and not same_bits(runs[0], runs[1])

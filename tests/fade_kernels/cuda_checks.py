@@ -60,9 +60,30 @@ def check_unpack_mask(ops: Any, device: str) -> None:
 def check_mask_row_counts(ops: Any, device: str) -> None:
     for seed, shape in enumerate(MASK_SHAPES):
         mask = random_mask(shape, seed, 0.9)
-        counts = ops.mask_row_counts(reference.pack_mask(mask).to(device))
+        counts = ops.mask_row_counts(reference.pack_mask(mask).to(device), shape[1])
         assert counts.dtype == torch.int64
         assert counts.tolist() == mask.sum(1).tolist(), shape
+
+
+def check_padding_bits(ops: Any, device: str) -> None:
+    """Words with every bit beyond the last column set: they count and move what the columns hold."""
+    for seed, shape in enumerate(MASK_SHAPES):
+        if 0 in shape:
+            continue
+        mask = random_mask(shape, seed, 0.5)
+        words = reference.pack_mask(mask)
+        words[:, -1] |= ~reference.pack_mask(torch.ones(1, shape[1], dtype=torch.bool))[0, -1]
+        words, count = words.to(device), int(mask.sum())
+        assert ops.mask_row_counts(words, shape[1]).tolist() == mask.sum(1).tolist(), shape
+        assert torch.equal(ops.unpack_mask(words, shape[1]).cpu(), mask), shape
+        memory = torch.randn(mask.numel() + 64)
+        moved = memory.to(device)
+        weight = moved[: mask.numel()].view(shape)
+        assert torch.equal(ops.gather_masked(weight, words, count).cpu(), memory[: mask.numel()].view(shape)[mask])
+        values = torch.randn(count)
+        ops.scatter_masked_(weight, values.to(device), words)
+        memory[: mask.numel()].view(shape)[mask] = values
+        assert torch.equal(moved.cpu(), memory), shape
 
 
 def check_mask_occupancy(ops: Any, device: str) -> None:

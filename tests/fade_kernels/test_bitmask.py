@@ -3,6 +3,9 @@
 Compiled kernels are compared with what plain PyTorch says of the bool mask; operators also through opcheck.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,7 +40,7 @@ def test_pack_unpack_count(shape: tuple[int, int], density: float) -> None:
     assert packed.density == (int(mask.sum()) / mask.numel() if mask.numel() else 0.0)
     assert torch.equal(packed.words, reference.pack_mask(mask))
     assert torch.equal(reference.unpack_mask(packed.words, shape[1]), mask)
-    assert torch.equal(reference.mask_row_counts(packed.words), mask.sum(1))
+    assert torch.equal(reference.mask_row_counts(packed.words, shape[1]), mask.sum(1))
 
 
 def test_layout() -> None:
@@ -69,6 +72,43 @@ def test_occupancy(shape: tuple[int, int], density: float, seed: int, tile_n: in
     )
     assert torch.equal(packed.occupancy((tile_n, tile_k)), expected)
     assert torch.equal(reference.mask_occupancy(packed.words, shape[1], tile_n, tile_k), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, densities, seeds)
+def test_positions(shape: tuple[int, int], density: float, seed: int) -> None:
+    mask = random_mask(shape, density, seed)
+    columns = mask.nonzero()[:, 1].to(torch.uint16)
+    lazy = BitMask.from_positions(mask.sum(1).int(), columns, shape)
+    assert (lazy.shape, lazy.count, lazy.density) == (shape, int(mask.sum()), int(mask.sum()) / mask.numel())
+    assert lazy.positions()[1] is columns  # nothing was built for all that
+    assert torch.equal(lazy.words, reference.pack_mask(mask))
+    counts, columns = lazy.positions()
+    assert torch.equal(counts, mask.sum(1)) and torch.equal(columns, mask.nonzero()[:, 1])
+
+
+def test_copies_are_of_the_same_bits() -> None:
+    mask = random_mask((6, 70), 0.3, 5)
+    lazy = BitMask.from_positions(mask.sum(1), mask.nonzero()[:, 1], mask.shape)
+    for made in (BitMask.pack(mask), lazy):
+        for again in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert again == made and again.count == made.count
+
+
+def test_masks_made_in_inference_mode_can_be_trained_with() -> None:
+    mask = random_mask((6, 70), 0.3, 6)
+    with torch.inference_mode():
+        packed = BitMask.pack(mask)
+        lazy = BitMask.from_positions(mask.sum(1), mask.nonzero()[:, 1], mask.shape)
+        made = (packed, BitMask(packed.words, packed.shape), packed.to("meta"), lazy)
+        words = [each.words for each in made]
+    assert not any(each.is_inference() for each in words)
+
+
+def test_positions_in_blocks() -> None:
+    mask = random_mask((1025, 4500), 0.9, 4)  # more than two blocks of positions
+    lazy = BitMask.from_positions(mask.sum(1), mask.nonzero()[:, 1], mask.shape)
+    assert torch.equal(lazy.to("cpu").unpack(), mask)
 
 
 def test_occupancy_is_made_once() -> None:
@@ -161,13 +201,75 @@ def test_operators_pass_opcheck() -> None:
     opcheck(OPS.pack_mask, (mask,))
     opcheck(OPS.pack_mask, (mask.t(),))
     opcheck(OPS.unpack_mask, (packed.words, 70))
-    opcheck(OPS.mask_row_counts, (packed.words,))
+    opcheck(OPS.mask_row_counts, (packed.words, 70))
     opcheck(OPS.mask_occupancy, (packed.words, 70, 4, 16))
     opcheck(OPS.gather_masked, (weight, packed.words, packed.count))
     opcheck(OPS.gather_masked, (conv, packed.words, packed.count))
     values = weight[mask]
     opcheck(OPS.scatter_masked_, (weight, values, packed.words))
     opcheck(OPS.scatter_masked_, (conv, values, packed.words))
+
+
+def test_positions_that_are_none() -> None:
+    for counts, columns, message in [
+        ([1, 1], [0], "add up to 2"),
+        ([1], [0], "row_counts is out of range"),
+        ([-1, 1], [], "row_counts is out of range"),
+        ([6, 0], [0, 1, 2, 3, 4, 5], "row_counts is out of range"),
+        ([1, 1], [0, 5], "out of range"),
+        ([1, 1], [0, -1], "out of range"),
+        ([2, 0], [1, 1], "out of order"),
+        ([1, 2], [4, 2, 1], "out of order"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BitMask.from_positions(torch.tensor(counts), torch.tensor(columns, dtype=torch.int64), (2, 5))
+    with pytest.raises(ValueError, match="must be integers"):
+        BitMask.from_positions(torch.tensor([1, 1]), torch.tensor([0.0, 1.5]), (2, 5))
+    assert BitMask.from_positions(torch.tensor([1, 2]), torch.tensor([4, 1, 2]), (2, 5)).count == 3
+
+
+def with_padding_set(words: torch.Tensor, columns: int) -> torch.Tensor:
+    """The words as an overwritten buffer might hold them: every bit beyond the last column is set."""
+    overwritten = words.clone()
+    overwritten[:, -1] |= ~reference.pack_mask(torch.ones(1, columns, dtype=torch.bool))[0, -1]
+    return overwritten
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (40, 70), (300, 31), (129, 600)])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_padding_bits_are_ignored(shape: tuple[int, int], density: float) -> None:
+    """Of every operator, compiled and defined, and no memory beyond the weight is read or written."""
+    mask = random_mask(shape, density, 15)
+    words, columns = with_padding_set(reference.pack_mask(mask), shape[1]), shape[1]
+    count = int(mask.sum())
+    memory = torch.randn(mask.numel() + 64, generator=generator(16))
+    weight, beyond = memory[: mask.numel()].view(shape), memory[mask.numel() :].clone()
+    for operators in (OPS, reference):
+        assert torch.equal(operators.unpack_mask(words, columns), mask)
+        assert torch.equal(operators.mask_row_counts(words, columns), mask.sum(1))
+        clean = reference.mask_occupancy(reference.pack_mask(mask), columns, 5, 3)
+        assert torch.equal(operators.mask_occupancy(words, columns, 5, 3), clean)
+        assert torch.equal(operators.gather_masked(weight, words, count), weight[mask])
+        values = torch.randn(count, generator=generator(17))
+        expected = weight.masked_scatter(mask, values)
+        operators.scatter_masked_(weight, values, words)
+        assert torch.equal(weight, expected)
+        assert torch.equal(memory[mask.numel() :], beyond)
+
+
+def test_words_of_another_shape_are_refused() -> None:
+    """By the door, and by the operators, which are called without it too."""
+    words = BitMask.pack(random_mask((4, 40), 0.5, 18)).words
+    for shape in ((4, 70), (5, 40), (3, 40), (4, 32)):
+        weight = torch.zeros(shape)
+        with pytest.raises(ValueError):
+            BitMask(words, shape)
+        with pytest.raises((ValueError, RuntimeError), match="rows|fit"):
+            OPS.gather_masked(weight, words, 3)
+        with pytest.raises((ValueError, RuntimeError), match="rows|fit"):
+            OPS.scatter_masked_(weight, torch.zeros(3), words)
+    with pytest.raises(AttributeError):
+        BitMask(words, (4, 40)).shape = (4, 64)
 
 
 def test_errors_say_what_to_do() -> None:
@@ -186,6 +288,8 @@ def test_errors_say_what_to_do() -> None:
         BitMask.from_words(packed.words, (5, 40))
     with pytest.raises(ValueError, match="beyond column 40"):
         BitMask.from_words(torch.full((4, 2), -1, dtype=torch.int32), (4, 40))
+    with pytest.raises(ValueError, match="beyond column 40"):
+        BitMask(torch.full((4, 2), -1, dtype=torch.int32), (4, 40))
     with pytest.raises(ValueError, match="at least 1"):
         packed.occupancy(0)
     with pytest.raises(ValueError, match="does not fit a weight"):

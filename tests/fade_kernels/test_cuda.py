@@ -178,6 +178,7 @@ CHECKS = [
     cuda_checks.check_pack_mask,
     cuda_checks.check_unpack_mask,
     cuda_checks.check_mask_row_counts,
+    cuda_checks.check_padding_bits,
     cuda_checks.check_mask_occupancy,
     cuda_checks.check_gather_scatter,
     cuda_checks.check_gathered_product,
@@ -238,7 +239,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     scores[-1, -1] = 3.0
     words, threshold, invalid = OPS.select_top_k([scores], 150)
     assert (int(invalid), float(threshold)) == (-1, 2.0)
-    counts = OPS.mask_row_counts(words[0])
+    counts = OPS.mask_row_counts(words[0], 64)
     assert int(counts.sum()) == 150
     assert counts[-3:].tolist() == [64, 64, 22]  # all ties but the last, and the one value above them
     assert bool(OPS.unpack_mask(words[0][-1:], 64)[0, -1])
@@ -248,7 +249,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert scores[-1, -1].item() == 6.0
     assert scores[0, 0].item() == 0.0
     ties, _, _ = OPS.select_top_k([scores], 2**31 + 1)
-    assert int(OPS.mask_row_counts(ties[0]).sum()) == 2**31 + 1
+    assert int(OPS.mask_row_counts(ties[0], 64).sum()) == 2**31 + 1
 
 
 @needs_cuda
@@ -643,7 +644,7 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
     return {
         "pack_mask": (layer.mask.unpack(),),
         "unpack_mask": (words, 70),
-        "mask_row_counts": (words,),
+        "mask_row_counts": (words, 70),
         "mask_occupancy": (words, 70, 16, 32),
         "gather_masked": (layer.weight, words, nnz),
         "scatter_masked_": (layer.weight.clone(), layer.values, words),
@@ -849,7 +850,7 @@ def test_work_goes_to_the_current_stream() -> None:
         gradient.fill_(1.0)
         OPS.accumulate_gradient_magnitude_([saliency], [gradient], "abs")
         words = OPS.pack_mask((saliency > 0).reshape(1024, -1))
-        total = OPS.mask_row_counts(words).sum()
+        total = OPS.mask_row_counts(words, 1 << 12).sum()
     stream.synchronize()
     assert int(total) == 1 << 22
 

@@ -69,6 +69,7 @@ CHECKS = {
         cuda_checks.check_pack_mask,
         cuda_checks.check_unpack_mask,
         cuda_checks.check_mask_row_counts,
+        cuda_checks.check_padding_bits,
         cuda_checks.check_mask_occupancy,
         cuda_checks.check_gather_scatter,
         cuda_checks.check_wrong_count,

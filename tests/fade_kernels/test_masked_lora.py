@@ -177,6 +177,78 @@ def test_values_linear_matches_definition(regime: str, mask: str) -> None:
                 assert error(actual, expected) <= TOLERANCE[torch.float32], (shape, name)
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("mask", ["empty", "10 %", "full"])
+def test_padding_bits_are_ignored(regime: str, mask: str) -> None:
+    """Words that somebody overwrote, with every bit beyond the last column set: the same results, bit for bit."""
+    for shape, dtype in (((77, 33, 65, 3), torch.float32), ((300, 70, 100, 16), torch.float64)):
+        layer = make_layer(shape, mask, dtype)
+        clean, scale, number = layer.mask.words, torch.tensor(layer.scale), REGIMES[regime]
+        words = clean.clone()
+        words[:, -1] |= ~BitMask.full((1, shape[2])).words[0, -1]
+        values = torch.randn(layer.mask.count, generator=generator(1), dtype=dtype)
+
+        def results(words: Tensor, layer: Layer, values: Tensor, scale: Tensor, number: int) -> list[Tensor]:
+            x, dy, weight = layer.x, layer.grad_output, layer.weight
+            lora, sparse = (layer.lora_a, layer.lora_b, words, scale), (values, words, scale)
+            out = torch.empty_like(weight)
+            OPS.effective_weight_from_values_out(out, weight, *sparse)
+            return [
+                OPS.masked_lora_linear(x, weight, layer.bias, *lora, number),
+                OPS.masked_lora_linear_input_gradient(dy, weight, *lora, number),
+                *OPS.masked_lora_linear_factor_gradients(dy, x, *lora, number),
+                OPS.masked_values_linear(x, weight, layer.bias, *sparse, number),
+                OPS.masked_values_linear_input_gradient(dy, weight, *sparse, x.shape[1], number),
+                OPS.masked_values_linear_gradient(dy, x, *sparse, number),
+                OPS.masked_factor_values(layer.lora_a, layer.lora_b, words, values.numel()),
+                *OPS.masked_factor_gradients(weight, *lora),
+                OPS.effective_weight(weight, *lora),
+                out,
+            ]
+
+        given = (layer, values, scale, number)
+        for actual, expected in zip(results(words, *given), results(clean, *given), strict=True):
+            assert torch.equal(actual, expected), shape
+
+
+def test_operators_refuse_sizes_that_do_not_fit() -> None:
+    """Also where they are called without the checks in Python: nothing is read or written beyond a tensor."""
+    layer = make_layer((13, 70, 200, 20), "half")
+    words, scale, values = layer.mask.words, torch.tensor(0.7), torch.zeros(layer.mask.count)
+    good = (layer.lora_a, layer.lora_b)
+    for a, b, mask in [
+        (layer.lora_a, layer.lora_b, words[:69]),
+        (layer.lora_a, layer.lora_b, words[:, :6]),
+        (layer.lora_a, layer.lora_b[:69], words),
+        (layer.lora_a[:19], layer.lora_b, words),
+        (layer.lora_a[:, :150], layer.lora_b, words),
+    ]:
+        for regime in REGIMES.values():
+            with pytest.raises(RuntimeError):
+                OPS.masked_lora_linear(layer.x, layer.weight, None, a, b, mask, scale, regime)
+            with pytest.raises(RuntimeError):
+                OPS.masked_lora_linear_factor_gradients(layer.grad_output, layer.x, a, b, mask, scale, regime)
+        with pytest.raises(RuntimeError):
+            OPS.effective_weight(layer.weight, a, b, mask, scale)
+        with pytest.raises(RuntimeError):
+            OPS.masked_factor_gradients(layer.weight, a, b, mask, scale)
+    for regime in REGIMES.values():
+        for x, dy in [(layer.x[:12], layer.grad_output), (layer.x[:, :199], layer.grad_output)]:
+            with pytest.raises(RuntimeError):
+                OPS.masked_lora_linear_factor_gradients(dy, x, *good, words, scale, regime)
+            with pytest.raises(RuntimeError):
+                OPS.masked_values_linear_gradient(dy, x, values, words, scale, regime)
+        with pytest.raises(RuntimeError):
+            OPS.masked_values_linear(layer.x, None, None, values[1:], words, scale, regime)
+    for weight in (layer.weight[:69], layer.weight[:, :199]):
+        with pytest.raises(RuntimeError):
+            OPS.effective_weight(weight, *good, words, scale)
+        with pytest.raises(RuntimeError):
+            OPS.masked_factor_gradients(weight, *good, words, scale)
+        with pytest.raises(RuntimeError):
+            OPS.effective_weight_out(layer.weight.clone(), weight, *good, words, scale)
+
+
 def test_tolerance_would_notice_a_wrong_kernel() -> None:
     layer = make_layer((77, 33, 65, 3), "10 %")
     right = expected_lora(layer, layer.weight, layer.bias)

@@ -9,17 +9,21 @@ from fade_kernels import reference
 
 
 def random_mask(rows: int, columns: int, kind: str, rng: torch.Generator) -> Tensor:
-    """Packed words [rows, ceil(columns/32)]: "empty", "full", "random" (20 %) or "block" (one 16 x 32 corner)."""
+    """Packed words [rows, ceil(columns/32)]: "empty", "full", "random" (20 %), "block" (one 16 x 32 corner) or
+    "overwritten" (random, and every bit beyond the last column set, which must not matter)."""
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     if kind == "full":
         mask[:] = True
-    elif kind == "random":
+    elif kind in ("random", "overwritten"):
         mask = torch.rand(rows, columns, generator=rng) < 0.2
     elif kind == "block":
         mask[-16:, -32:] = True
     elif kind != "empty":
         raise ValueError(f"unknown kind of mask {kind!r}")
-    return reference.pack_mask(mask)
+    words = reference.pack_mask(mask)
+    if kind == "overwritten":
+        words[:, -1] |= ~reference.pack_mask(torch.ones(1, columns, dtype=torch.bool))[0, -1]
+    return words
 
 
 def strided_rows(matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fade_kernels.triton_kernels import effective_weight as module
 
 # N, K, R: rows, columns and ranks beside whole tiles and words; several tiles both ways; a large rank.
 SHAPES = [(1, 1, 1), (33, 65, 3), (130, 100, 16), (40, 96, 20), (70, 40, 128)]
-MASKS = ["empty", "random", "block", "full"]
+MASKS = ["empty", "random", "block", "full", "overwritten"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4}
 

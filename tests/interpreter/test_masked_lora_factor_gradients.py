@@ -50,7 +50,7 @@ def errors(built: ModuleType, arguments: tuple[Tensor, ...], **options: object) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype, rng: torch.Generator) -> None:
-    for kind in ("random", "block"):
+    for kind in ("random", "block", "overwritten"):
         arguments = inputs(shape, kind, dtype, rng)
         assert max(errors(module, arguments)) < TOLERANCE[dtype], kind
 

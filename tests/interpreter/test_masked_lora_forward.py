@@ -30,6 +30,7 @@ def forward_error(module: ModuleType, arguments: dict[str, Any], **options: Any)
         (1, 1, 1, 1, "full"),
         (1, 70, 100, 4, "random"),
         (33, 40, 72, 3, "random"),
+        (33, 40, 72, 3, "overwritten"),
         (20, 33, 64, 16, "empty"),
         (35, 48, 96, 17, "full"),
         (17, 65, 130, 128, "block"),

@@ -1,0 +1,84 @@
+"""The modes PyTorch can be in when somebody calls, and the state of a model's modules: put to what training needs, and
+back to what they were afterwards."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def plain_mode() -> Iterator[None]:
+    """Gradients on; no inference mode, autocast, default device or default dtype but PyTorch's own.
+
+    So that what runs inside gives the same result from within any of them. The default dtype is the process's, all
+    else the thread's.
+    """
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        modes.enter_context(_float32_by_default())
+        yield
+
+
+_dtype_guard = threading.Lock()
+_dtypes_before: list[torch.dtype] = []
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """The default dtype belongs to the process: the first thread to come in changes it, the last to go puts it back."""
+    with _dtype_guard:
+        _dtypes_before.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _dtype_guard:
+            first = _dtypes_before[0]
+            _dtypes_before.pop()
+            if not _dtypes_before:
+                torch.set_default_dtype(first)
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The module and all within it in evaluation mode; each of them as it was afterwards.
+
+    Modules that were put in meanwhile are then in the mode of the whole.
+    """
+    training = {inner: inner.training for inner in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training[module])
+        for inner, mode in training.items():
+            inner.training = mode
+
+
+def out_of_inference_mode(module: nn.Module) -> None:
+    """Replaces weights and buffers that were made under inference_mode, through which no gradient passes, by ordinary
+    ones of the same bits. Those shared between modules stay shared."""
+    replaced: dict[int, Tensor] = {}
+
+    def ordinary(tensor: Tensor) -> Tensor:
+        if id(tensor) not in replaced:
+            with torch.no_grad():
+                copy = tensor.clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            replaced[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+        return replaced[id(tensor)]
+
+    for inner in module.modules():
+        for tensors in (inner._parameters, inner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    tensors[name] = ordinary(tensor)
