@@ -38,11 +38,12 @@ from fade.base_model import base_parameters, fingerprint
 from fade.digitcanvas.models import TEXT_WIDTH
 from fade.errors import FadeError
 
-from .adapters import ATTENTION, CONVOLUTIONS, on, random_adapter
+from .adapters import on, random_adapter
 from .conformance_table import behaviour
 from .conftest import denoise, same_bits, tiny_pipeline, weights
 
-STYLE_TARGETS = ["to_q", "to_k", "conv1"]
+TARGETS = ("to_q", "to_out.0", "conv1", "conv_shortcut")
+STYLE_TARGETS = ["to_q", "conv1"]
 
 
 def folder_of_a_style(tokenizer: CLIPTokenizer, folder: Path, rank: int = 2, **settings: Any) -> dict[str, Tensor]:
@@ -60,14 +61,14 @@ def folder_of_a_style(tokenizer: CLIPTokenizer, folder: Path, rank: int = 2, **s
     return {name: layer.get_delta_weight("style").detach() for name, layer in layers.items()}
 
 
-Style = tuple[Path, dict[str, Tensor]]
+Style = tuple[Path, dict[str, Tensor], StableDiffusionPipeline]
 
 
 @pytest.fixture(scope="module")
 def style(tokenizer: CLIPTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Style:
-    """A style LoRA's folder and its Δ by layer."""
+    """A style LoRA's folder and its Δ by layer, and a bare pipeline to compare with."""
     folder = tmp_path_factory.mktemp("style")
-    return folder, folder_of_a_style(tokenizer, folder)
+    return folder, folder_of_a_style(tokenizer, folder), tiny_pipeline(tokenizer)
 
 
 class Scene:
@@ -75,11 +76,11 @@ class Scene:
 
     def __init__(self, tokenizer: CLIPTokenizer, style: Style, folder: Path, values: bool, pinned: bool = True) -> None:
         self.tokenizer, self.file = tokenizer, folder / "fade.safetensors"
-        self.style, self.style_deltas = style
+        self.style, self.style_deltas, self.bare = style
         self.pipeline = tiny_pipeline(tokenizer)
         self.bits = weights(self.pipeline)
         self.adapter = random_adapter(
-            self.pipeline, values=values, targets=(*ATTENTION, *CONVOLUTIONS), strength=0.1, pinned=pinned,
+            self.pipeline, values=values, targets=TARGETS, strength=0.1, pinned=pinned,
             seed=int(torch.randint(2**31, ())),
         )  # fmt: skip
         layers = self.adapter.layers
@@ -93,9 +94,12 @@ class Scene:
         self.pipeline.load_lora_weights(self.style, adapter_name=name)
         return self
 
-    def reference(self, ours: float, style: float = 0.0, deltas: dict[str, Tensor] | None = None) -> Any:
-        """A bare pipeline with these in its weights."""
-        bare = tiny_pipeline(self.tokenizer)
+    def reference(
+        self, ours: float, style: float = 0.0, deltas: dict[str, Tensor] | None = None, bare: Any = None
+    ) -> Any:
+        """A bare pipeline with these in its weights: a new one, or `bare`."""
+        bare = bare or tiny_pipeline(self.tokenizer)
+        bare.unet.load_state_dict(self.bits)
         with torch.no_grad():
             for scale, terms in ((ours, self.ours), (style, deltas or self.style_deltas)):
                 for name, delta in terms.items():
@@ -105,7 +109,7 @@ class Scene:
     def draws(self, ours: float, style: float = 0.0, pipeline: Any = None, tolerance: float = 1e-4) -> None:
         """Asserts that the pipeline draws with these strengths, and that what is said of our adapter is true."""
         found = denoise(pipeline or self.pipeline)
-        wanted = denoise(self.reference(ours, style))
+        wanted = denoise(self.reference(ours, style, bare=self.bare))
         torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance)
         if pipeline is None and "fade" in fade.adapters(self.pipeline):
             row = next(row for row in fade.status(self.pipeline) if row.name == "fade")
@@ -303,7 +307,7 @@ def test_scale_of_one_call(scene: Scene) -> None:
     for scale in (0.0, 0.3, 1.0, 0.0, 2.0):
         with torch.no_grad():
             once = scene.unet(latents, torch.tensor([10, 700]), text, cross_attention_kwargs={"scale": scale}).sample
-        wanted = denoise(scene.reference(0.5 * scale))
+        wanted = denoise(scene.reference(0.5 * scale, bare=scene.bare))
         torch.testing.assert_close(once, wanted, rtol=1e-4, atol=1e-4)
         assert scene.adapter.scale == 0.5
         scene.draws(0.5)
@@ -362,7 +366,7 @@ def test_several_of_ours(scene: Scene) -> None:
     delta = {name: layer.get_delta_weight("second").detach() for name, layer in second.layers.items()}
 
     def draws(ours: float, other: float) -> None:
-        wanted = denoise(scene.reference(ours, other, delta))
+        wanted = denoise(scene.reference(ours, other, delta, bare=scene.bare))
         torch.testing.assert_close(denoise(scene.pipeline), wanted, rtol=1e-4, atol=1e-4)
 
     draws(1, 1)
@@ -401,7 +405,7 @@ METHODS: dict[str, Any] = {
 
 @behaviour(2, "ours is pinned; `add_adapter` switches plain LoRAs off")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize(("scene", "ours_first"), [(False, True), (True, False)], indirect=["scene"])
 def test_other_methods(scene: Scene, method: str, ours_first: bool) -> None:
     """`add_adapter` of LoHa, LoKr, IA³, OFT, DoRA, LoRA with a bias, `modules_to_save`, before ours or after"""
     scene.adapter.save(scene.file)
@@ -817,7 +821,7 @@ def test_unet_state_dict(scene: Scene) -> None:
     other = tiny_pipeline(scene.tokenizer, seed=1)
     random_adapter(
         other, values=len(scene.adapter.parameters()) == len(scene.adapter.layers),
-        targets=(*ATTENTION, *CONVOLUTIONS), density=0.3, seed=9,
+        targets=TARGETS, density=0.3, seed=9,
     )  # fmt: skip
     other.unet.load_state_dict(state)
     for name, layer in fade.adapters(other)["fade"].layers.items():
