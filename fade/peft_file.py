@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -51,6 +52,7 @@ def read_peft_file(path: str | Path) -> AdapterFile:
         data = path.read_bytes()  # not mapped: a file cut short meanwhile would end the process
         size = len(data)
         state = {_without_component(key): tensor for key, tensor in safetensors.torch.load(data).items()}
+        state = convert_unet_state_dict_to_peft(state)  # `lora.down` and `lora.up`, if it went through diffusers' names
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from error
     if HEADER not in state:
