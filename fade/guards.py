@@ -11,7 +11,7 @@ from torch import nn
 
 from fade.base_model import own_modules
 from fade.errors import FadeError
-from fade.layers import MaskedLoraLayer
+from fade.layers import MaskedLoraLayer, Merged
 from fade.tuner import FadeConfig
 
 
@@ -20,14 +20,6 @@ def in_force(model: nn.Module) -> dict[str, str]:
     acting = {name for layer in model.modules() if isinstance(layer, MaskedLoraLayer) for name in layer.acting()}
     configs = {name: config for name, config in getattr(model, "peft_config", {}).items() if name in acting}
     return {name: config.forgets for name, config in configs.items() if isinstance(config, FadeConfig)}
-
-
-def concept_is_back(name: str, forgets: str) -> str:
-    """What to tell a user whose call has switched everything off."""
-    return (
-        f"the FADE adapter {name!r} is off now with all the others: the model can draw {forgets!r} again. Switch it on "
-        "with adapter.enable(), or merge() it so that it stays whatever is switched"
-    )
 
 
 class _Guard:
@@ -113,7 +105,7 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
     """Meanwhile the model's state dict is that of a bare model which draws what this one draws.
 
     The FADE adapters that are on are merged for that time, and un-merged bit for bit. Raises FadeError where other
-    adapters are on, which cannot be un-merged exactly.
+    adapters are on (and not merged), which cannot be un-merged exactly.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MaskedLoraLayer)]
     configs = getattr(model, "peft_config", {})
@@ -123,7 +115,7 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
             for layer in model.modules()
             if hasattr(layer, "merged_adapters") and not layer.disable_adapters
             for name in layer.active_adapters
-            if name in configs and not isinstance(configs[name], FadeConfig)
+            if name in configs and not isinstance(configs[name], FadeConfig) and name not in layer.merged_adapters
         }
     )
     if others:
@@ -131,20 +123,20 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
             f"the adapters {', '.join(others)} are on, and a saved model holds no adapters: switch them off or delete "
             "them first (the FADE adapter stays in the saved weights), or save the adapters alone"
         )
-    merged: list[tuple[MaskedLoraLayer, str]] = []
+    before: list[tuple[MaskedLoraLayer, list[Merged]]] = []
     handle = model.register_state_dict_post_hook(_bare)
     try:
         for layer in layers:
-            for name in layer.acting():
-                layer.merge(safe_merge=True, adapter_names=[name], held=True)
-                merged.append((layer, name))
+            if acting := layer.acting():
+                before.append((layer, layer.stack()))
+                layer.merge(safe_merge=True, adapter_names=acting, held=True)
         yield
     except ValueError as error:
         raise error if isinstance(error, FadeError) else FadeError(str(error)) from error
     finally:
         handle.remove()
-        for layer, name in reversed(merged):
-            layer.take_out(name)
+        for layer, stack in before:
+            layer.restack(stack)
 
 
 def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
