@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +27,12 @@ from fade.base_model import (
     base_layers,
     base_name,
     fingerprint,
+    own_modules,
     refuse_merged,
     refuse_on_disk,
     same_base,
     short_digest,
+    under_fused_projections,
 )
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
 from fade.guards import put_guards, remove_guards
@@ -116,6 +118,13 @@ class Adapter:
         if any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is merged into the weights; call unmerge() first")
 
+    def _refuse_fused(self, layers: Mapping[str, MaskedLoraLayer]) -> None:
+        if not under_fused_projections(self.denoiser).isdisjoint(layers.values()):
+            raise FadeError(
+                f"the projections are drawn with as fused copies, which would keep {self.name!r} as it is now; call "
+                "unfuse_qkv_projections() first"
+            )
+
     def enable(self) -> "Adapter":
         """Switches the adapter on, beside those already on."""
         return self._switch(True)
@@ -127,6 +136,7 @@ class Adapter:
     def _switch(self, on: bool) -> "Adapter":
         layers = self._require_layers()
         self._refuse_while_merged(layers)
+        self._refuse_fused(layers)
         with structure_as_found_on_error(layers.values()):
             for layer in layers.values():
                 layer.switch(self.name, on)
@@ -189,9 +199,12 @@ class Adapter:
         if not self.enabled:
             raise FadeError(f"the adapter {self.name!r} is disabled; enable() it before merging")
         refuse_on_disk(self.denoiser, "merge the adapter before enable_group_offload")
-        for name, layer in layers.items():
-            if getattr(_parent(self.denoiser, name), "fused_projections", False):
-                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before merging")
+        self._refuse_fused(layers)
+        for layer in layers.values():
+            try:
+                layer.check_mergeable()
+            except FadeError as error:
+                raise FadeError(f"the adapter {self.name!r} was not merged: {error}") from error
             for other in layer.acting():
                 if layer.use_dora.get(other):
                     raise FadeError(
@@ -203,7 +216,7 @@ class Adapter:
             with merges_as_found_on_error(layers.values()):
                 for layer in layers.values():
                     mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
-                    before = gather_masked(weight, mask).double() if weight.device.type != "meta" else None
+                    before = gather_masked(weight, mask).double()
                     layer.merge(safe_merge=True, adapter_names=[self.name], held=True)
                     delta = layer.packed_values(self.name).double() * layer.scaling[self.name]
                     lost = (gather_masked(weight, mask).double() - before - delta).norm()
@@ -218,9 +231,7 @@ class Adapter:
         layers = self.layers
         if not any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is not merged")
-        for name in layers:
-            if getattr(_parent(self.denoiser, name), "fused_projections", False):
-                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before un-merging")
+        self._refuse_fused(layers)
         with merges_as_found_on_error(layers.values()):
             for layer in layers.values():
                 if self.name in layer.merged_adapters:
@@ -229,7 +240,7 @@ class Adapter:
 
     def remove(self) -> None:
         """Takes the adapter off the pipeline; the base weights are what they were."""
-        self._require_layers()
+        self._refuse_fused(self._require_layers())
         _discard(self.denoiser, self.name)
 
     def save(self, path: str | Path) -> int:
@@ -263,14 +274,6 @@ def masked_layers(denoiser: nn.Module, name: str) -> dict[str, MaskedLoraLayer]:
         if isinstance(module, MaskedLoraLayer) and name in module.lora_mask:
             found[bare_name(path)] = module
     return found
-
-
-def _parent(denoiser: nn.Module, name: str) -> nn.Module | None:
-    path = name.rpartition(".")[0]
-    try:
-        return denoiser.get_submodule(path)
-    except AttributeError:  # wrapped by torch.compile on the way
-        return None
 
 
 def adapters(pipeline: Any) -> dict[str, Adapter]:
@@ -463,8 +466,11 @@ def _attach(
     masks = {layer: mask for layer, mask in masks.items() if mask.count}
     if not masks:
         raise FadeError("the mask selects no weight in any target layer; raise keep or widen the targets")
+    check_carriers(denoiser, layers, masks)
     for layer, mask in masks.items():
-        _check_layer(denoiser, layer, layers.get(layer), mask)
+        weight = layers[layer].module.weight
+        if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
+            raise FadeError(f"the adapter's mask of {layer} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
     paths = {layers[layer].path: layer for layer in masks}
     config = FadeConfig(
         r=1 if values else rank,
@@ -503,21 +509,34 @@ def _attach(
     return Adapter(pipeline, name, metadata)
 
 
-def _check_layer(denoiser: nn.Module, name: str, layer: BaseLayer | None, mask: BitMask) -> None:
-    if layer is None:
-        raise FadeError(f"the model has no Linear or Conv2d layer {name}; was the adapter made for another model?")
-    weight = layer.module.weight
-    if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
-        raise FadeError(f"the adapter's mask of {name} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
-    if getattr(layer.module, "groups", 1) > 1:
-        raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
-    if "original_module" in layer.path.split("."):
-        raise FadeError(
-            f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete that "
-            "adapter first"
-        )
-    if getattr(denoiser.get_submodule(layer.path.rpartition(".")[0]), "fused_projections", False):
-        raise FadeError(f"the projections around {name} are fused copies; call unfuse_qkv_projections() first")
+def check_carriers(denoiser: nn.Module, layers: Mapping[str, BaseLayer], names: Collection[str]) -> None:
+    """Raises FadeError naming the first of these layers that cannot carry a masked adapter; `layers` are all."""
+    fused = under_fused_projections(denoiser)
+    for name in names:
+        layer = layers.get(name)
+        if layer is None:
+            others = [module for own, _, module in own_modules(denoiser) if own == name]
+            if not others:
+                raise FadeError(f"the model has no layer {name}; was the adapter made for another model?")
+            kind = f"{type(others[-1]).__module__}.{type(others[-1]).__name__}"
+            raise FadeError(
+                f"{name} is a {kind}, where an adapter needs a plain Linear or Conv2d: load it into the model as it "
+                "was before quantisation, weight norm or other wrapping"
+            )
+        if getattr(layer.module, "groups", 1) > 1:
+            raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
+        if "original_module" in layer.path.split("."):
+            raise FadeError(
+                f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete "
+                "that adapter first"
+            )
+        if layer.path.endswith("._orig_mod"):
+            raise FadeError(
+                f"the layer {name} was compiled by itself, which ties the compiled call to it; attach the adapter "
+                "first and compile then, or compile the model or a block around the layer"
+            )
+        if layer.module in fused:
+            raise FadeError(f"the projections around {name} are fused copies; call unfuse_qkv_projections() first")
 
 
 def _fill(layer: MaskedLoraLayer, name: str, mask: BitMask, tensors: tuple[Tensor, ...]) -> None:
@@ -633,6 +652,8 @@ def load_adapter(
     check_name(denoiser, name)
     with torch.inference_mode(False), torch.no_grad():
         path, file = read_any_file(path)
+        own = {layer for layer, _, _ in own_modules(denoiser)}
+        check_carriers(denoiser, base_layers(denoiser), [layer for layer in file.layers if layer in own])
         if check_base:
             trained_on = file.metadata["fingerprint"]
             found = fingerprint(denoiser, tuple(trained_on))

@@ -1,15 +1,15 @@
 """What a model with a masked adapter on it must not do in silence: be saved, lose its adapters, or fuse projections
-past them. The guards stand in place of three of diffusers' methods on the model while an adapter is attached.
+past them. The guards stand in place of four of diffusers' methods on the model while an adapter is attached.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 from torch import nn
 
-from fade.base_model import own_modules
+from fade.base_model import own_modules, under_fused_projections
 from fade.errors import FadeError
 from fade.layers import MaskedLoraLayer, Merged
 from fade.tuner import FadeConfig
@@ -38,6 +38,7 @@ class _Unload(_Guard):
     method = "unload_lora"
 
     def __call__(self) -> None:
+        _refuse_fused(self.model, getattr(self.model, "peft_config", {}))
         for name, forgets in in_force(self.model).items():
             warnings.warn(
                 f"the FADE adapter {name!r} has been unloaded with all the others: the model can draw {forgets!r} "
@@ -48,15 +49,36 @@ class _Unload(_Guard):
         remove_guards(self.model)
 
 
+class _Delete(_Guard):
+    method = "delete_adapters"
+
+    def __call__(self, adapter_names: Any) -> None:
+        named = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        _refuse_fused(self.model, named)
+        self.original(adapter_names)
+
+
+def _refuse_fused(model: nn.Module, names: Collection[str]) -> None:
+    for module in under_fused_projections(model):
+        for name in getattr(module, "lora_mask", ()):
+            if name in names:
+                raise FadeError(
+                    f"the projections are drawn with as fused copies, which hold {name!r}; call "
+                    "unfuse_qkv_projections() first"
+                )
+
+
 class _FuseProjections(_Guard):
     method = "fuse_qkv_projections"
 
     def __call__(self) -> None:
-        for name in in_force(self.model):
-            raise FadeError(
-                f"fused projections are copies of the frozen weights, which would leave out the adapter {name!r}; "
-                "merge() it first, then fuse"
-            )
+        for layer in (module for module in self.model.modules() if isinstance(module, MaskedLoraLayer)):
+            for name in layer.lora_mask:
+                if name not in layer.merged_adapters:
+                    raise FadeError(
+                        f"fused projections are copies of the frozen weights, which would leave out the adapter "
+                        f"{name!r} however it is switched; merge() or remove() it first, then fuse"
+                    )
         self.original()
 
 
@@ -83,7 +105,7 @@ class _Save(_Guard):
             )  # fmt: skip
 
 
-_GUARDS = (_Unload, _FuseProjections, _Save)
+_GUARDS = (_Unload, _Delete, _FuseProjections, _Save)
 
 
 def put_guards(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fade.errors import FadeError
 from fade_kernels import (
@@ -39,8 +40,8 @@ class _Lender(nn.Module):
     """A factor as PEFT keeps it, whose forward lends its weight and bias instead of applying them.
 
     The product needs both factors, the mask and the scale at once, and offloading hooks of accelerate and diffusers
-    fetch a module's tensors only around its own forward. Float32 factors stay float32 where the model is cast to 16
-    bits: a training step, and what unlearning changes, is smaller than half an ulp of those.
+    fetch a module's tensors only around its own forward. Float32 factors stay float32 whatever the model is cast to: a
+    training step, and what unlearning changes, is smaller than half an ulp of 16 bits.
     """
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +53,7 @@ class _Lender(nn.Module):
         super()._apply(fn, recurse)
         for name, before in wide.items():
             parameter = self._parameters[name]
-            if parameter.dtype != torch.float32 and parameter.dtype.itemsize < 4:
+            if parameter.dtype != torch.float32:
                 parameter.data = before.to(parameter.device)
         return self
 
@@ -224,7 +225,7 @@ class MaskedLoraLayer:
             raise FadeError(f"values of shape {tuple(values.shape)} do not fit a mask of {mask.count} entries")
         self.set_mask(adapter_name, mask)
         device = execution_device(self.get_base_layer())
-        one = torch.ones(1, 1, dtype=values.dtype)
+        one = torch.ones(1, 1, dtype=values.dtype, device="cpu")
         for factors, weight in ((self.lora_A, values.view(1, -1)), (self.lora_B, one)):
             factor = LinearFactor(1, 1, bias=False, device="meta")
             factor.in_features = weight.shape[1]
@@ -264,8 +265,22 @@ class MaskedLoraLayer:
         return scatter_masked_(delta, values, self.lora_mask[adapter].mask)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Makes room for the masks and values that a state dict holds, before the parts read them."""
+        """Makes room for the masks and values that a state dict holds, before the parts read them.
+
+        Other weights than there are under what is merged are an error: nobody could say whether they hold it too, and
+        un-merging would add to them what it should take out.
+        """
         errors = args[-1]
+        if self._overwritten:
+            for key, theirs in list(state_dict.items()):
+                inner, _, own = key.removeprefix(prefix).rpartition(".")
+                if not key.startswith(prefix) or set(inner.split(".")) != {"base_layer"}:
+                    continue
+                ours = self.get_base_layer()._parameters.get(own)
+                if ours is not None and not torch.equal(theirs.to(ours), ours):
+                    names = ", ".join(self.merged_adapters)
+                    errors.append(f"{key}: {names} is merged into other weights; unmerge() it first, then load these")
+                    state_dict[key] = ours.detach()
         for adapter in list(self.lora_A):
             words = state_dict.get(f"{prefix}lora_mask.{adapter}.words")
             if words is None:
@@ -275,6 +290,8 @@ class MaskedLoraLayer:
             try:
                 mask = BitMask.from_words(words, weight.shape)
                 if lora_b is not None and lora_b.shape == (1, 1) and lora_a.shape == (1, mask.count):
+                    if self.r[adapter] != 1:  # its scale is alpha/r of the factors
+                        raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
                     if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
                         self.set_values(adapter, mask, lora_a[0])
                 elif self.has_values(adapter):
@@ -403,6 +420,8 @@ class MaskedLoraLayer:
         """
         try:
             names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+            if names:
+                self.check_mergeable()
             with self._weight_as_found_on_error():
                 for name in names:
                     self._merge_one(Merged(name, self.scaling[name], held), safe_merge)
@@ -411,14 +430,32 @@ class MaskedLoraLayer:
             while self._transient:
                 self._restore_scale(self._transient.pop()[1])
 
+    def check_mergeable(self) -> None:
+        """Raises FadeError where what is written into the weight would be lost."""
+        self._check_weight_at_hand()
+        if self.get_base_layer().weight.dtype.itemsize == 1:
+            raise FadeError(
+                "the weights are stored in 8 bits, which would lose most of what is added; merge before "
+                "enable_layerwise_casting or quantisation"
+            )
+
+    def _check_weight_at_hand(self) -> None:
+        base = self.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None:
+            raise FadeError(
+                f"a weight under it is computed from other tensors ({type(base).__name__} with weight norm, a "
+                "parametrisation or quantisation), so nothing written into it stays; take that off first"
+            )
+        if weight.device.type == "meta" or groups_on_disk(base):
+            raise FadeError(
+                "weights cannot be written to while they are offloaded; merge and un-merge before offloading, or take "
+                "the offloading off"
+            )
+
     def _merge_one(self, adapter: Merged, safe_merge: bool) -> None:
         name, base = adapter.name, self.get_base_layer()
         weight = base.weight
-        if weight.device.type == "meta" or groups_on_disk(base):
-            raise ValueError(
-                f"the adapter {name!r} cannot be merged while the weights are offloaded; load it into the pipeline "
-                "before offloading and merge it there, or take the offloading off"
-            )
         with torch.no_grad(), torch.inference_mode(weight.is_inference()):
             bias = base.bias.detach().clone() if self.lora_bias[name] and base.bias is not None else None
             if name not in self.lora_mask:
@@ -468,6 +505,8 @@ class MaskedLoraLayer:
 
     def restack(self, adapters: Sequence[Merged]) -> None:
         """Un-merges everything and merges these, each with its scale."""
+        if self._overwritten or adapters:
+            self._check_weight_at_hand()
         with self._weight_as_found_on_error():
             self._unmerge_all()
             for adapter in adapters:
@@ -478,7 +517,7 @@ class MaskedLoraLayer:
         """Where something fails, the weight has the bits it had, and merged is what was."""
         base = self.get_base_layer()
         written, merged = list(self._overwritten), list(self.merged_adapters)
-        own = [p.detach() for p in (base.weight, base.bias) if p is not None and p.device.type != "meta"]
+        own = [p.detach() for p in (base.weight, base.bias) if p is not None]
         kept = [p.clone() for p in own]
         try:
             yield
@@ -664,6 +703,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or getattr(module, "_hf_hook", None) is not None
         or getattr(module, "_diffusers_hook", None) is not None
+        or _has_any_global_hook()
     )
 
 
