@@ -37,7 +37,7 @@ from fade.guards import put_guards, remove_guards
 from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
 from fade.noise import step_generator
 from fade.peft_file import read_any_file
-from fade.rollback import merges_as_found_on_error, structure_as_found_on_error
+from fade.rollback import merges_as_found, structure_as_found_on_error
 from fade.tuner import Configurations, FadeConfig, bare_name, exactly
 from fade_kernels import BitMask, gather_masked
 
@@ -163,7 +163,7 @@ class Adapter:
         """Strength by layer; of one that is merged, the strength with which it was."""
         return {
             # An alpha of 0 is a file that does nothing at any strength.
-            name: layer.present_scale(self.name) * layer.r[self.name] / (layer.lora_alpha[self.name] or 1.0)
+            name: layer.present_scale(self.name) / (layer.full_scale(self.name) or 1.0)
             for name, layer in self._require_layers().items()
         }
 
@@ -200,7 +200,7 @@ class Adapter:
                     )
         entries, worst = 0, 0.0
         try:
-            with merges_as_found_on_error(layers.values()):
+            with merges_as_found(layers.values(), on_error_alone=True):
                 for layer in layers.values():
                     mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
                     before = gather_masked(weight, mask).double() if weight.device.type != "meta" else None
@@ -221,7 +221,7 @@ class Adapter:
         for name in layers:
             if getattr(_parent(self.denoiser, name), "fused_projections", False):
                 raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before un-merging")
-        with merges_as_found_on_error(layers.values()):
+        with merges_as_found(layers.values(), on_error_alone=True):
             for layer in layers.values():
                 if self.name in layer.merged_adapters:
                     layer.take_out(self.name)
@@ -574,7 +574,7 @@ def _outermost(pipeline: Any) -> nn.Module:
 def _discard(denoiser: nn.Module, name: str) -> None:
     """Takes an adapter off a model, all of it or nothing; layers left without any become plain ones again."""
     layers = [m for m in denoiser.modules() if isinstance(m, MaskedLoraLayer) and name in m.lora_A]
-    with merges_as_found_on_error(layers):
+    with merges_as_found(layers, on_error_alone=True):
         for layer in layers:
             if name in layer.merged_adapters:
                 layer.take_out(name)

@@ -11,7 +11,8 @@ from torch import nn
 
 from fade.base_model import own_modules
 from fade.errors import FadeError
-from fade.layers import MaskedLoraLayer, Merged
+from fade.layers import MaskedLoraLayer
+from fade.rollback import merges_as_found
 from fade.tuner import FadeConfig
 
 
@@ -123,20 +124,17 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
             f"the adapters {', '.join(others)} are on, and a saved model holds no adapters: switch them off or delete "
             "them first (the FADE adapter stays in the saved weights), or save the adapters alone"
         )
-    before: list[tuple[MaskedLoraLayer, list[Merged]]] = []
     handle = model.register_state_dict_post_hook(_bare)
     try:
-        for layer in layers:
-            if acting := layer.acting():
-                before.append((layer, layer.stack()))
-                layer.merge(safe_merge=True, adapter_names=acting, held=True)
-        yield
+        with merges_as_found(layers):
+            for layer in layers:
+                if acting := layer.acting():
+                    layer.merge(safe_merge=True, adapter_names=acting, held=True)
+            yield
     except ValueError as error:
         raise error if isinstance(error, FadeError) else FadeError(str(error)) from error
     finally:
         handle.remove()
-        for layer, stack in before:
-            layer.restack(stack)
 
 
 def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
