@@ -456,7 +456,9 @@ def _attach(
     values: bool,
     metadata: dict[str, Any],
     pinned: bool,
+    scale: float | None = None,
 ) -> Adapter:
+    """Attaches an adapter: off, or on with the strength `scale`."""
     denoiser = denoiser_of(pipeline)[1]
     check_name(denoiser, name)
     refuse_merged(denoiser)
@@ -480,27 +482,28 @@ def _attach(
     # Under inference mode tensors would be made that nothing could train or change later.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            with (
-                structure_as_found_on_error(_outermost(pipeline).modules()),
-                gradients_as_found(denoiser),
-                _switches_as_found(denoiser),
-            ):
-                with warnings.catch_warnings(), torch.device("meta"):
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    inject_adapter_in_model(config, denoiser, name)
-                if hasattr(denoiser, "_hf_peft_config_loaded"):
-                    denoiser._hf_peft_config_loaded = True
-                _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
-                for path, layer in paths.items():
-                    _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
-                put_guards(denoiser)
-                _offload_anew(denoiser)
+            with structure_as_found_on_error(_outermost(pipeline).modules()):
+                with gradients_as_found(denoiser), _switches_as_found(denoiser):
+                    with warnings.catch_warnings(), torch.device("meta"):
+                        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                        inject_adapter_in_model(config, denoiser, name)
+                    if hasattr(denoiser, "_hf_peft_config_loaded"):
+                        denoiser._hf_peft_config_loaded = True
+                    _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
+                    for path, layer in paths.items():
+                        _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
+                    put_guards(denoiser)
+                    _offload_anew(denoiser)
+                adapter = Adapter(pipeline, name, metadata)
+                if scale is not None:
+                    adapter.scale = scale
+                    adapter.enable()
         except BaseException as error:
             _offload_anew(denoiser)
             if isinstance(error, ValueError) and not isinstance(error, FadeError):
                 raise FadeError(f"the adapter {name!r} was not attached: {error}") from error
             raise
-    return Adapter(pipeline, name, metadata)
+    return adapter
 
 
 def _check_layer(denoiser: nn.Module, name: str, layer: BaseLayer | None, mask: BitMask) -> None:
@@ -653,13 +656,9 @@ def load_adapter(
 
         masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
         alpha = float(file.metadata["scale"]) * rank
-        with structure_as_found_on_error(_outermost(pipeline).modules()):
-            adapter = _attach(
-                pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned
-            )
-            adapter.scale = scale
-            adapter.enable()
-    return adapter
+        return _attach(
+            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned, scale
+        )
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fade.base_model import own_modules
@@ -114,9 +115,10 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
         {
             name
             for layer in model.modules()
-            if hasattr(layer, "merged_adapters") and not layer.disable_adapters
-            for name in layer.active_adapters
-            if name in configs and not isinstance(configs[name], FadeConfig) and name not in layer.merged_adapters
+            if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
+            # a layer's list of what is active holds names that it does not have, too
+            for name in set(layer.active_adapters) & set(layer._get_available_adapters()) - set(layer.merged_adapters)
+            if name in configs and not isinstance(configs[name], FadeConfig)
         }
     )
     if others:

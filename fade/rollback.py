@@ -40,10 +40,10 @@ def structure_as_found_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    values = vars(module).values()
+    # Most are empty (a module's kinds of hooks): thousands of copies of nothing would take the time.
     return [
-        (value, dict(value) if isinstance(value, dict) else list(value))
-        for value in values
+        (value, (dict(value) if isinstance(value, dict) else list(value)) if value else ())
+        for value in vars(module).values()
         if isinstance(value, (dict, list))
     ]
 
