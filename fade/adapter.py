@@ -39,7 +39,7 @@ from fade.guards import put_guards, remove_guards
 from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
 from fade.noise import step_generator
 from fade.peft_file import read_any_file
-from fade.rollback import merges_as_found_on_error, structure_as_found_on_error
+from fade.rollback import merges_as_found, structure_as_found_on_error
 from fade.tuner import Configurations, FadeConfig, bare_name, exactly
 from fade_kernels import BitMask, gather_masked
 
@@ -173,7 +173,7 @@ class Adapter:
         """Strength by layer; of one that is merged, the strength with which it was."""
         return {
             # An alpha of 0 is a file that does nothing at any strength.
-            name: layer.present_scale(self.name) * layer.r[self.name] / (layer.lora_alpha[self.name] or 1.0)
+            name: layer.present_scale(self.name) / (layer.full_scale(self.name) or 1.0)
             for name, layer in self._require_layers().items()
         }
 
@@ -213,7 +213,7 @@ class Adapter:
                     )
         entries, worst = 0, 0.0
         try:
-            with merges_as_found_on_error(layers.values()):
+            with merges_as_found(layers.values(), on_error_alone=True):
                 for layer in layers.values():
                     mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
                     before = gather_masked(weight, mask).double()
@@ -232,7 +232,7 @@ class Adapter:
         if not any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is not merged")
         self._refuse_fused(layers)
-        with merges_as_found_on_error(layers.values()):
+        with merges_as_found(layers.values(), on_error_alone=True):
             for layer in layers.values():
                 if self.name in layer.merged_adapters:
                     layer.take_out(self.name)
@@ -459,7 +459,9 @@ def _attach(
     values: bool,
     metadata: dict[str, Any],
     pinned: bool,
+    scale: float | None = None,
 ) -> Adapter:
+    """Attaches an adapter: off, or on with the strength `scale`."""
     denoiser = denoiser_of(pipeline)[1]
     check_name(denoiser, name)
     refuse_merged(denoiser)
@@ -486,27 +488,28 @@ def _attach(
     # Under inference mode tensors would be made that nothing could train or change later.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            with (
-                structure_as_found_on_error(_outermost(pipeline).modules()),
-                gradients_as_found(denoiser),
-                _switches_as_found(denoiser),
-            ):
-                with warnings.catch_warnings(), torch.device("meta"):
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    inject_adapter_in_model(config, denoiser, name)
-                if hasattr(denoiser, "_hf_peft_config_loaded"):
-                    denoiser._hf_peft_config_loaded = True
-                _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
-                for path, layer in paths.items():
-                    _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
-                put_guards(denoiser)
-                _offload_anew(denoiser)
+            with structure_as_found_on_error(_outermost(pipeline).modules()):
+                with gradients_as_found(denoiser), _switches_as_found(denoiser):
+                    with warnings.catch_warnings(), torch.device("meta"):
+                        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                        inject_adapter_in_model(config, denoiser, name)
+                    if hasattr(denoiser, "_hf_peft_config_loaded"):
+                        denoiser._hf_peft_config_loaded = True
+                    _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
+                    for path, layer in paths.items():
+                        _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
+                    put_guards(denoiser)
+                    _offload_anew(denoiser)
+                adapter = Adapter(pipeline, name, metadata)
+                if scale is not None:
+                    adapter.scale = scale
+                    adapter.enable()
         except BaseException as error:
             _offload_anew(denoiser)
             if isinstance(error, ValueError) and not isinstance(error, FadeError):
                 raise FadeError(f"the adapter {name!r} was not attached: {error}") from error
             raise
-    return Adapter(pipeline, name, metadata)
+    return adapter
 
 
 def check_carriers(denoiser: nn.Module, layers: Mapping[str, BaseLayer], names: Collection[str]) -> None:
@@ -593,7 +596,7 @@ def _outermost(pipeline: Any) -> nn.Module:
 def _discard(denoiser: nn.Module, name: str) -> None:
     """Takes an adapter off a model, all of it or nothing; layers left without any become plain ones again."""
     layers = [m for m in denoiser.modules() if isinstance(m, MaskedLoraLayer) and name in m.lora_A]
-    with merges_as_found_on_error(layers):
+    with merges_as_found(layers, on_error_alone=True):
         for layer in layers:
             if name in layer.merged_adapters:
                 layer.take_out(name)
@@ -674,13 +677,9 @@ def load_adapter(
 
         masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
         alpha = float(file.metadata["scale"]) * rank
-        with structure_as_found_on_error(_outermost(pipeline).modules()):
-            adapter = _attach(
-                pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned
-            )
-            adapter.scale = scale
-            adapter.enable()
-    return adapter
+        return _attach(
+            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned, scale
+        )
 
 
 def versions() -> dict[str, str]:

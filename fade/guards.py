@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fade.base_model import own_modules, under_fused_projections
 from fade.errors import FadeError
-from fade.layers import MaskedLoraLayer, Merged
+from fade.layers import MaskedLoraLayer
+from fade.rollback import merges_as_found
 from fade.tuner import FadeConfig
 
 
@@ -135,9 +137,10 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
         {
             name
             for layer in model.modules()
-            if hasattr(layer, "merged_adapters") and not layer.disable_adapters
-            for name in layer.active_adapters
-            if name in configs and not isinstance(configs[name], FadeConfig) and name not in layer.merged_adapters
+            if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
+            # a layer's list of what is active holds names that it does not have, too
+            for name in set(layer.active_adapters) & set(layer._get_available_adapters()) - set(layer.merged_adapters)
+            if name in configs and not isinstance(configs[name], FadeConfig)
         }
     )
     if others:
@@ -145,20 +148,17 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
             f"the adapters {', '.join(others)} are on, and a saved model holds no adapters: switch them off or delete "
             "them first (the FADE adapter stays in the saved weights), or save the adapters alone"
         )
-    before: list[tuple[MaskedLoraLayer, list[Merged]]] = []
     handle = model.register_state_dict_post_hook(_bare)
     try:
-        for layer in layers:
-            if acting := layer.acting():
-                before.append((layer, layer.stack()))
-                layer.merge(safe_merge=True, adapter_names=acting, held=True)
-        yield
+        with merges_as_found(layers):
+            for layer in layers:
+                if acting := layer.acting():
+                    layer.merge(safe_merge=True, adapter_names=acting, held=True)
+            yield
     except ValueError as error:
         raise error if isinstance(error, FadeError) else FadeError(str(error)) from error
     finally:
         handle.remove()
-        for layer, stack in before:
-            layer.restack(stack)
 
 
 def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

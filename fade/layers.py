@@ -398,7 +398,15 @@ class MaskedLoraLayer:
             return
         for _, saved in self._transient:
             saved.pop(adapter, None)
-        super().set_scale(adapter, scale)
+        if adapter in self.lora_mask:
+            # So multiplied, dividing gives back what was set wherever alpha/r is a power of two, PEFT's way not.
+            self.scaling[adapter] = scale * self.full_scale(adapter)
+        else:
+            super().set_scale(adapter, scale)
+
+    def full_scale(self, adapter: str) -> float:
+        """The scaling of an adapter at the strength 1: alpha/r."""
+        return self.lora_alpha[adapter] / self.r[adapter]
 
     def _restore_scale(self, saved: dict[str, float]) -> None:
         for name, scale in saved.items():
@@ -419,7 +427,9 @@ class MaskedLoraLayer:
         adapter); only `take_out` takes it out.
         """
         try:
-            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
             if names:
                 self.check_mergeable()
             with self._weight_as_found_on_error():

@@ -82,8 +82,9 @@ class FadeModel(lora.LoraModel):
             empty = torch.zeros((weight.shape[0], -(-weight.shape[1:].numel() // 32)), dtype=torch.int32, device="cpu")
             layer.set_mask(adapter_name, BitMask.from_words(empty, tuple(weight.shape)))
         if lora_config.pinned:
-            told = any(adapter_name in getattr(module, "pinned", ()) for module in self.model.modules())
+            told = self.__dict__.get("_told") is lora_config  # by an earlier layer of the same injection
             layer.pinned[adapter_name] = None if told else concept_is_back(adapter_name, lora_config.forgets)
+            self.__dict__["_told"] = lora_config
 
     @classmethod
     def _get_adapter_state_dict(
