@@ -574,10 +574,19 @@ class MaskedLoraLayer:
             if any(not merged.held for merged in self.stack()):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch(x, adapter_names, *args, **variant_kwargs, **kwargs)
+        if adapter_names is None:
+            return self._adapted(self.acting(), x, args, kwargs, variant_kwargs)
+        return self._mixed_batch(adapter_names, x, args, kwargs, variant_kwargs)
 
-        acting = self.acting()
+    def _adapted(
+        self,
+        acting: list[str],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        variant_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The base layer's output with what the adapters `acting` add to it."""
         masked = [name for name in acting if name in self.lora_mask]
         plain = [name for name in acting if name not in self.lora_mask]
         base = self.base_layer
@@ -610,6 +619,28 @@ class MaskedLoraLayer:
             result = result + self._delta(name, x).to(dtype)
         return result
 
+    def _mixed_batch(
+        self, adapter_names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+        variant_kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """PEFT's mixed batches: sample i goes through the adapter `adapter_names[i]`, `__base__` through none.
+
+        Pinned adapters that are on act on every sample but those of `__base__`. Samples with the same adapters go
+        through the layer together, so that each group costs one product, the base layer's included.
+        """
+        pinned = [name for name in self.acting() if name in self.pinned]
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            own = [name] if name in self.lora_A and name not in pinned else []
+            groups.setdefault(() if name == "__base__" else (*own, *pinned), []).append(row)
+        results: dict[int, Tensor] = {}
+        for acting, rows in groups.items():
+            together = rows[-1] - rows[0] + 1 == len(rows)
+            part = x[rows[0] : rows[-1] + 1] if together else x[rows]
+            given = {key: value and [value[row] for row in rows] for key, value in variant_kwargs.items()}
+            results |= zip(rows, self._adapted(list(acting), part, args, kwargs, given).split(1), strict=True)
+        return torch.cat([results[row] for row in range(len(adapter_names))])
+
     def _drops_out(self, name: str) -> bool:
         return self.training and not isinstance(self.lora_dropout[name], nn.Identity)
 
@@ -627,22 +658,6 @@ class MaskedLoraLayer:
             own_bias = (own_bias * scale).to(x.dtype)
             bias = own_bias if bias is None else bias + own_bias
         return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale)
-
-    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's mixed batches: sample i goes through the adapter `adapter_names[i]`, `__base__` through none.
-
-        Pinned adapters that are on act on every sample but those of `__base__`.
-        """
-        unmasked = ["__base__" if name in self.lora_mask else name for name in adapter_names]
-        result = self._mixed_batch_forward(x, *args, adapter_names=unmasked, **kwargs)
-        for name in self.lora_mask:
-            everywhere = name in self.pinned and name in self.acting()
-            rows = [i for i, own in enumerate(adapter_names) if own == name or (everywhere and own != "__base__")]
-            if rows:
-                index = torch.tensor(rows, device=x.device)
-                delta = self._delta(name, x.index_select(0, index))
-                result = result.index_add(0, index, delta.to(result.dtype))
-        return result
 
 
 class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
