@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,23 +20,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fade.adapter_file import MOST_SCALE, LayerTensors, read_adapter_file, write_adapter_file
+from fade.adapter_file import MOST_SCALE, LayerTensors, write_adapter_file
 from fade.backbones import denoiser_of
 from fade.base_model import (
     BaseLayer,
     base_layers,
     base_name,
     fingerprint,
+    own_modules,
     refuse_merged,
     refuse_on_disk,
     same_base,
     short_digest,
+    under_fused_projections,
 )
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
-from fade.guards import concept_is_back, put_guards, remove_guards
+from fade.guards import put_guards, remove_guards
 from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
 from fade.noise import step_generator
-from fade.tuner import Configurations, FadeConfig, exactly
+from fade.peft_file import read_any_file
+from fade.rollback import merges_as_found, structure_as_found_on_error
+from fade.tuner import Configurations, FadeConfig, bare_name, exactly
 from fade_kernels import BitMask, gather_masked
 
 
@@ -114,6 +118,13 @@ class Adapter:
         if any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is merged into the weights; call unmerge() first")
 
+    def _refuse_fused(self, layers: Mapping[str, MaskedLoraLayer]) -> None:
+        if not under_fused_projections(self.denoiser).isdisjoint(layers.values()):
+            raise FadeError(
+                f"the projections are drawn with as fused copies, which would keep {self.name!r} as it is now; call "
+                "unfuse_qkv_projections() first"
+            )
+
     def enable(self) -> "Adapter":
         """Switches the adapter on, beside those already on."""
         return self._switch(True)
@@ -125,20 +136,26 @@ class Adapter:
     def _switch(self, on: bool) -> "Adapter":
         layers = self._require_layers()
         self._refuse_while_merged(layers)
-        for layer in layers.values():
-            layer.switch(self.name, on)
+        self._refuse_fused(layers)
+        with structure_as_found_on_error(layers.values()):
+            for layer in layers.values():
+                layer.switch(self.name, on)
         return self
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Off within a `with` block, and afterwards as it was."""
-        was_on = self.enabled
+        layers = self._require_layers().values()
+        before = [(layer, list(layer.active_adapters)) for layer in layers if self.name in layer.active_adapters]
         self.disable()
         try:
             yield
         finally:
-            if was_on:
-                self.enable()
+            for layer, active in before:
+                if self.name in layer.lora_mask:
+                    now = [name for name in layer.active_adapters if name not in active]
+                    kept = [name for name in active if name == self.name or name in layer.active_adapters]
+                    layer._active_adapter = kept + now
 
     @property
     def scale(self) -> float:
@@ -153,10 +170,10 @@ class Adapter:
 
     @property
     def scales(self) -> dict[str, float]:
-        """Strength by layer."""
+        """Strength by layer; of one that is merged, the strength with which it was."""
         return {
             # An alpha of 0 is a file that does nothing at any strength.
-            name: layer.scaling[self.name] * layer.r[self.name] / (layer.lora_alpha[self.name] or 1.0)
+            name: layer.present_scale(self.name) / (layer.full_scale(self.name) or 1.0)
             for name, layer in self._require_layers().items()
         }
 
@@ -166,8 +183,10 @@ class Adapter:
         self._refuse_while_merged(layers)
         if not (math.isfinite(value) and abs(value) <= MOST_SCALE):
             raise FadeError(f"the scale must be a number between {-MOST_SCALE:g} and {MOST_SCALE:g}, not {value}")
-        for layer in layers.values():
-            layer.set_scale(self.name, float(value))
+        masks = [layer.lora_mask[self.name] for layer in layers.values()]
+        with structure_as_found_on_error([*layers.values(), *masks]):
+            for layer in layers.values():
+                layer.set_scale(self.name, float(value))
 
     def merge(self) -> MergeReport:
         """Adds Δ to the base weights, so that drawing costs what it did before. `unmerge` undoes it bit for bit.
@@ -180,32 +199,31 @@ class Adapter:
         if not self.enabled:
             raise FadeError(f"the adapter {self.name!r} is disabled; enable() it before merging")
         refuse_on_disk(self.denoiser, "merge the adapter before enable_group_offload")
-        for name, layer in layers.items():
-            if getattr(_parent(self.denoiser, name), "fused_projections", False):
-                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before merging")
+        self._refuse_fused(layers)
+        for layer in layers.values():
+            try:
+                layer.check_mergeable()
+            except FadeError as error:
+                raise FadeError(f"the adapter {self.name!r} was not merged: {error}") from error
             for other in layer.acting():
                 if layer.use_dora.get(other):
                     raise FadeError(
                         f"the DoRA adapter {other!r} would be measured against other weights once {self.name!r} is "
                         f"merged; switch {other!r} off or delete it first"
                     )
-        entries, worst, done = 0, 0.0, []
+        entries, worst = 0, 0.0
         try:
-            for layer in layers.values():
-                mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
-                before = gather_masked(weight, mask).double() if weight.device.type != "meta" else None
-                layer.merge(safe_merge=True, adapter_names=[self.name], held=True)
-                done.append(layer)
-                delta = layer.packed_values(self.name).double() * layer.scaling[self.name]
-                lost = (gather_masked(weight, mask).double() - before - delta).norm()
-                entries += mask.count
-                worst = max(worst, (lost / delta.norm()).item() if delta.norm() > 0 else 0.0)
-        except BaseException as error:
-            for layer in reversed(done):
-                layer.take_out(self.name)
-            if isinstance(error, ValueError):
-                raise FadeError(f"the adapter {self.name!r} was not merged: {error}") from error
-            raise
+            with merges_as_found(layers.values(), on_error_alone=True):
+                for layer in layers.values():
+                    mask, weight = layer.lora_mask[self.name].mask, layer.get_base_layer().weight.detach()
+                    before = gather_masked(weight, mask).double()
+                    layer.merge(safe_merge=True, adapter_names=[self.name], held=True)
+                    delta = layer.packed_values(self.name).double() * layer.scaling[self.name]
+                    lost = (gather_masked(weight, mask).double() - before - delta).norm()
+                    entries += mask.count
+                    worst = max(worst, (lost / delta.norm()).item() if delta.norm() > 0 else 0.0)
+        except ValueError as error:
+            raise FadeError(f"the adapter {self.name!r} was not merged: {error}") from error
         return MergeReport(entries, worst)
 
     def unmerge(self) -> "Adapter":
@@ -213,16 +231,16 @@ class Adapter:
         layers = self.layers
         if not any(self.name in layer.merged_adapters for layer in layers.values()):
             raise FadeError(f"the adapter {self.name!r} is not merged")
-        for name, layer in layers.items():
-            if getattr(_parent(self.denoiser, name), "fused_projections", False):
-                raise FadeError("the projections are fused copies; call unfuse_qkv_projections() before un-merging")
-            if self.name in layer.merged_adapters:
-                layer.take_out(self.name)
+        self._refuse_fused(layers)
+        with merges_as_found(layers.values(), on_error_alone=True):
+            for layer in layers.values():
+                if self.name in layer.merged_adapters:
+                    layer.take_out(self.name)
         return self
 
     def remove(self) -> None:
         """Takes the adapter off the pipeline; the base weights are what they were."""
-        self._require_layers()
+        self._refuse_fused(self._require_layers())
         _discard(self.denoiser, self.name)
 
     def save(self, path: str | Path) -> int:
@@ -254,16 +272,8 @@ def masked_layers(denoiser: nn.Module, name: str) -> dict[str, MaskedLoraLayer]:
     found = {}
     for path, module in denoiser.named_modules():
         if isinstance(module, MaskedLoraLayer) and name in module.lora_mask:
-            found[".".join(part for part in path.split(".") if part not in ("base_layer", "_orig_mod"))] = module
+            found[bare_name(path)] = module
     return found
-
-
-def _parent(denoiser: nn.Module, name: str) -> nn.Module | None:
-    path = name.rpartition(".")[0]
-    try:
-        return denoiser.get_submodule(path)
-    except AttributeError:  # wrapped by torch.compile on the way
-        return None
 
 
 def adapters(pipeline: Any) -> dict[str, Adapter]:
@@ -449,15 +459,20 @@ def _attach(
     values: bool,
     metadata: dict[str, Any],
     pinned: bool,
+    scale: float | None = None,
 ) -> Adapter:
+    """Attaches an adapter: off, or on with the strength `scale`."""
     denoiser = denoiser_of(pipeline)[1]
     check_name(denoiser, name)
     refuse_merged(denoiser)
     masks = {layer: mask for layer, mask in masks.items() if mask.count}
     if not masks:
         raise FadeError("the mask selects no weight in any target layer; raise keep or widen the targets")
+    check_carriers(denoiser, layers, masks)
     for layer, mask in masks.items():
-        _check_layer(denoiser, layer, layers.get(layer), mask)
+        weight = layers[layer].module.weight
+        if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
+            raise FadeError(f"the adapter's mask of {layer} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
     paths = {layers[layer].path: layer for layer in masks}
     config = FadeConfig(
         r=1 if values else rank,
@@ -471,43 +486,60 @@ def _attach(
         metadata=metadata,
     )
     # Under inference mode tensors would be made that nothing could train or change later.
-    with torch.inference_mode(False), torch.no_grad(), gradients_as_found(denoiser), _switches_as_found(denoiser):
+    with torch.inference_mode(False), torch.no_grad():
         try:
-            with warnings.catch_warnings(), torch.device("meta"):
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(config, denoiser, name)
-            if hasattr(denoiser, "_hf_peft_config_loaded"):
-                denoiser._hf_peft_config_loaded = True
-            _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
-            for index, (path, layer) in enumerate(paths.items()):
-                _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
-                if pinned and index == 0:
-                    denoiser.get_submodule(path).pinned[name] = concept_is_back(name, config.forgets)
-            put_guards(denoiser)
-            _offload_anew(denoiser)
+            with structure_as_found_on_error(_outermost(pipeline).modules()):
+                with gradients_as_found(denoiser), _switches_as_found(denoiser):
+                    with warnings.catch_warnings(), torch.device("meta"):
+                        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                        inject_adapter_in_model(config, denoiser, name)
+                    if hasattr(denoiser, "_hf_peft_config_loaded"):
+                        denoiser._hf_peft_config_loaded = True
+                    _share_configurations(pipeline, denoiser, Configurations(denoiser.peft_config))
+                    for path, layer in paths.items():
+                        _fill(denoiser.get_submodule(path), name, masks[layer], initial(layer, masks[layer]))
+                    put_guards(denoiser)
+                    _offload_anew(denoiser)
+                adapter = Adapter(pipeline, name, metadata)
+                if scale is not None:
+                    adapter.scale = scale
+                    adapter.enable()
         except BaseException as error:
-            _discard(denoiser, name)
+            _offload_anew(denoiser)
             if isinstance(error, ValueError) and not isinstance(error, FadeError):
                 raise FadeError(f"the adapter {name!r} was not attached: {error}") from error
             raise
-    return Adapter(pipeline, name, metadata)
+    return adapter
 
 
-def _check_layer(denoiser: nn.Module, name: str, layer: BaseLayer | None, mask: BitMask) -> None:
-    if layer is None:
-        raise FadeError(f"the model has no Linear or Conv2d layer {name}; was the adapter made for another model?")
-    weight = layer.module.weight
-    if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
-        raise FadeError(f"the adapter's mask of {name} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
-    if getattr(layer.module, "groups", 1) > 1:
-        raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
-    if "original_module" in layer.path.split("."):
-        raise FadeError(
-            f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete that "
-            "adapter first"
-        )
-    if getattr(denoiser.get_submodule(layer.path.rpartition(".")[0]), "fused_projections", False):
-        raise FadeError(f"the projections around {name} are fused copies; call unfuse_qkv_projections() first")
+def check_carriers(denoiser: nn.Module, layers: Mapping[str, BaseLayer], names: Collection[str]) -> None:
+    """Raises FadeError naming the first of these layers that cannot carry a masked adapter; `layers` are all."""
+    fused = under_fused_projections(denoiser)
+    for name in names:
+        layer = layers.get(name)
+        if layer is None:
+            others = [module for own, _, module in own_modules(denoiser) if own == name]
+            if not others:
+                raise FadeError(f"the model has no layer {name}; was the adapter made for another model?")
+            kind = f"{type(others[-1]).__module__}.{type(others[-1]).__name__}"
+            raise FadeError(
+                f"{name} is a {kind}, where an adapter needs a plain Linear or Conv2d: load it into the model as it "
+                "was before quantisation, weight norm or other wrapping"
+            )
+        if getattr(layer.module, "groups", 1) > 1:
+            raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
+        if "original_module" in layer.path.split("."):
+            raise FadeError(
+                f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete "
+                "that adapter first"
+            )
+        if layer.path.endswith("._orig_mod"):
+            raise FadeError(
+                f"the layer {name} was compiled by itself, which ties the compiled call to it; attach the adapter "
+                "first and compile then, or compile the model or a block around the layer"
+            )
+        if layer.module in fused:
+            raise FadeError(f"the projections around {name} are fused copies; call unfuse_qkv_projections() first")
 
 
 def _fill(layer: MaskedLoraLayer, name: str, mask: BitMask, tensors: tuple[Tensor, ...]) -> None:
@@ -551,31 +583,39 @@ def _switches_as_found(denoiser: nn.Module) -> Iterator[None]:
 def _share_configurations(pipeline: Any, denoiser: nn.Module, configurations: Configurations) -> None:
     """A PeftModel around the denoiser goes by the same configurations as the denoiser."""
     denoiser.peft_config = configurations
-    outer = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, denoiser_of(pipeline)[0])
-    for module in outer.modules():
+    for module in _outermost(pipeline).modules():
         if isinstance(module, BaseTuner):
             module.peft_config = configurations
 
 
+def _outermost(pipeline: Any) -> nn.Module:
+    """The denoiser with what is wrapped around it."""
+    return pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, denoiser_of(pipeline)[0])
+
+
 def _discard(denoiser: nn.Module, name: str) -> None:
-    """Takes an adapter, whole or half-made, off a model; layers left without any become plain ones again."""
-    with gradients_as_found(denoiser), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Adapter {name} was active which is now deleted")
-        for layer in [m for m in denoiser.modules() if isinstance(m, MaskedLoraLayer) and name in m.lora_A]:
-            layer.delete_adapter(name)
-        configs = getattr(denoiser, "peft_config", {})
-        configs.pop(name, None)
-        for path, layer in list(denoiser.named_modules()):
-            if isinstance(layer, MaskedLoraLayer) and not layer.lora_A:
-                parent, _, own = path.rpartition(".")
-                setattr(denoiser.get_submodule(parent), own, layer.base_layer)
-    if not any(isinstance(config, FadeConfig) for config in configs.values()):
-        remove_guards(denoiser)
-    if not configs and hasattr(denoiser, "peft_config"):
-        del denoiser.peft_config
-        if hasattr(denoiser, "_hf_peft_config_loaded"):
-            denoiser._hf_peft_config_loaded = False
-    _offload_anew(denoiser)
+    """Takes an adapter off a model, all of it or nothing; layers left without any become plain ones again."""
+    layers = [m for m in denoiser.modules() if isinstance(m, MaskedLoraLayer) and name in m.lora_A]
+    with merges_as_found(layers, on_error_alone=True):
+        for layer in layers:
+            if name in layer.merged_adapters:
+                layer.take_out(name)
+        with structure_as_found_on_error(denoiser.modules()), gradients_as_found(denoiser):
+            for layer in layers:
+                layer.drop(name)
+            configs = getattr(denoiser, "peft_config", {})
+            configs.pop(name, None)
+            for path, layer in list(denoiser.named_modules()):
+                if isinstance(layer, MaskedLoraLayer) and not layer.lora_A:
+                    parent, _, own = path.rpartition(".")
+                    setattr(denoiser.get_submodule(parent), own, layer.base_layer)
+            if not any(isinstance(config, FadeConfig) for config in configs.values()):
+                remove_guards(denoiser)
+            if not configs and hasattr(denoiser, "peft_config"):
+                del denoiser.peft_config
+                if hasattr(denoiser, "_hf_peft_config_loaded"):
+                    denoiser._hf_peft_config_loaded = False
+            _offload_anew(denoiser)
 
 
 def _offload_anew(denoiser: nn.Module) -> None:
@@ -594,12 +634,13 @@ def load_adapter(
     check_base: bool = True,
     pinned: bool = True,
 ) -> Adapter:
-    """Attaches an adapter file to a pipeline and switches it on, beside whatever is on.
+    """Attaches an adapter file to a pipeline and switches it on, beside whatever is on; or nothing, where it fails.
 
     Args:
         pipeline: any pipeline with a denoiser that the adapter fits (image-to-image, inpainting, ControlNet, …), or the
             denoiser itself.
-        path: the file, or the folder that `fade.unlearn` wrote.
+        path: the file, or the folder that `fade.unlearn` wrote; also what diffusers' and PEFT's own calls write of a
+            FADE adapter (`save_lora_adapter`, `save_lora_weights`, `PeftModel.save_pretrained`).
         name: what the adapter is called on the pipeline.
         scale: strength; 1 as trained.
         check_base: refuse weights that the adapter was not trained on.
@@ -612,11 +653,10 @@ def load_adapter(
     """
     denoiser = denoiser_of(pipeline)[1]
     check_name(denoiser, name)
-    path = Path(path)
-    if path.is_dir():
-        path = path / "adapter.safetensors"
     with torch.inference_mode(False), torch.no_grad():
-        file = read_adapter_file(path)
+        path, file = read_any_file(path)
+        own = {layer for layer, _, _ in own_modules(denoiser)}
+        check_carriers(denoiser, base_layers(denoiser), [layer for layer in file.layers if layer in own])
         if check_base:
             trained_on = file.metadata["fingerprint"]
             found = fingerprint(denoiser, tuple(trained_on))
@@ -626,28 +666,20 @@ def load_adapter(
                     f"but this pipeline is {base_name(pipeline)} ({short_digest(found)}). Load the base it was made "
                     "for, or pass --any-base (in Python: check_base=False)"
                 )
-        first = next(iter(file.layers.values()), None)
-        if first is None:
+        if not file.layers:
             raise AdapterFileError(f"{path} holds no layer")
-        values = first.factors is None
-        rank = 1 if values else first.factors[0].shape[0]
+        ranks = {tensors.factors[0].shape[0] for tensors in file.layers.values() if tensors.factors is not None}
+        values, rank = not ranks, max(ranks, default=1)
 
         def initial(layer: str, _: BitMask) -> tuple[Tensor, ...]:
             tensors = file.layers[layer]
             return tensors.factors or (tensors.values,)
 
         masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
-        adapter = _attach(
-            pipeline, name, masks, base_layers(denoiser), initial, rank, float(file.metadata["scale"]) * rank, values,
-            file.metadata, pinned,
-        )  # fmt: skip
-        try:
-            adapter.scale = scale
-            adapter.enable()
-        except BaseException:
-            adapter.remove()
-            raise
-    return adapter
+        alpha = float(file.metadata["scale"]) * rank
+        return _attach(
+            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned, scale
+        )
 
 
 def versions() -> dict[str, str]:

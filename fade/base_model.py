@@ -59,6 +59,26 @@ def own_modules(denoiser: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             yield ".".join(part for part in path.split(".") if part not in _WRAPPINGS), path, module
 
 
+def draws_with_fused_projections(attention: nn.Module) -> bool:
+    """Whether an attention module computes with fused copies of its projections (`fuse_qkv_projections`)."""
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # diffusers' older class keeps its copies and the flag when it is unfused, and only changes the processor.
+    return hasattr(attention, "unfuse_projections") or type(attention.processor).__name__.startswith("Fused")
+
+
+def under_fused_projections(denoiser: nn.Module) -> set[nn.Module]:
+    """Every projection, with what is in it, that is passed over because its attention computes with a fused copy."""
+    projections = (
+        getattr(module, name)
+        for module in denoiser.modules()
+        if draws_with_fused_projections(module)
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        if isinstance(getattr(module, name, None), nn.Module)
+    )
+    return {inner for projection in projections for inner in projection.modules()}
+
+
 def _ancestors(path: str) -> list[str]:
     """A module's path and those of the modules around it."""
     parts = path.split(".")
@@ -163,7 +183,10 @@ def _weights(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor
     }
     for key, (module, own) in sorted(named.items()):
         with fetched(module):
-            yield key, module._parameters[own].detach()
+            weight = module._parameters[own].detach()
+            if weight.device.type == "meta":
+                raise FadeError(f"the denoiser's weights are not loaded yet ({key} is on the meta device)")
+            yield key, weight
 
 
 def _weights_dtype(modules: list[tuple[str, nn.Module]]) -> str:

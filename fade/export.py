@@ -14,6 +14,7 @@ from fade.adapter import Adapter, MergeReport
 from fade.errors import FadeError
 from fade.files import WRITE_ERRORS, reason
 from fade.loading import without_loading_bars
+from fade.rollback import merges_as_found
 
 
 def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: bool = False) -> MergeReport:
@@ -34,15 +35,15 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     except OSError as error:
         raise FadeError(f"cannot create the folder {output.parent}: {error.strerror or error}") from error
 
-    was_merged = adapter.merged
-    if was_merged:
-        adapter.unmerge()
-    report = adapter.merge()
     mark = secrets.token_hex(4)
     fresh, old = (output.with_name(f".{output.name}.{mark}.{state}") for state in ("part", "old"))
     try:
-        with without_loading_bars():
-            pipeline.save_pretrained(fresh, safe_serialization=True)
+        with merges_as_found(adapter.layers.values()):
+            if adapter.merged:
+                adapter.unmerge()
+            report = adapter.merge()
+            with without_loading_bars():
+                pipeline.save_pretrained(fresh, safe_serialization=True)
         mode = (fresh / "model_index.json").stat().st_mode
         for weights in fresh.rglob("*.safetensors"):
             weights.chmod(mode)  # written for their owner alone
@@ -57,8 +58,6 @@ def save_merged(pipeline: Any, adapter: Adapter, output: str | Path, overwrite: 
     except WRITE_ERRORS as error:
         raise FadeError(f"cannot write {output}: {reason(error)}; nothing was changed") from error
     finally:
-        if not was_merged:
-            adapter.unmerge()
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return report

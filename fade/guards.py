@@ -1,17 +1,19 @@
 """What a model with a masked adapter on it must not do in silence: be saved, lose its adapters, or fuse projections
-past them. The guards stand in place of three of diffusers' methods on the model while an adapter is attached.
+past them. The guards stand in place of four of diffusers' methods on the model while an adapter is attached.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from fade.base_model import own_modules
+from fade.base_model import own_modules, under_fused_projections
 from fade.errors import FadeError
 from fade.layers import MaskedLoraLayer
+from fade.rollback import merges_as_found
 from fade.tuner import FadeConfig
 
 
@@ -20,14 +22,6 @@ def in_force(model: nn.Module) -> dict[str, str]:
     acting = {name for layer in model.modules() if isinstance(layer, MaskedLoraLayer) for name in layer.acting()}
     configs = {name: config for name, config in getattr(model, "peft_config", {}).items() if name in acting}
     return {name: config.forgets for name, config in configs.items() if isinstance(config, FadeConfig)}
-
-
-def concept_is_back(name: str, forgets: str) -> str:
-    """What to tell a user whose call has switched everything off."""
-    return (
-        f"the FADE adapter {name!r} is off now with all the others: the model can draw {forgets!r} again. Switch it on "
-        "with adapter.enable(), or merge() it so that it stays whatever is switched"
-    )
 
 
 class _Guard:
@@ -46,6 +40,7 @@ class _Unload(_Guard):
     method = "unload_lora"
 
     def __call__(self) -> None:
+        _refuse_fused(self.model, getattr(self.model, "peft_config", {}))
         for name, forgets in in_force(self.model).items():
             warnings.warn(
                 f"the FADE adapter {name!r} has been unloaded with all the others: the model can draw {forgets!r} "
@@ -56,15 +51,36 @@ class _Unload(_Guard):
         remove_guards(self.model)
 
 
+class _Delete(_Guard):
+    method = "delete_adapters"
+
+    def __call__(self, adapter_names: Any) -> None:
+        named = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        _refuse_fused(self.model, named)
+        self.original(adapter_names)
+
+
+def _refuse_fused(model: nn.Module, names: Collection[str]) -> None:
+    for module in under_fused_projections(model):
+        for name in getattr(module, "lora_mask", ()):
+            if name in names:
+                raise FadeError(
+                    f"the projections are drawn with as fused copies, which hold {name!r}; call "
+                    "unfuse_qkv_projections() first"
+                )
+
+
 class _FuseProjections(_Guard):
     method = "fuse_qkv_projections"
 
     def __call__(self) -> None:
-        for name in in_force(self.model):
-            raise FadeError(
-                f"fused projections are copies of the frozen weights, which would leave out the adapter {name!r}; "
-                "merge() it first, then fuse"
-            )
+        for layer in (module for module in self.model.modules() if isinstance(module, MaskedLoraLayer)):
+            for name in layer.lora_mask:
+                if name not in layer.merged_adapters:
+                    raise FadeError(
+                        f"fused projections are copies of the frozen weights, which would leave out the adapter "
+                        f"{name!r} however it is switched; merge() or remove() it first, then fuse"
+                    )
         self.original()
 
 
@@ -91,7 +107,7 @@ class _Save(_Guard):
             )  # fmt: skip
 
 
-_GUARDS = (_Unload, _FuseProjections, _Save)
+_GUARDS = (_Unload, _Delete, _FuseProjections, _Save)
 
 
 def put_guards(model: nn.Module) -> None:
@@ -113,7 +129,7 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
     """Meanwhile the model's state dict is that of a bare model which draws what this one draws.
 
     The FADE adapters that are on are merged for that time, and un-merged bit for bit. Raises FadeError where other
-    adapters are on, which cannot be un-merged exactly.
+    adapters are on (and not merged), which cannot be un-merged exactly.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MaskedLoraLayer)]
     configs = getattr(model, "peft_config", {})
@@ -121,8 +137,9 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
         {
             name
             for layer in model.modules()
-            if hasattr(layer, "merged_adapters") and not layer.disable_adapters
-            for name in layer.active_adapters
+            if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
+            # a layer's list of what is active holds names that it does not have, too
+            for name in set(layer.active_adapters) & set(layer._get_available_adapters()) - set(layer.merged_adapters)
             if name in configs and not isinstance(configs[name], FadeConfig)
         }
     )
@@ -131,20 +148,17 @@ def merged_copy(model: nn.Module) -> Iterator[None]:
             f"the adapters {', '.join(others)} are on, and a saved model holds no adapters: switch them off or delete "
             "them first (the FADE adapter stays in the saved weights), or save the adapters alone"
         )
-    merged: list[tuple[MaskedLoraLayer, str]] = []
     handle = model.register_state_dict_post_hook(_bare)
     try:
-        for layer in layers:
-            for name in layer.acting():
-                layer.merge(safe_merge=True, adapter_names=[name], held=True)
-                merged.append((layer, name))
-        yield
+        with merges_as_found(layers):
+            for layer in layers:
+                if acting := layer.acting():
+                    layer.merge(safe_merge=True, adapter_names=acting, held=True)
+            yield
     except ValueError as error:
         raise error if isinstance(error, FadeError) else FadeError(str(error)) from error
     finally:
         handle.remove()
-        for layer, name in reversed(merged):
-            layer.take_out(name)
 
 
 def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

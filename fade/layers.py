@@ -8,8 +8,9 @@ for bit, because what `merge` overwrites is kept; an adapter that is merged does
 pinned adapter is switched off only by a call that names it or that switches everything off.
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fade.errors import FadeError
 from fade_kernels import (
@@ -38,8 +40,8 @@ class _Lender(nn.Module):
     """A factor as PEFT keeps it, whose forward lends its weight and bias instead of applying them.
 
     The product needs both factors, the mask and the scale at once, and offloading hooks of accelerate and diffusers
-    fetch a module's tensors only around its own forward. Float32 factors stay float32 where the model is cast to 16
-    bits: a training step, and what unlearning changes, is smaller than half an ulp of those.
+    fetch a module's tensors only around its own forward. Float32 factors stay float32 whatever the model is cast to: a
+    training step, and what unlearning changes, is smaller than half an ulp of 16 bits.
     """
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +53,7 @@ class _Lender(nn.Module):
         super()._apply(fn, recurse)
         for name, before in wide.items():
             parameter = self._parameters[name]
-            if parameter.dtype != torch.float32 and parameter.dtype.itemsize < 4:
+            if parameter.dtype != torch.float32:
                 parameter.data = before.to(parameter.device)
         return self
 
@@ -147,13 +149,21 @@ class _Scaling(dict[str, float]):
 class _Overwritten:
     """What merging one adapter replaced in a weight: all of it, or the entries under `mask`."""
 
-    name: str
+    merged: "Merged"
     before: Tensor
     bias: Tensor | None = None
     mask: BitMask | None = None
     written: Tensor | None = None
-    held: bool = False
-    """Merged by name (`Adapter.merge`): taken out by name alone."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One adapter in a layer's weight: with what scale, and whether it was merged by name (`Adapter.merge`), so that it
+    is taken out by name alone."""
+
+    name: str
+    scale: float
+    held: bool
 
 
 # --- the layers ------------------------------------------------------------------------------------------------------
@@ -175,7 +185,8 @@ class MaskedLoraLayer:
         self.lora_mask = nn.ModuleDict()
         self.scaling = _Scaling(self.scaling, self.lora_mask)
         self.pinned: dict[str, str | None] = {}
-        """Adapters that stay on whatever is done to others; the text is said where they go off with everything."""
+        """Adapters that stay on whatever is done to others; the text is said where they go off with everything (by one
+        layer of a model for all)."""
         self._overwritten: list[_Overwritten] = []
         self.suspended: list[str] = []
         self._transient: list[tuple[float, dict[str, float]]] = []
@@ -214,7 +225,7 @@ class MaskedLoraLayer:
             raise FadeError(f"values of shape {tuple(values.shape)} do not fit a mask of {mask.count} entries")
         self.set_mask(adapter_name, mask)
         device = execution_device(self.get_base_layer())
-        one = torch.ones(1, 1, dtype=values.dtype)
+        one = torch.ones(1, 1, dtype=values.dtype, device="cpu")
         for factors, weight in ((self.lora_A, values.view(1, -1)), (self.lora_B, one)):
             factor = LinearFactor(1, 1, bias=False, device="meta")
             factor.in_features = weight.shape[1]
@@ -254,8 +265,22 @@ class MaskedLoraLayer:
         return scatter_masked_(delta, values, self.lora_mask[adapter].mask)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Makes room for the masks and values that a state dict holds, before the parts read them."""
+        """Makes room for the masks and values that a state dict holds, before the parts read them.
+
+        Other weights than there are under what is merged are an error: nobody could say whether they hold it too, and
+        un-merging would add to them what it should take out.
+        """
         errors = args[-1]
+        if self._overwritten:
+            for key, theirs in list(state_dict.items()):
+                inner, _, own = key.removeprefix(prefix).rpartition(".")
+                if not key.startswith(prefix) or set(inner.split(".")) != {"base_layer"}:
+                    continue
+                ours = self.get_base_layer()._parameters.get(own)
+                if ours is not None and not torch.equal(theirs.to(ours), ours):
+                    names = ", ".join(self.merged_adapters)
+                    errors.append(f"{key}: {names} is merged into other weights; unmerge() it first, then load these")
+                    state_dict[key] = ours.detach()
         for adapter in list(self.lora_A):
             words = state_dict.get(f"{prefix}lora_mask.{adapter}.words")
             if words is None:
@@ -265,6 +290,8 @@ class MaskedLoraLayer:
             try:
                 mask = BitMask.from_words(words, weight.shape)
                 if lora_b is not None and lora_b.shape == (1, 1) and lora_a.shape == (1, mask.count):
+                    if self.r[adapter] != 1:  # its scale is alpha/r of the factors
+                        raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
                     if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
                         self.set_values(adapter, mask, lora_a[0])
                 elif self.has_values(adapter):
@@ -281,24 +308,37 @@ class MaskedLoraLayer:
         """PEFT's call. Pinned adapters that are on stay on beside those named, and stay as trainable as they were."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         kept = [name for name in self.active_adapters if name in self.pinned and name not in names]
-        needed = [p for name in kept for p in self.adapter_parameters(name) if p.requires_grad]
-        self.suspended = []
-        super().set_adapter([*names, *kept], inference_mode)
-        for name in kept:
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(any(parameter is p for p in needed))
+        self.suspended = [name for name in self.suspended if name in self.pinned and name not in names]
+        with self._gradients_as_found(name for name in self.pinned if name not in names):
+            super().set_adapter([*names, *kept], inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """PEFT's call: everything off, or on again what was on."""
-        if not enabled:
-            for name in self.acting():
-                if self.pinned.get(name):
-                    warnings.warn(self.pinned[name], stacklevel=2)
+        """PEFT's call: everything off, or on again what was on. Pinned adapters stay as trainable as they were."""
+        with self._gradients_as_found(self.pinned):
+            if enabled:
+                suspended = [name for name in self.suspended if name not in self.active_adapters]
+                super().set_adapter([*self.active_adapters, *suspended])
+                self.suspended, self._disable_adapters = [], False
+                return
+            if not self.disable_adapters:
+                # PEFT un-merges in the next forward; what is off says so at once.
+                off = [*self.acting(), *(merged.name for merged in self.stack() if not merged.held)]
+                for name in off:
+                    if self.pinned.get(name):
+                        warnings.warn(self.pinned[name], stacklevel=2)
+                if any(not merged.held for merged in self.stack()):
+                    self.unmerge()
             super().enable_adapters(False)
-            return
-        active = [*self.active_adapters, *(n for n in self.suspended if n not in self.active_adapters)]
-        super().set_adapter(active)
-        self.suspended, self._disable_adapters = [], False
+
+    @contextlib.contextmanager
+    def _gradients_as_found(self, names: Iterable[str]) -> Iterator[None]:
+        parameters = [p for name in names if name in self.lora_mask for p in self.adapter_parameters(name)]
+        before = [(parameter, parameter.requires_grad) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for parameter, needed in before:
+                parameter.requires_grad_(needed)
 
     def switch(self, adapter_name: str, on: bool) -> None:
         """Switches one adapter on or off; others, and what needs gradients, stay as they are."""
@@ -309,17 +349,21 @@ class MaskedLoraLayer:
         self._active_adapter = [*active, adapter_name] if on else active
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; one that is merged is taken out of the weight first."""
+        """PEFT's call, which switches on another adapter in place of the last that was on, unless one is pinned."""
         if adapter_name in self.merged_adapters:
             self.take_out(adapter_name)
-        if not self.pinned:
+        if self.pinned:
+            self.drop(adapter_name)
+        else:
             super().delete_adapter(adapter_name)
-            return
-        # PEFT would switch on another adapter in place of the last one: here that is the user's to decide.
-        active = [name for name in self.active_adapters if name != adapter_name]
-        self._active_adapter = active
-        super().delete_adapter(adapter_name)
+
+    def drop(self, adapter_name: str) -> None:
+        """Removes an adapter; others stay as they are. One that is merged is taken out of the weight first."""
+        if adapter_name in self.merged_adapters:
+            self.take_out(adapter_name)
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
         self.suspended = [name for name in self.suspended if name != adapter_name]
+        super().delete_adapter(adapter_name)
 
     def acting(self) -> list[str]:
         """The adapters whose Δ is added in the forward."""
@@ -354,58 +398,97 @@ class MaskedLoraLayer:
             return
         for _, saved in self._transient:
             saved.pop(adapter, None)
-        super().set_scale(adapter, scale)
+        if adapter in self.lora_mask:
+            # So multiplied, dividing gives back what was set wherever alpha/r is a power of two, PEFT's way not.
+            self.scaling[adapter] = scale * self.full_scale(adapter)
+        else:
+            super().set_scale(adapter, scale)
+
+    def full_scale(self, adapter: str) -> float:
+        """The scaling of an adapter at the strength 1: alpha/r."""
+        return self.lora_alpha[adapter] / self.r[adapter]
 
     def _restore_scale(self, saved: dict[str, float]) -> None:
         for name, scale in saved.items():
             if name in self.lora_mask:
                 self.scaling[name] = scale
 
+    def present_scale(self, adapter: str) -> float:
+        """The scale with which an adapter is in the weight, or acts or would act beside it."""
+        return next((merged.scale for merged in self.stack() if merged.name == adapter), self.scaling[adapter])
+
     # --- merging ---
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, held: bool = False) -> None:
         """Adds the adapters' Δ to the weight, in float32, rounded once, and keeps what was overwritten.
 
-        With `safe_merge`, a weight that would not be finite raises ValueError and nothing changes. What is merged with
-        `held` stays in the weight when everything is un-merged (as PEFT does before it loads another adapter); only
-        `take_out` takes it out.
+        With `safe_merge`, a weight that would not be finite raises ValueError. All adapters are merged or none. What is
+        merged with `held` stays in the weight when everything is un-merged (as PEFT does before it loads another
+        adapter); only `take_out` takes it out.
         """
         try:
-            for name in check_adapters_to_merge(self, adapter_names):
-                if name in self.lora_A:
-                    self._merge_one(name, safe_merge, held)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+            if names:
+                self.check_mergeable()
+            with self._weight_as_found_on_error():
+                for name in names:
+                    self._merge_one(Merged(name, self.scaling[name], held), safe_merge)
         finally:
             # `fuse_lora(lora_scale=…)` scales before it merges, and never scales back.
             while self._transient:
                 self._restore_scale(self._transient.pop()[1])
 
-    def _merge_one(self, name: str, safe_merge: bool, held: bool) -> None:
-        base = self.get_base_layer()
-        weight = base.weight
-        if weight.device.type == "meta" or groups_on_disk(base):
-            raise ValueError(
-                f"the adapter {name!r} cannot be merged while the weights are offloaded; load it into the pipeline "
-                "before offloading and merge it there, or take the offloading off"
+    def check_mergeable(self) -> None:
+        """Raises FadeError where what is written into the weight would be lost."""
+        self._check_weight_at_hand()
+        if self.get_base_layer().weight.dtype.itemsize == 1:
+            raise FadeError(
+                "the weights are stored in 8 bits, which would lose most of what is added; merge before "
+                "enable_layerwise_casting or quantisation"
             )
+
+    def _check_weight_at_hand(self) -> None:
+        base = self.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None:
+            raise FadeError(
+                f"a weight under it is computed from other tensors ({type(base).__name__} with weight norm, a "
+                "parametrisation or quantisation), so nothing written into it stays; take that off first"
+            )
+        if weight.device.type == "meta" or groups_on_disk(base):
+            raise FadeError(
+                "weights cannot be written to while they are offloaded; merge and un-merge before offloading, or take "
+                "the offloading off"
+            )
+
+    def _merge_one(self, adapter: Merged, safe_merge: bool) -> None:
+        name, base = adapter.name, self.get_base_layer()
+        weight = base.weight
         with torch.no_grad(), torch.inference_mode(weight.is_inference()):
             bias = base.bias.detach().clone() if self.lora_bias[name] and base.bias is not None else None
             if name not in self.lora_mask:
-                before = weight.detach().clone()
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Already following adapters were merged")
-                    super().merge(safe_merge, [name])
-                self._overwritten.append(_Overwritten(name, before, bias, held=held))
+                before, scale = weight.detach().clone(), self.scaling[name]
+                try:
+                    self.scaling[name] = adapter.scale
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", message="Already following adapters were merged")
+                        super().merge(safe_merge, [name])
+                finally:
+                    self.scaling[name] = scale
+                self._overwritten.append(_Overwritten(adapter, before, bias))
                 return
             mask = self.lora_mask[name].mask
             before = gather_masked(weight.detach(), mask)
-            merged = (before.float() + self.packed_values(name) * self.scaling[name]).to(weight.dtype)
+            merged = (before.float() + self.packed_values(name) * adapter.scale).to(weight.dtype)
             merged_bias = None
             if self.lora_bias[name]:
                 if bias is None:
                     raise RuntimeError(
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
-                merged_bias = bias + (self.lora_B[name].bias * self.scaling[name]).to(bias)
+                merged_bias = bias + (self.lora_B[name].bias * adapter.scale).to(bias)
             finite = torch.isfinite(merged).all() and (merged_bias is None or torch.isfinite(merged_bias).all())
             if safe_merge and not finite:
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -413,39 +496,56 @@ class MaskedLoraLayer:
             if merged_bias is not None:
                 base.bias.detach().copy_(merged_bias)
             self.merged_adapters.append(name)
-            self._overwritten.append(_Overwritten(name, before, bias, mask, merged, held))
+            self._overwritten.append(_Overwritten(adapter, before, bias, mask, merged))
+
+    def stack(self) -> list[Merged]:
+        """What is merged into the weight, in the order in which it was."""
+        return [entry.merged for entry in self._overwritten]
 
     def unmerge(self) -> None:
         """Restores the weight to the bits it had before the first `merge`, but for what is held there."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        held = [entry.name for entry in self._overwritten if entry.held]
-        self._unmerge_all()
-        self._merge_again(held, held)
+        self.restack([merged for merged in self.stack() if merged.held])
 
     def take_out(self, name: str) -> None:
         """Un-merges one adapter; the others stay merged."""
-        held = [entry.name for entry in self._overwritten if entry.held]
-        others = [merged for merged in self.merged_adapters if merged != name]
-        self._unmerge_all()
-        self._merge_again(others, held)
+        self.restack([merged for merged in self.stack() if merged.name != name])
 
-    def _merge_again(self, names: Sequence[str], held: Sequence[str]) -> None:
-        for name in names:
-            self._merge_one(name, safe_merge=False, held=name in held)
+    def restack(self, adapters: Sequence[Merged]) -> None:
+        """Un-merges everything and merges these, each with its scale."""
+        if self._overwritten or adapters:
+            self._check_weight_at_hand()
+        with self._weight_as_found_on_error():
+            self._unmerge_all()
+            for adapter in adapters:
+                self._merge_one(adapter, safe_merge=False)
+
+    @contextlib.contextmanager
+    def _weight_as_found_on_error(self) -> Iterator[None]:
+        """Where something fails, the weight has the bits it had, and merged is what was."""
+        base = self.get_base_layer()
+        written, merged = list(self._overwritten), list(self.merged_adapters)
+        own = [p.detach() for p in (base.weight, base.bias) if p is not None]
+        kept = [p.clone() for p in own]
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad(), torch.inference_mode(base.weight.is_inference()):
+                for parameter, bits in zip(own, kept, strict=True):
+                    parameter.copy_(bits)
+            self._overwritten[:], self.merged_adapters[:] = written, merged
+            raise
 
     def _unmerge_all(self) -> None:
         weight = self.get_base_layer().weight
         with torch.no_grad(), torch.inference_mode(weight.is_inference()):
-            # What is restored is forgotten afterwards only, so that a failure half-way loses nothing.
             while self._overwritten:
-                entry = self._overwritten[-1]
+                entry = self._overwritten.pop()
                 self._restore(weight.detach(), entry)
                 if entry.bias is not None:
                     self.get_base_layer().bias.detach().copy_(entry.bias)
-                self._overwritten.pop()
-                self.merged_adapters.remove(entry.name)
         self.merged_adapters.clear()
 
     @staticmethod
@@ -471,7 +571,7 @@ class MaskedLoraLayer:
         adapter_names = kwargs.pop("adapter_names", None)
         variant_kwargs = {key: kwargs.pop(key, None) for key in lora.layer.VARIANT_KWARG_KEYS}
         if self.disable_adapters:
-            if any(not entry.held for entry in self._overwritten):
+            if any(not merged.held for merged in self.stack()):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is None:
@@ -628,6 +728,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or getattr(module, "_hf_hook", None) is not None
         or getattr(module, "_diffusers_hook", None) is not None
+        or _has_any_global_hook()
     )
 
 

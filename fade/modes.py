@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def plain_mode() -> Iterator[None]:
-    """Gradients on; no inference mode, autocast, default device or default dtype but PyTorch's own.
+    """Gradients on; no inference mode, autocast, compiled code, default device or default dtype but PyTorch's own.
 
-    So that what runs inside gives the same result from within any of them. The default dtype is the process's, all
-    else the thread's.
+    So that what runs inside gives the same result from within any of them. The default dtype and whether compiled code
+    runs are the process's, all else the thread's.
     """
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
@@ -24,28 +24,33 @@ def plain_mode() -> Iterator[None]:
                 modes.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             modes.enter_context(torch.device("cpu"))
-        modes.enter_context(_float32_by_default())
+        modes.enter_context(_of_the_process())
         yield
 
 
-_dtype_guard = threading.Lock()
-_dtypes_before: list[torch.dtype] = []
+_guard = threading.Lock()
+_inside = 0
+_before = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """The default dtype belongs to the process: the first thread to come in changes it, the last to go puts it back."""
-    with _dtype_guard:
-        _dtypes_before.append(torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)
+def _of_the_process() -> Iterator[None]:
+    """What belongs to the process: the first thread to come in changes it, the last to go puts it back."""
+    global _inside
+    with _guard:
+        if not _inside:
+            _before.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+            # Compiled code calls no hooks that it does not know, and has no way to be made anew for each part of a run.
+            _before.enter_context(torch.compiler.set_stance("force_eager"))
+        _inside += 1
     try:
         yield
     finally:
-        with _dtype_guard:
-            first = _dtypes_before[0]
-            _dtypes_before.pop()
-            if not _dtypes_before:
-                torch.set_default_dtype(first)
+        with _guard:
+            _inside -= 1
+            if not _inside:
+                _before.close()
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@ looks in a file that PEFT or diffusers writes.
 
 It is registered with PEFT under the type `FADE`, so that PEFT's own calls (`inject_adapter_in_model`,
 `get_peft_model_state_dict`, `save_pretrained`, `load_adapter`, `add_weighted_adapter`) find it. A process without this
-package does not know the type and refuses the folder; a bare state dict it refuses by its shapes (see `FadeModel`).
+package does not know the type and refuses the folder; a bare state dict it refuses by its shapes and by a key that is
+no LoRA's (see `FadeModel`).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,10 @@ from fade.layers import MASKED_LAYERS, MaskedLoraLayer
 from fade_kernels import BitMask, scatter_masked_
 
 PEFT_TYPE = "FADE"
+
+HEADER = "fade_adapter"
+"""The key in a state dict made for a file under which the adapter's own record lies: JSON as bytes, uint8 [length].
+It has no `lora` in it, for which diffusers' pipelines refuse the file before they change anything."""
 
 # Methods whose layers call the layer that they wrap. Others (SHiRA, HRA, MiSS, …) compute from the frozen weight, past
 # every adapter on it.
@@ -54,9 +60,10 @@ class FadeConfig(LoraConfig):
 class FadeModel(lora.LoraModel):
     """LoRA's tuner with masked layers.
 
-    In a state dict that PEFT hands out for a file (`get_peft_model_state_dict`), factors and values are transposed:
-    A [K, r] and B [r, N], beside the mask's words. A loader that knows no masks then finds shapes that fit no LoRA of
-    the layer and fails, where under the usual shapes it would attach a dense adapter that nobody trained.
+    In a state dict that PEFT hands out for a file (`get_peft_model_state_dict`), factors and values have one dimension
+    more, of size 1, in front, and lie beside the mask's words and a record of what the adapter is (`HEADER`). A loader
+    that knows no masks finds shapes that fit no LoRA and fails, where under the usual ones it would attach a dense
+    adapter that nobody trained. `fade.load_adapter` reads such files (`fade.peft_file`).
     """
 
     def _create_and_replace(
@@ -75,18 +82,40 @@ class FadeModel(lora.LoraModel):
             empty = torch.zeros((weight.shape[0], -(-weight.shape[1:].numel() // 32)), dtype=torch.int32, device="cpu")
             layer.set_mask(adapter_name, BitMask.from_words(empty, tuple(weight.shape)))
         if lora_config.pinned:
-            layer.pinned[adapter_name] = None
+            told = self.__dict__.get("_told") is lora_config  # by an earlier layer of the same injection
+            layer.pinned[adapter_name] = None if told else concept_is_back(adapter_name, lora_config.forgets)
+            self.__dict__["_told"] = lora_config
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        state = super()._get_adapter_state_dict(*args, **kwargs)
-        return {key: _transposed(key, tensor) for key, tensor in state.items()}
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: FadeConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        layers = {
+            bare_name(path): layer
+            for path, layer in model.named_modules()
+            if isinstance(layer, MaskedLoraLayer) and adapter_name in layer.lora_mask
+        }
+        record = {
+            "metadata": config.metadata,
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "shapes": {name: list(layer.lora_mask[adapter_name].shape) for name, layer in layers.items()},
+            "values": [name for name, layer in layers.items() if layer.has_values(adapter_name)],
+        }
+        text = bytearray(json.dumps(record, separators=(",", ":")).encode())
+        header = torch.frombuffer(text, dtype=torch.uint8)
+        return {**{key: tensor[None] if _is_factor(key) else tensor for key, tensor in state.items()}, HEADER: header}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = {key: _transposed(key, tensor) for key, tensor in state_dict.items()}
+        state_dict = {
+            key: tensor[0] if _is_factor(key) and tensor.dim() in (3, 5) and len(tensor) == 1 else tensor
+            for key, tensor in state_dict.items()
+            if key != HEADER
+        }
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -125,7 +154,7 @@ def _add_weighted_adapter(
         raise ValueError(f"there must be one weight for each of {len(adapters)} adapters, not {len(weights)}")
     self.peft_config[adapter_name] = replace(
         self.peft_config[adapters[0]], r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, use_rslora=False,
-        target_modules=exactly(layers),
+        target_modules=exactly(layers), metadata={**self.peft_config[adapters[0]].metadata, "scale": 1.0},
     )  # fmt: skip
     self.inject_adapter(self.model, adapter_name)
     for layer in layers.values():
@@ -156,9 +185,23 @@ def exactly(names: Mapping[str, Any] | Sequence[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _transposed(key: str, tensor: Tensor) -> Tensor:
-    is_factor = ".lora_A." in key or ".lora_B." in key
-    return tensor.transpose(0, 1).contiguous() if is_factor and tensor.dim() >= 2 else tensor
+def concept_is_back(name: str, forgets: str) -> str:
+    """What to tell a user whose call has switched everything off."""
+    back = f"draw {forgets!r} again" if forgets else "draw again what it had forgotten"
+    return (
+        f"the FADE adapter {name!r} is off now with all the others: the model can {back}. Switch it on with "
+        "adapter.enable(), or merge() it so that it stays whatever is switched"
+    )
+
+
+def _is_factor(key: str) -> bool:
+    return (".lora_A." in key or ".lora_B." in key) and key.endswith(".weight")
+
+
+def bare_name(path: str) -> str:
+    """The name that a layer has in the bare model, from its path in a wrapped one or from a key in a saved file."""
+    path = path.removeprefix("base_model.model.")
+    return ".".join(part for part in path.split(".") if part not in ("base_layer", "_orig_mod"))
 
 
 class Configurations(dict[str, PeftConfig]):

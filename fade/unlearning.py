@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fade.adapter import Adapter, adapters_off, attach, check_name, new_metadata
+from fade.adapter import Adapter, adapters_off, attach, check_carriers, check_name, new_metadata
 from fade.backbones import Backbone, backbone_for
-from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, refuse_offloaded, target_layers
+from fade.base_model import (
+    base_layers,
+    base_name,
+    fingerprint,
+    is_digitcanvas,
+    refuse_merged,
+    refuse_offloaded,
+    target_layers,
+)
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import Losses
@@ -87,6 +95,7 @@ def unlearn(
         for module in _modules(pipeline):
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
+        check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
