@@ -420,10 +420,10 @@ def inspect(
 
     Example: [bold]fade inspect no-three/adapter.safetensors[/bold]
     """
-    from fade.adapter_file import read_adapter_file
+    from fade.peft_file import read_any_file
     from fade.report import human_bytes, short_layer_name
 
-    content = read_adapter_file(file)
+    file, content = read_any_file(file)
     metadata = content.metadata
     layers = {
         name: {"shape": list(tensors.mask.shape), "selected": tensors.mask.count, "density": tensors.mask.density}

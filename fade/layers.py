@@ -218,28 +218,35 @@ class MaskedLoraLayer:
     def set_values(self, adapter_name: str, mask: BitMask, values: Tensor) -> None:
         """Gives an adapter the values form: `values` [nnz] at the mask's positions in row-major order, no factors.
 
-        They are kept as lora_A's weight [1, nnz], beside a lora_B [1, 1] that is one and stays so: shapes that PEFT's
-        and diffusers' helpers can move, pad and save, and that no loader without masks takes for a LoRA of this layer.
+        They are kept as lora_A's weight [1, nnz], beside a lora_B [1, 1] that is one and stays so (of a convolution
+        [1, nnz, 1, 1] and [1, 1, 1, 1]): shapes that PEFT's and diffusers' helpers can move, pad and save, and that no
+        loader without masks takes for a LoRA of this layer.
         """
         if values.shape != (mask.count,):
             raise FadeError(f"values of shape {tuple(values.shape)} do not fit a mask of {mask.count} entries")
         self.set_mask(adapter_name, mask)
         device = execution_device(self.get_base_layer())
-        one = torch.ones(1, 1, dtype=values.dtype, device="cpu")
-        for factors, weight in ((self.lora_A, values.view(1, -1)), (self.lora_B, one)):
-            factor = LinearFactor(1, 1, bias=False, device="meta")
-            factor.in_features = weight.shape[1]
-            factor.weight = nn.Parameter(weight.to(device), requires_grad=False)
-            factors[adapter_name] = factor
+        one = torch.ones(1, dtype=values.dtype, device="cpu")
+        for factors, weight in ((self.lora_A, values), (self.lora_B, one)):
+            factors[adapter_name] = self._row(weight.to(device))
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("lora_B",)}
         self.lora_A[adapter_name].weight.requires_grad_(adapter_name in self.active_adapters)
+
+    def _row(self, weight: Tensor) -> _Lender:
+        """A factor of rank 1 that holds a vector."""
+        if isinstance(self.get_base_layer(), nn.Conv2d):
+            factor = Conv2dFactor(weight.numel(), 1, 1, bias=False, device="meta")
+        else:
+            factor = LinearFactor(weight.numel(), 1, bias=False, device="meta")
+        factor.weight = nn.Parameter(weight.view(factor.weight.shape), requires_grad=False)
+        return factor
 
     def has_values(self, adapter_name: str) -> bool:
         """Whether a masked adapter is in the values form."""
         return "lora_B" in self.frozen_peft_weight_names.get(adapter_name, ()) and adapter_name in self.lora_mask
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """What training changes of a masked adapter: [values [1, nnz]], or [A, B]."""
+        """What training changes of a masked adapter: [values [1, nnz]] (of a convolution [1, nnz, 1, 1]), or [A, B]."""
         if self.has_values(adapter_name):
             return [self.lora_A[adapter_name].weight]
         return [self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight]
@@ -248,7 +255,8 @@ class MaskedLoraLayer:
         """A masked adapter's mask with [values [nnz]] or [A, B], detached, fetched from wherever they are offloaded."""
         mask, _ = self.lora_mask[adapter_name]()
         lora_a, lora_b = (_lent(factors[adapter_name])[0].detach() for factors in (self.lora_A, self.lora_B))
-        return mask, [lora_a[0]] if self.has_values(adapter_name) else [lora_a, lora_b]
+        # Hot-swapping a neighbour of another rank pads every adapter with rows of zeros.
+        return mask, [lora_a[0].flatten()] if self.has_values(adapter_name) else [lora_a, lora_b]
 
     def packed_values(self, adapter_name: str) -> Tensor:
         """M⊙(BA) at the mask's positions, float32 [nnz], without the scale."""
@@ -289,11 +297,11 @@ class MaskedLoraLayer:
             weight = self.get_base_layer().weight
             try:
                 mask = BitMask.from_words(words, weight.shape)
-                if lora_b is not None and lora_b.shape == (1, 1) and lora_a.shape == (1, mask.count):
+                if lora_b is not None and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
                     if self.r[adapter] != 1:  # its scale is alpha/r of the factors
                         raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
                     if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
-                        self.set_values(adapter, mask, lora_a[0])
+                        self.set_values(adapter, mask, lora_a.flatten())
                 elif self.has_values(adapter):
                     raise ValueError(f"it is in the factors form, the adapter {adapter!r} in the values form")
                 elif adapter not in self.lora_mask:
@@ -652,7 +660,7 @@ class MaskedLoraLayer:
         mask, scale = self.lora_mask[name]()
         lora_a, _ = _lent(self.lora_A[name])
         if self.has_values(name):
-            return self._values_product(x, weight, bias, lora_a[0], mask, scale)
+            return self._values_product(x, weight, bias, lora_a[0].flatten(), mask, scale)
         lora_b, own_bias = _lent(self.lora_B[name])
         if own_bias is not None:
             own_bias = (own_bias * scale).to(x.dtype)

@@ -61,11 +61,12 @@ def read_peft_file(path: str | Path) -> AdapterFile:
             "adapter.save writes adapters"
         )
     try:
-        header = json.loads(bytes(state.pop(HEADER).to(torch.uint8).tolist()))
-        rank, shapes, values = header["r"], header["shapes"], header["values"]
+        header = json.loads(state.pop(HEADER).to(torch.uint8).numpy().tobytes())
+        rank, shapes, values = header["r"], header["shapes"], set(header["values"])
         if type(rank) is not int or rank < 1:
             raise ValueError(f"rank {rank!r}"[:60])
-        metadata = {**header["metadata"], "scale": header["lora_alpha"] / rank}
+        form = "values" if values == shapes.keys() else "factors"
+        metadata = {**header["metadata"], "scale": header["lora_alpha"] / rank, "form": form}
         tensors = _as_in_adapter_files(state, values)
         layers = {
             name: _read_layer(PREFIX + name, shape, "values" if name in values else "factors", tensors)
@@ -89,7 +90,7 @@ def _without_component(key: str) -> str:
     return key
 
 
-def _as_in_adapter_files(state: dict[str, Tensor], values: list[str]) -> dict[str, Tensor]:
+def _as_in_adapter_files(state: dict[str, Tensor], values: set[str]) -> dict[str, Tensor]:
     """The tensors under the keys of adapter files; `values` are the layers in that form."""
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -100,9 +101,9 @@ def _as_in_adapter_files(state: dict[str, Tensor], values: list[str]) -> dict[st
             tensor = tensor[0]
         tensors[f"{PREFIX}{bare_name(layer)}.{_PARTS.get(f'{part}.{own}', f'{part}.{own}')}"] = tensor
     for name in values:
-        # As a layer holds them (`MaskedLoraLayer.set_values`): lora_A [1, nnz] beside a lora_B [1, 1] that is one.
+        # As a layer holds them (`MaskedLoraLayer.set_values`): lora_A [1, nnz] beside a lora_B of one 1.
         row, one = tensors.pop(f"{PREFIX}{name}.a"), tensors.pop(f"{PREFIX}{name}.b")
-        if one.shape != (1, 1) or one.item() != 1 or row.dim() != 2 or len(row) != 1:
+        if one.numel() != 1 or one.item() != 1 or row.numel() != row.shape[1]:
             raise ValueError(f"the values of {name} have the shapes {list(row.shape)} and {list(one.shape)}"[:200])
-        tensors[f"{PREFIX}{name}.values"] = row[0].float()
+        tensors[f"{PREFIX}{name}.values"] = row.flatten().float()
     return tensors

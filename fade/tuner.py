@@ -104,8 +104,15 @@ class FadeModel(lora.LoraModel):
             "values": [name for name, layer in layers.items() if layer.has_values(adapter_name)],
         }
         text = bytearray(json.dumps(record, separators=(",", ":")).encode())
-        header = torch.frombuffer(text, dtype=torch.uint8)
-        return {**{key: tensor[None] if _is_factor(key) else tensor for key, tensor in state.items()}, HEADER: header}
+        saved = {HEADER: torch.frombuffer(text, dtype=torch.uint8)}
+        for key, tensor in state.items():
+            if not _is_factor(key):
+                saved[key] = tensor
+            elif bare_name(key.partition(".lora_")[0]) in record["values"]:
+                saved[key] = tensor[None, :1] if ".lora_A." in key else tensor[None, :1, :1]  # without padding
+            else:
+                saved[key] = tensor[None]
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

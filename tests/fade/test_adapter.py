@@ -28,7 +28,7 @@ def expected_weights(adapter: fade.Adapter, before: dict[str, torch.Tensor]) -> 
         mask = layer.lora_mask[adapter.name].mask
         if layer.has_values(adapter.name):
             delta = torch.zeros(mask.shape, dtype=torch.float64)
-            delta[mask.unpack()] = layer.adapter_parameters(adapter.name)[0][0].detach().double()
+            delta[mask.unpack()] = layer.adapter_parameters(adapter.name)[0].detach().double().flatten()
         else:
             lora_a, lora_b = (p.detach().double().flatten(1) for p in layer.adapter_parameters(adapter.name))
             delta = (lora_b @ lora_a) * mask.unpack()
