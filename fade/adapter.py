@@ -553,8 +553,8 @@ def _fill(layer: MaskedLoraLayer, name: str, mask: BitMask, tensors: tuple[Tenso
             shape = factors[name].weight.shape
             factors[name].weight = nn.Parameter(tensor.to(device, torch.float32).reshape(shape), requires_grad=False)
         layer.set_mask(name, mask)
-    for parameter in layer.adapter_parameters(name):
-        parameter.requires_grad_(False)
+    for factors in (layer.lora_A, layer.lora_B):
+        factors[name].requires_grad_(False)
 
 
 @contextlib.contextmanager
