@@ -310,7 +310,8 @@ class MaskedLoraLayer:
             try:
                 mask = BitMask.from_words(words, weight.shape)
                 if lora_b is not None and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
-                    if self.r[adapter] != 1:  # its scale is alpha/r of the factors
+                    if self.r[adapter] != 1 and not self.has_values(adapter) and adapter in self.lora_mask:
+                        # Its scale is alpha/r of the factors that it has.
                         raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
                     if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
                         self.set_values(adapter, mask, lora_a.flatten())
