@@ -287,28 +287,27 @@ class MaskedLoraLayer:
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for the masks and values that a state dict holds, before the parts read them.
 
-        Other weights than there are under what is merged are an error: nobody could say whether they hold it too, and
-        un-merging would add to them what it should take out.
+        What does not fit is an error, and the layer keeps what it has. So are other weights than there are under what
+        is merged: nobody could say whether they hold it too, and un-merging would add what it should take out.
         """
-        errors = args[-1]
+        errors, own = args[-1], self.state_dict(prefix=prefix)
         if self._overwritten:
-            for key, theirs in list(state_dict.items()):
-                inner, _, own = key.removeprefix(prefix).rpartition(".")
-                if not key.startswith(prefix) or set(inner.split(".")) != {"base_layer"}:
-                    continue
-                ours = self.get_base_layer()._parameters.get(own)
-                if ours is not None and not torch.equal(theirs.to(ours), ours):
+            for key, ours in own.items():
+                theirs, inner = state_dict.get(key), key.removeprefix(prefix).split(".")[:-1]
+                if set(inner) == {"base_layer"} and theirs is not None and not torch.equal(theirs.to(ours), ours):
                     names = ", ".join(self.merged_adapters)
                     errors.append(f"{key}: {names} is merged into other weights; unmerge() it first, then load these")
-                    state_dict[key] = ours.detach()
+                    state_dict[key] = ours
         for adapter in list(self.lora_A):
-            words = state_dict.get(f"{prefix}lora_mask.{adapter}.words")
+            parts = [
+                f"{prefix}{part}"
+                for part in (f"lora_mask.{adapter}.words", f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
+            ]
+            words, lora_a, lora_b = (state_dict.get(part) for part in parts)
             if words is None:
                 continue
-            lora_a, lora_b = (state_dict.get(f"{prefix}{part}.{adapter}.weight") for part in ("lora_A", "lora_B"))
-            weight = self.get_base_layer().weight
             try:
-                mask = BitMask.from_words(words, weight.shape)
+                mask = BitMask.from_words(words, self.get_base_layer().weight.shape)
                 if lora_b is not None and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
                     if self.r[adapter] != 1 and not self.has_values(adapter) and adapter in self.lora_mask:
                         # Its scale is alpha/r of the factors that it has.
@@ -321,6 +320,7 @@ class MaskedLoraLayer:
                     self.set_mask(adapter, mask)
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix}lora_mask.{adapter}: {error}")
+                state_dict.update({part: own[part] for part in parts if part in own})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --- on and off ---
