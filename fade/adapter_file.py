@@ -132,10 +132,10 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             told = str(version)[:40]
             raise AdapterFileError(f"{path} has format version {told}; this release reads {FORMAT_VERSION}")
         layers = {
-            name: _read_layer(PREFIX + name, shape, metadata["form"], tensors)
+            name: read_layer(PREFIX + name, shape, metadata["form"], tensors)
             for name, shape in metadata["shapes"].items()
         }
-        _check_metadata(metadata, layers)
+        check_metadata(metadata, layers)
     except AdapterFileError:
         raise
     except _DAMAGES as error:
@@ -145,11 +145,10 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     return AdapterFile(metadata, layers, size)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], int]:
-    """The metadata and tensors of a safetensors file, and its bytes; no tensors where it is no FADE adapter.
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, by tensor and with its `__metadata__`, and the file's bytes.
 
-    safetensors checks the file, but only after its header was measured here. The file is read and not mapped: one that
-    is cut short meanwhile would end the process.
+    safetensors checks the file, but only after its header was measured here. Raises ValueError where it is none.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -159,11 +158,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], in
             raise ValueError("its header goes beyond its end")
         if length > MOST_HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes; no adapter has more than {MOST_HEADER_BYTES}")
-        header = _parse(file.read(length)).get("__metadata__", {})
-        if header.get("format") != FORMAT:
-            return {}, {}, size
-        file.seek(0)
-        return header, safetensors.torch.load(file.read()), size
+        return _parse(file.read(length)), size
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], int]:
+    """The metadata and tensors of a safetensors file, and its bytes; no tensors where it is no FADE adapter.
+
+    The file is read and not mapped: one that is cut short meanwhile would end the process.
+    """
+    table, size = read_header(path)
+    header = table.get("__metadata__", {})
+    if header.get("format") != FORMAT:
+        return {}, {}, size
+    return header, safetensors.torch.load(path.read_bytes()), size
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -222,7 +229,7 @@ _LAYER_FACTS: dict[str, Callable[[Any], bool]] = {
 """What the run's record says of each layer, as the report shows it."""
 
 
-def _check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -> None:
+def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) -> None:
     """Raises ValueError where something has another type or size than what is written here; what may be left out is
     filled in, so that whoever reads the metadata finds it."""
 
@@ -283,7 +290,7 @@ def _largest(tensor: Tensor) -> float:
     return max((abs(end.item()) for end in tensor.aminmax()), default=0.0) if tensor.numel() else 0.0
 
 
-def _read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> LayerTensors:
+def read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> LayerTensors:
     """Takes one layer's tensors out of `tensors`, checking sizes before anything is built from them."""
     n, k = shape if isinstance(shape, list) and list(map(type, shape)) == [int, int] else (0, 0)
     if n < 1 or k < 1 or n * k > MOST_WEIGHTS or len(key) > MOST_NAME:

@@ -8,10 +8,18 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fade.adapter_file import FORMAT, PREFIX, AdapterFile, _check_metadata, _read_layer, read_adapter_file
+from fade.adapter_file import (
+    FORMAT,
+    PREFIX,
+    AdapterFile,
+    check_metadata,
+    read_adapter_file,
+    read_header,
+    read_layer,
+)
 from fade.errors import AdapterFileError
 from fade.tuner import HEADER, bare_name
 
@@ -38,10 +46,9 @@ def read_any_file(path: str | Path) -> tuple[Path, AdapterFile]:
 
 def _by_peft(path: Path) -> bool:
     try:
-        with safe_open(path, framework="pt") as file:
-            format_ = (file.metadata() or {}).get("format")
-            return format_ != FORMAT and any("lora_" in key for key in file.keys())  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError):
+        table, _ = read_header(path)
+        return table.pop("__metadata__", {}).get("format") != FORMAT and any("lora_" in key for key in table)
+    except (OSError, *_DAMAGES):
         return False
 
 
@@ -69,12 +76,12 @@ def read_peft_file(path: str | Path) -> AdapterFile:
         metadata = {**header["metadata"], "scale": header["lora_alpha"] / rank, "form": form}
         tensors = _as_in_adapter_files(state, values)
         layers = {
-            name: _read_layer(PREFIX + name, shape, "values" if name in values else "factors", tensors)
+            name: read_layer(PREFIX + name, shape, "values" if name in values else "factors", tensors)
             for name, shape in shapes.items()
         }
         if not {"fingerprint", "concept"} <= metadata.keys():
             raise ValueError("it does not say what it forgets and which weights it was trained on")
-        _check_metadata(metadata, layers)
+        check_metadata(metadata, layers)
     except AdapterFileError:
         raise
     except (RecursionError, *_DAMAGES) as error:
