@@ -48,7 +48,6 @@ SUITE_REASONS = {
     "test_requires_grad": CONSTANT_B,
     "test_set_requires_grad": CONSTANT_B,
     "test_loading_model": CONSTANT_B,
-    "test_multiple_adapters_same_modules_to_save": "Masked adapters are added up without a look at `modules_to_save`.",
     "test_load_resized_embedding": "PEFT makes an adapter anew that is there, which leaves values with another mask.",
 }
 """Why a test of PEFT's that passes on its own layers does not on ours, by the beginning of the test's name."""
