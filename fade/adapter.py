@@ -58,6 +58,10 @@ class Adapter:
     Made by `fade.unlearn` or `fade.load_adapter`; `fade.adapters(pipeline)` gives the handles of those attached. It is
     a PEFT adapter called `name`, so diffusers' own calls act on it too; these methods act on it alone and leave other
     adapters as they are. Its scale belongs to the pipeline and is not saved with it.
+
+    Layers are changed one after another and nothing is locked: what another thread draws on the same model meanwhile
+    raises no error but may mix both states, and nothing may be attached or removed then; pipelines with denoisers of
+    their own (`copy.deepcopy`) never disturb each other.
     """
 
     def __init__(self, pipeline: Any, name: str, metadata: dict[str, Any] | None = None) -> None:
@@ -553,8 +557,8 @@ def _fill(layer: MaskedLoraLayer, name: str, mask: BitMask, tensors: tuple[Tenso
             shape = factors[name].weight.shape
             factors[name].weight = nn.Parameter(tensor.to(device, torch.float32).reshape(shape), requires_grad=False)
         layer.set_mask(name, mask)
-    for parameter in layer.adapter_parameters(name):
-        parameter.requires_grad_(False)
+    for factors in (layer.lora_A, layer.lora_B):
+        factors[name].requires_grad_(False)
 
 
 @contextlib.contextmanager

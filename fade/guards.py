@@ -115,6 +115,9 @@ def put_guards(model: nn.Module) -> None:
     for guard in _GUARDS:
         if hasattr(type(model), guard.method):
             setattr(model, guard.method, guard(model))
+    for part in model.children():
+        if _bare_alone not in part._state_dict_hooks.values():
+            part.register_state_dict_post_hook(_bare_alone)
 
 
 def remove_guards(model: nn.Module) -> None:
@@ -122,6 +125,9 @@ def remove_guards(model: nn.Module) -> None:
     for guard in _GUARDS:
         if isinstance(vars(model).get(guard.method), guard):
             delattr(model, guard.method)
+    for part in model.children():
+        for key in [key for key, hook in part._state_dict_hooks.items() if hook is _bare_alone]:
+            del part._state_dict_hooks[key]
 
 
 @contextlib.contextmanager
@@ -171,3 +177,9 @@ def _bare(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
             kept[f"{prefix}{names[path]}.{own}" if names[path] else f"{prefix}{own}"] = tensor
     state.clear()
     state.update(kept)
+
+
+def _bare_alone(part: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Of a part asked by itself, the frozen weights alone: what `ControlNetModel.from_unet` copies part by part."""
+    if not prefix:
+        _bare(part, state, prefix, metadata)

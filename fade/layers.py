@@ -74,6 +74,14 @@ def _lent(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return module() if isinstance(module, _Lender) else (module.weight, module.bias)
 
 
+def _values(lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """The values [nnz] that B [1, r] and A [r, nnz] make. r is 1, but where PEFT has padded it with zeros: hot-swapping
+    a neighbour of another rank does so with every adapter."""
+    lora_a, lora_b = lora_a.flatten(1), lora_b.flatten(1)
+    row = lora_b[0, 0] * lora_a[0]
+    return row if len(lora_a) == 1 else row + lora_b[0, 1:] @ lora_a[1:]
+
+
 class MaskBuffer(nn.Module):
     """A BitMask that moves with its module and is part of the state dict (`words`, int32 [N, ceil(K/32)]).
 
@@ -173,7 +181,9 @@ class MaskedLoraLayer:
     """What the linear and the convolution layer share. Mixed into a PEFT LoRA layer, before it."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = lora.LoraLayer.adapter_layer_names
-    other_param_names: ClassVar[tuple[str, ...]] = (*lora.LoraLayer.other_param_names, "lora_mask", "pinned")
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        *lora.LoraLayer.other_param_names, "lora_mask", "values_form", "pinned"
+    )  # fmt: skip
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PEFT's constructor calls this before ours could add anything, and it walks `other_param_names`.
@@ -187,6 +197,7 @@ class MaskedLoraLayer:
         self.pinned: dict[str, str | None] = {}
         """Adapters that stay on whatever is done to others; the text is said where they go off with everything (by one
         layer of a model for all)."""
+        self.values_form: dict[str, bool] = {}
         self._overwritten: list[_Overwritten] = []
         self.suspended: list[str] = []
         self._transient: list[tuple[float, dict[str, float]]] = []
@@ -212,15 +223,16 @@ class MaskedLoraLayer:
         for factors in (self.lora_A, self.lora_B):
             if adapter_name in factors and type(factors[adapter_name]) in _FACTORS:
                 factors[adapter_name].__class__ = _FACTORS[type(factors[adapter_name])]
+        self.values_form.pop(adapter_name, None)
         device = execution_device(self.get_base_layer())
         self.lora_mask[adapter_name] = MaskBuffer(mask.to(device), float(self.scaling.get(adapter_name, 1.0)))
 
     def set_values(self, adapter_name: str, mask: BitMask, values: Tensor) -> None:
         """Gives an adapter the values form: `values` [nnz] at the mask's positions in row-major order, no factors.
 
-        They are kept as lora_A's weight [1, nnz], beside a lora_B [1, 1] that is one and stays so (of a convolution
-        [1, nnz, 1, 1] and [1, 1, 1, 1]): shapes that PEFT's and diffusers' helpers can move, pad and save, and that no
-        loader without masks takes for a LoRA of this layer.
+        They are kept as factors of the row of values: lora_A [1, nnz], which holds them, and lora_B [1, 1], which is
+        one (of a convolution [1, nnz, 1, 1] and [1, 1, 1, 1]). PEFT's and diffusers' helpers can move, pad, train and
+        save these shapes, and no loader without masks takes them for a LoRA of this layer.
         """
         if values.shape != (mask.count,):
             raise FadeError(f"values of shape {tuple(values.shape)} do not fit a mask of {mask.count} entries")
@@ -229,8 +241,8 @@ class MaskedLoraLayer:
         one = torch.ones(1, dtype=values.dtype, device="cpu")
         for factors, weight in ((self.lora_A, values), (self.lora_B, one)):
             factors[adapter_name] = self._row(weight.to(device))
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("lora_B",)}
-        self.lora_A[adapter_name].weight.requires_grad_(adapter_name in self.active_adapters)
+            factors[adapter_name].weight.requires_grad_(adapter_name in self.active_adapters)
+        self.values_form[adapter_name] = True
 
     def _row(self, weight: Tensor) -> _Lender:
         """A factor of rank 1 that holds a vector."""
@@ -243,10 +255,11 @@ class MaskedLoraLayer:
 
     def has_values(self, adapter_name: str) -> bool:
         """Whether a masked adapter is in the values form."""
-        return "lora_B" in self.frozen_peft_weight_names.get(adapter_name, ()) and adapter_name in self.lora_mask
+        return adapter_name in self.values_form
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """What training changes of a masked adapter: [values [1, nnz]] (of a convolution [1, nnz, 1, 1]), or [A, B]."""
+        """What the overwrite stage trains of a masked adapter: [values [1, nnz]] (of a convolution [1, nnz, 1, 1]), or
+        [A, B]."""
         if self.has_values(adapter_name):
             return [self.lora_A[adapter_name].weight]
         return [self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight]
@@ -255,8 +268,7 @@ class MaskedLoraLayer:
         """A masked adapter's mask with [values [nnz]] or [A, B], detached, fetched from wherever they are offloaded."""
         mask, _ = self.lora_mask[adapter_name]()
         lora_a, lora_b = (_lent(factors[adapter_name])[0].detach() for factors in (self.lora_A, self.lora_B))
-        # Hot-swapping a neighbour of another rank pads every adapter with rows of zeros.
-        return mask, [lora_a[0].flatten()] if self.has_values(adapter_name) else [lora_a, lora_b]
+        return mask, [_values(lora_a, lora_b)] if self.has_values(adapter_name) else [lora_a, lora_b]
 
     def packed_values(self, adapter_name: str) -> Tensor:
         """M⊙(BA) at the mask's positions, float32 [nnz], without the scale."""
@@ -275,30 +287,30 @@ class MaskedLoraLayer:
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for the masks and values that a state dict holds, before the parts read them.
 
-        Other weights than there are under what is merged are an error: nobody could say whether they hold it too, and
-        un-merging would add to them what it should take out.
+        What does not fit is an error, and the layer keeps what it has. So are other weights than there are under what
+        is merged: nobody could say whether they hold it too, and un-merging would add what it should take out.
         """
-        errors = args[-1]
+        errors, own = args[-1], self.state_dict(prefix=prefix)
         if self._overwritten:
-            for key, theirs in list(state_dict.items()):
-                inner, _, own = key.removeprefix(prefix).rpartition(".")
-                if not key.startswith(prefix) or set(inner.split(".")) != {"base_layer"}:
-                    continue
-                ours = self.get_base_layer()._parameters.get(own)
-                if ours is not None and not torch.equal(theirs.to(ours), ours):
+            for key, ours in own.items():
+                theirs, inner = state_dict.get(key), key.removeprefix(prefix).split(".")[:-1]
+                if set(inner) == {"base_layer"} and theirs is not None and not torch.equal(theirs.to(ours), ours):
                     names = ", ".join(self.merged_adapters)
                     errors.append(f"{key}: {names} is merged into other weights; unmerge() it first, then load these")
-                    state_dict[key] = ours.detach()
+                    state_dict[key] = ours
         for adapter in list(self.lora_A):
-            words = state_dict.get(f"{prefix}lora_mask.{adapter}.words")
+            parts = [
+                f"{prefix}{part}"
+                for part in (f"lora_mask.{adapter}.words", f"lora_A.{adapter}.weight", f"lora_B.{adapter}.weight")
+            ]
+            words, lora_a, lora_b = (state_dict.get(part) for part in parts)
             if words is None:
                 continue
-            lora_a, lora_b = (state_dict.get(f"{prefix}{part}.{adapter}.weight") for part in ("lora_A", "lora_B"))
-            weight = self.get_base_layer().weight
             try:
-                mask = BitMask.from_words(words, weight.shape)
+                mask = BitMask.from_words(words, self.get_base_layer().weight.shape)
                 if lora_b is not None and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
-                    if self.r[adapter] != 1:  # its scale is alpha/r of the factors
+                    if self.r[adapter] != 1 and not self.has_values(adapter) and adapter in self.lora_mask:
+                        # Its scale is alpha/r of the factors that it has.
                         raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
                     if not self.has_values(adapter) or self.lora_A[adapter].weight.shape != lora_a.shape:
                         self.set_values(adapter, mask, lora_a.flatten())
@@ -308,6 +320,7 @@ class MaskedLoraLayer:
                     self.set_mask(adapter, mask)
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix}lora_mask.{adapter}: {error}")
+                state_dict.update({part: own[part] for part in parts if part in own})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --- on and off ---
@@ -340,7 +353,8 @@ class MaskedLoraLayer:
 
     @contextlib.contextmanager
     def _gradients_as_found(self, names: Iterable[str]) -> Iterator[None]:
-        parameters = [p for name in names if name in self.lora_mask for p in self.adapter_parameters(name)]
+        masked = [name for name in names if name in self.lora_mask]
+        parameters = [p for name in masked for part in (self.lora_A, self.lora_B) for p in part[name].parameters()]
         before = [(parameter, parameter.requires_grad) for parameter in parameters]
         try:
             yield
@@ -390,7 +404,12 @@ class MaskedLoraLayer:
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """PEFT's call. A masked adapter gets back exactly the scale that it had."""
-        super().unscale_layer(scale)
+        if scale == 0:  # by which PEFT would divide
+            for name in self.active_adapters:
+                if name in self.lora_A and name not in self.lora_mask:
+                    self.set_scale(name, 1.0)
+        else:
+            super().unscale_layer(scale)
         if scale is None:
             self._transient.clear()
         elif self._transient and self._transient[-1][0] == scale:
@@ -659,9 +678,9 @@ class MaskedLoraLayer:
     def _product(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mask, scale = self.lora_mask[name]()
         lora_a, _ = _lent(self.lora_A[name])
-        if self.has_values(name):
-            return self._values_product(x, weight, bias, lora_a[0].flatten(), mask, scale)
         lora_b, own_bias = _lent(self.lora_B[name])
+        if self.has_values(name):
+            return self._values_product(x, weight, bias, _values(lora_a, lora_b), mask, scale)
         if own_bias is not None:
             own_bias = (own_bias * scale).to(x.dtype)
             bias = own_bias if bias is None else bias + own_bias

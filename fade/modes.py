@@ -41,7 +41,7 @@ def _of_the_process() -> Iterator[None]:
         if not _inside:
             _before.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
-            # Compiled code calls no hooks that it does not know, and has no way to be made anew for each part of a run.
+            # Compiled code calls no hooks that were added to it, and each part of a run would have to compile it anew.
             _before.enter_context(torch.compiler.set_stance("force_eager"))
         _inside += 1
     try:

@@ -17,7 +17,6 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import lora
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fade.errors import FadeError
@@ -153,26 +152,20 @@ def _add_weighted_adapter(
         return
     if adapter_name in self.peft_config:
         return
+    self._check_add_weighted_adapter(adapters=adapters, combination_type="cat", svd_rank=None)
     unmasked = [adapter for adapter, kinds in masked.items() if not (kinds and all(kinds))]
     if unmasked:
-        raise ValueError(f"the adapter {unmasked[0]!r} does not exist or has no mask: it adds up with no masked one")
+        raise ValueError(f"the adapter {unmasked[0]!r} has no mask: it adds up with no masked one")
     if combination_type not in ("cat", "linear", "svd"):
         raise ValueError(f"masked adapters are added up exactly (cat), not combined by {combination_type!r}")
     if len(adapters) != len(weights):
         raise ValueError(f"there must be one weight for each of {len(adapters)} adapters, not {len(weights)}")
-    wrappers = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
-    shared = sum(sum(adapter in wrapper.modules_to_save for adapter in adapters) > 1 for wrapper in wrappers)
-    if shared:
-        raise ValueError(
-            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{shared} such instance(s)."
-        )
-    first = self.peft_config[adapters[0]]
-    header = {"metadata": {**first.metadata, "scale": 1.0}} if isinstance(first, FadeConfig) else {}
     self.peft_config[adapter_name] = replace(
-        first, r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, use_rslora=False, target_modules=exactly(layers),
-        **header,
+        self.peft_config[adapters[0]], r=1, lora_alpha=1, rank_pattern={}, alpha_pattern={}, use_rslora=False,
+        target_modules=exactly(layers),
     )  # fmt: skip
+    if isinstance(self.peft_config[adapter_name], FadeConfig):
+        self.peft_config[adapter_name].metadata = {**self.peft_config[adapters[0]].metadata, "scale": 1.0}
     self.inject_adapter(self.model, adapter_name)
     for layer in layers.values():
         layer.set_values(adapter_name, *weighted_sum(layer, adapters, weights))

@@ -70,7 +70,8 @@ def unlearn(
     Returns the adapter, attached and enabled. Adapters that were on before stay on; the new one is trained without
     them, against the base weights. Called under `no_grad`, `inference_mode`, autocast or another default dtype or
     device it does the same as outside of them (weights that were loaded under `inference_mode` become ordinary ones of
-    the same bits); the global random generators are left alone. Whatever is raised, the pipeline is as it was before.
+    the same bits); what torch.compile has compiled runs uncompiled meanwhile, in the whole process; the global random
+    generators are left alone. Whatever is raised, the pipeline is as it was before.
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()

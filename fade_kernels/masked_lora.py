@@ -290,6 +290,8 @@ def _scale(scale: float | Tensor) -> Tensor:
 
 
 def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is no number: pad the input first, then give padding=0")
     return [value, value] if isinstance(value, int) else list(value)
 
 

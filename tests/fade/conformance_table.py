@@ -41,13 +41,9 @@ SUITE = """## PEFT's own tests
 `nn.Conv2d`, run twice: on PEFT's layers, and on masked layers with a random half mask
 (`python -m bench.peft_suite PATH`, results in `bench/results/peft_suite.json`)."""
 
-CONSTANT_B = "The values form's lora_B is a constant one, which never trains."
 SUITE_REASONS = {
     "test_repr_lora": "The printed layer begins with the name of our class, and the test wants PEFT's.",
     "test_multirank": "The values form has no rank: its lora_A holds the values, [1, nnz].",
-    "test_requires_grad": CONSTANT_B,
-    "test_set_requires_grad": CONSTANT_B,
-    "test_loading_model": CONSTANT_B,
     "test_load_resized_embedding": "PEFT makes an adapter anew that is there, which leaves values with another mask.",
 }
 """Why a test of PEFT's that passes on its own layers does not on ours, by the beginning of the test's name."""

@@ -342,7 +342,6 @@ def test_training_of_another_lora_goes_on(scene: Scene) -> None:
 @pytest.mark.parametrize("prepared", [False, True])
 def test_hotswap(scene: Scene, prepared: bool, tmp_path: Path) -> None:
     """`load_lora_weights(hotswap=True)` of another LoRA, `enable_lora_hotswap` before the first adapter"""
-    sizes = [parameter.numel() for parameter in scene.adapter.parameters()]
     if prepared:
         scene.adapter.save(scene.file)
         scene.adapter.remove()
@@ -356,7 +355,6 @@ def test_hotswap(scene: Scene, prepared: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(denoise(scene.pipeline), wanted, rtol=1e-4, atol=1e-4)
     scene.pipeline.delete_adapters("style")
     scene.draws(1)
-    assert [parameter.numel() for parameter in scene.adapter.parameters()] == sizes
 
 
 @behaviour(1)

@@ -204,6 +204,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask": ({"mask": BitMask.full((5, 37))}, ValueError, "mask of shape"),
     "dtype": ({"x": torch.zeros(1, 4, 6, 6).half()}, TypeError, "x torch.float16"),
     "stride": ({"stride": 0}, ValueError, "stride"),
+    "padding by name": ({"padding": "same"}, ValueError, "'same' is no number: pad the input first"),
     "padding": ({"padding": -1}, ValueError, "padding"),
 }
 
