@@ -72,6 +72,8 @@ def _mask_after(update_layer: Any, values: bool) -> Any:
             # With low_cpu_mem_usage PEFT makes the factors on the meta device, and a file's take their place.
             factor = layer.lora_A[adapter_name].weight
             trained = torch.zeros(mask.count) if factor.is_meta else layer.packed_values(adapter_name)
+            # Without a rank the scale is alpha.
+            layer.r[adapter_name], layer.lora_alpha[adapter_name] = 1, layer.scaling[adapter_name]
             layer.set_values(adapter_name, mask, trained.to(factor.dtype))
             layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 

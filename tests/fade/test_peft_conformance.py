@@ -782,6 +782,24 @@ def test_weighted_combination_of_ours(ours: Pair, combination: str) -> None:
     ours.is_dense(ours=0.7)
 
 
+@behaviour(2)
+@BOTH_FORMS
+def test_weighted_combination_under_a_plain_config(form: str) -> None:
+    """`add_weighted_adapter` of masked adapters that a plain LoraConfig made; `modules_to_save` in both is refused"""
+    pair = Pair(form).masked(scale=0.7).masked("second", scale=1.3)
+    pair.ours.add_weighted_adapter(["ours", "second"], [0.5, -2.0], "sum", combination_type="cat")
+    pair.ours.set_adapter("sum")
+    pair.is_dense(ours=0.35, second=-2.6)
+    base = Net()
+    model = get_peft_model(base, masked_config(form, ["lin0"], modules_to_save=["lin1"]), "ours")
+    model.add_adapter("second", masked_config(form, ["lin0"], modules_to_save=["lin1"]))
+    for name in ("ours", "second"):
+        fill(tuner_layers(model)["lin0"], name, form, "random")
+    with pytest.raises(ValueError, match="modules_to_save"):
+        model.add_weighted_adapter(["ours", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    assert "sum" not in model.peft_config
+
+
 @behaviour(2, "PEFT prunes factors at random or by size; of masked adapters nothing is pruned, the call is refused")
 @BOTH_FORMS
 @pytest.mark.parametrize(
