@@ -1,6 +1,7 @@
 """All or nothing: what is undone where a change to a model fails half-way, Ctrl-C included."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,9 +29,9 @@ def structure_as_found_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module).update(attributes)
             # In place, because others hold some of them (the handles of hooks), and past what they do on being written.
             for container, contents in containers:
-                kind = dict if isinstance(container, dict) else list
+                kind = next(kind for kind in (OrderedDict, dict, list) if isinstance(container, kind))
                 kind.clear(container)
-                (dict.update if kind is dict else list.extend)(container, contents)
+                (list.extend if kind is list else kind.update)(container, contents)
             if isinstance(module, MaskBuffer):
                 module.set_scale(module._exact_scale)
         for parameter, needs in zip(parameters, needed, strict=True):
