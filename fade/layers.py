@@ -189,6 +189,10 @@ class MaskedLoraLayer:
         # PEFT's constructor calls this before ours could add anything, and it walks `other_param_names`.
         if "lora_mask" not in self._modules:
             self._add_mask_storage()
+        name = kwargs["adapter_name"] if "adapter_name" in kwargs else args[0]
+        if name in self.lora_mask:  # an adapter made anew is not restricted to the old one's mask
+            del self.lora_mask[name]
+            self.values_form.pop(name, None)
         super().update_layer(*args, **kwargs)
 
     def _add_mask_storage(self) -> None:
@@ -240,8 +244,8 @@ class MaskedLoraLayer:
         device = execution_device(self.get_base_layer())
         one = torch.ones(1, dtype=values.dtype, device="cpu")
         for factors, weight in ((self.lora_A, values), (self.lora_B, one)):
-            factors[adapter_name] = self._row(weight.to(device))
-            factors[adapter_name].weight.requires_grad_(adapter_name in self.active_adapters)
+            needed = factors[adapter_name].weight.requires_grad
+            factors[adapter_name] = self._row(weight.to(device)).requires_grad_(needed)
         self.values_form[adapter_name] = True
 
     def _row(self, weight: Tensor) -> _Lender:
@@ -308,7 +312,8 @@ class MaskedLoraLayer:
                 continue
             try:
                 mask = BitMask.from_words(words, self.get_base_layer().weight.shape)
-                if lora_b is not None and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
+                whole = lora_a is not None and lora_b is not None
+                if whole and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
                     if self.r[adapter] != 1 and not self.has_values(adapter) and adapter in self.lora_mask:
                         # Its scale is alpha/r of the factors that it has.
                         raise ValueError(f"it is in the values form, the adapter {adapter!r} in the factors form")
