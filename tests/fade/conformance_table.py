@@ -44,7 +44,6 @@ SUITE = """## PEFT's own tests
 SUITE_REASONS = {
     "test_repr_lora": "The printed layer begins with the name of our class, and the test wants PEFT's.",
     "test_multirank": "The values form has no rank: its lora_A holds the values, [1, nnz].",
-    "test_loading_model": "Values that a state dict makes anew need gradients, also where loaded for inference.",
     "test_load_resized_embedding": "PEFT makes an adapter anew that is there, which leaves values with another mask.",
 }
 """Why a test of PEFT's that passes on its own layers does not on ours, by the beginning of the test's name."""
