@@ -2,14 +2,21 @@
 random masks and exhaustive search."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
+from transformers import CLIPTokenizer
 
+import fade
+import fade.unlearning
+from fade.adapter_file import read_adapter_file
 from fade.backbones import backbone_for
 from fade.base_model import target_layers
+from fade.cli import main
 from fade.closed_form import (
     NormalEquations,
     TokenStatistics,
@@ -20,8 +27,12 @@ from fade.closed_form import (
     solve,
     token_statistics,
 )
+from fade.config import Config
 from fade.errors import FadeError
+from fade.report import where_it_sits
 from fade_kernels import BitMask, scatter_masked_
+
+from .conftest import same_bits, tiny_pipeline, weights
 
 
 @pytest.mark.parametrize(
@@ -218,3 +229,175 @@ def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipe
     embeddings = {"cat": states, "dog": states * (1 + 1e-7), "": backbone.encode_prompts([""])[0]}
     with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
         token_statistics(backbone, [("cat", "dog")], [""], embeddings)
+
+
+TEMPLATES = ("{}", "an image of {}", "a picture of {}")
+WORDS = {"forget": "cat", "surrogate": "dog", "templates": TEMPLATES, "retain": ["a house", ""], "progress": False}
+
+
+def solved(quick: Config, **changes: object) -> Config:
+    return quick.replace(overwrite__method="closed-form", **changes)
+
+
+def answers(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    """What the denoiser makes of concept, surrogate and a retain prompt."""
+    backbone = backbone_for(pipeline)
+    noised = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([50, 300, 600, 900])
+    with torch.no_grad():
+        return torch.stack(
+            [
+                backbone.predict(noised, steps, embedding.expand(4, -1, -1))
+                for embedding in backbone.encode_prompts(["an image of cat", "an image of dog", "a house"])
+            ]
+        )
+
+
+def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = type(backbone_for(pipeline))
+    for name in ("sample_latents", "encode_images", "predict"):
+        monkeypatch.setattr(backbone, name, lambda *_, **__: pytest.fail("the denoiser or the VAE was used"))
+    before = weights(pipeline)
+    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    assert same_bits(weights(pipeline), before)
+    assert adapter.enabled
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.safetensors", "run.json"]
+    run = adapter.run
+    assert run["path"] == "text path" and run["saliency"] == "closed-form"
+    assert run["selected"] == int(0.05 * run["total"])
+    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, quick.locate.targets).values())
+    assert all(".attn2.to_" in layer["name"] for layer in run["layers"] if layer["selected"])
+    assert run["losses"] == {"forget": [], "retain": []}
+    assert 0 < run["residual"]["forget"] < 1 and 0 < run["residual"]["retain"] < 1
+    file = read_adapter_file(tmp_path / "out" / "adapter.safetensors")
+    assert file.metadata["form"] == "values" and file.metadata["run"]["path"] == "text path"
+    again = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="again")
+    for first, second in zip(adapter.parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_solved_edit_puts_the_surrogate_in_the_concepts_place(
+    pipeline: StableDiffusionPipeline, quick: Config
+) -> None:
+    before = answers(pipeline)
+    config = solved(quick, locate__granularity="none", closed_form__retain_weight=1.0)
+    fade.unlearn(pipeline, **WORDS, config=config)
+    after = answers(pipeline)
+    gap = (before[0] - before[1]).norm()
+    assert (after[0] - before[1]).norm() < 0.2 * gap
+    assert (after[2] - before[2]).norm() < 0.2 * gap
+
+
+@pytest.mark.parametrize("saliency", ["random", "denoising"])
+def test_a_mask_of_another_saliency_is_solved_on(
+    pipeline: StableDiffusionPipeline, quick: Config, saliency: str
+) -> None:
+    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick, locate__saliency=saliency))
+    run = adapter.run
+    assert (run["path"], run["saliency"]) == ("text path", saliency)
+    assert run["selected"] == int(0.05 * run["total"])
+    chosen = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="chosen")
+    assert chosen.run["residual"]["forget"] < run["residual"]["forget"] < 1
+
+
+def test_training_goes_on_from_what_is_solved(tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tokenizer)
+    start = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="start")
+    config = quick.replace(overwrite__method="both", overwrite__learning_rate=1e-6)
+    adapter = fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
+    assert len(adapter.run["losses"]["forget"]) == 6
+    assert adapter.run["path"] == "text path" and "residual" in adapter.run
+    for before, after in zip(start.parameters(), adapter.parameters(), strict=True):
+        assert not torch.equal(before, after)
+        assert torch.allclose(before, after, atol=1e-5)
+    assert (tmp_path / "out" / "latents.safetensors").exists()
+
+
+def test_both_resumes_where_it_was(
+    tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick.replace(overwrite__method="both")
+    whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
+    steps, step = [], torch.optim.AdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
+    resumed = fade.unlearn(
+        tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out", resume=True
+    )  # fmt: skip
+    for first, second in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_an_interrupted_solve_is_done_again(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fade.unlearning, "solve", interrupted)
+        fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    assert not getattr(pipeline.unet, "peft_config", {})
+    with pytest.raises(FadeError, match="in use; pass --overwrite to replace it or --resume"):
+        fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    with pytest.raises(FadeError, match=r"another config\.overwrite\.method"):
+        fade.unlearn(pipeline, **WORDS, config=quick, output=tmp_path / "out", resume=True)
+    resumed = fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out", resume=True)
+    fresh = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="fresh")
+    for first, second in zip(resumed.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path) -> None:
+    for config, message in (
+        (solved(quick, locate__targets=["attn1.to_q", "proj_in"]), "reads? the prompt alone, and there is none among"),
+        (solved(quick, locate__keep=1e-6), "keep 1e-06 selects none of"),
+        (solved(quick, closed_form__damping=0.0, locate__granularity="none"), "no solution .*singular .* row 0"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            few = {**WORDS, "templates": ["{}"], "retain": [""]}  # fewer tokens than columns
+            fade.unlearn(pipeline, **few, config=config, output=tmp_path / "out")
+        assert not getattr(pipeline.unet, "peft_config", {})
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    for changes, message in (
+        ({"overwrite__parameters": "factors"}, "solves the masked weights themselves"),
+        ({"data__forget_images": "photos"}, "forget_images would be ignored: the method closed-form reads prompts"),
+        ({"closed_form__retain_weight": 0.0}, "closed_form.retain_weight must be a positive"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            solved(quick, **changes)
+    with pytest.warns(UserWarning, match="1 of 2 retain prompts name 'cat'"):
+        fade.unlearn(pipeline, **{**WORDS, "retain": ["a cat", "a house"]}, config=solved(quick))
+
+
+def test_every_record_says_where_the_edit_sits(pipeline: StableDiffusionPipeline, quick: Config) -> None:
+    for targets, place in (("attn2.to_k", "text path"), ("attn1.to_k", "denoiser"), ("to_k", "both")):
+        config = quick.replace(locate__targets=[targets], overwrite__steps=1, locate__keep=0.5)
+        adapter = fade.unlearn(pipeline, **WORDS, config=config, name=f"f{len(place)}")
+        assert adapter.run["path"] == place
+        assert where_it_sits(place).startswith("the ")
+    assert where_it_sits(None) == "a place that its file does not tell"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["unlearn", "digitcanvas", "--forget", "three", "--surrogate", "eight", "--method", "closed-form", "-q"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "3,686 of 368,640 target weights changed" in told and "the edit sits in the text path" in told
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["run"]["path"] == "text path"
+    assert main(["inspect", str(tmp_path / "out" / "adapter.safetensors")]) == 0
+    assert "the text path" in capsys.readouterr().out
+    assert main([*arguments, "--output", str(tmp_path / "two"), "--target", "to_q"]) == 2
+    failed = capsys.readouterr().err
+    assert failed.startswith("error: the closed form changes layers") and failed.count("\n") == 1
+    assert not (tmp_path / "two").exists()
