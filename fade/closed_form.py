@@ -9,14 +9,16 @@ whose rows decouple: with G = Σ w_f x_f x_fᵀ + λ mean x_r x_rᵀ + μ I and 
 support S is B[i, S] (G[S, S])⁻¹ (`fade_kernels.masked_least_squares`). Where M is everything, Δ = W E with one E for
 all layers: the edit of UCE (Gandikota et al., arXiv 2308.14761), seen from the text's side.
 
-Which entries: those that gain most alone are taken first, more than the budget allows; then the cheapest are dropped, in a
-few geometric rounds with the rest solved anew, as in optimal brain surgeon (Hassibi and Stork, 1993); then the best
-missing ones are added and the cheapest dropped again, a few times, as in subspace pursuit (Dai and Milenkovic,
+Which entries: those that gain most alone are taken first, more than the budget allows; then the cheapest are dropped,
+in a few geometric rounds with the rest solved anew, as in optimal brain surgeon (Hassibi and Stork, 1993); then the
+best missing ones are added and the cheapest dropped again, a few times, as in subspace pursuit (Dai and Milenkovic,
 arXiv 0803.0811). Gains and prices are changes of the objective above, divided by the layer's mean output energy on the
-retain tokens, so that all layers share one budget. No denoiser pass and no latent is needed. The edit
-changes what the text means to the denoiser, not what the denoiser can draw.
+retain tokens, so that all layers share one budget. No denoiser pass and no latent is needed. The edit changes what the
+text means to the denoiser, not what the denoiser can draw.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +46,8 @@ GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 6, 0.01
 """Part of the budget that is added after each pruning, how often at most, and the gain for which it is done again."""
 ROUNDS = 4
 """In which the cheapest are dropped, the rest being solved anew before each."""
+LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
+"""Of λ where it is searched for; entries are selected with the one in the middle."""
 MOST_PER_ROW = 256
 """Entries of a row that are solved for again and again: the time grows with their cube."""
 
@@ -129,7 +133,8 @@ class NormalEquations:
     `rows` has the number of rows of each layer; stacked in that order they are the [R, K] of `rhs`, which is B, and of
     masks and values. `gram` is G [K, K]. `wanted` is what the forget tokens' outputs should change by,
     Σ w ‖W (x_s − x_f)‖², and `energy` the mean square ‖W x_r‖² of the retain tokens' outputs, of each layer.
-    `retain_gram` is mean x_r x_rᵀ, `retain` λ and `damping` μ itself.
+    `forget_gram` is Σ w x_f x_fᵀ, `retain_gram` mean x_r x_rᵀ, `retain` λ, `shift` μ and `damping` its share of the
+    tokens' mean square entry.
     """
 
     rows: dict[str, int]
@@ -137,9 +142,11 @@ class NormalEquations:
     gram: Tensor
     wanted: Tensor
     energy: Tensor
+    forget_gram: Tensor
     retain_gram: Tensor
     retain: float
     damping: float
+    shift: float
 
     def by_layer(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """Views of a tensor [R, ...], one for each layer."""
@@ -163,12 +170,7 @@ def normal_equations(
     `retain` is λ; μ is `damping` times the mean square entry of the tokens. Raises FadeError where μ is 0 and some
     entry is 0 in every token.
     """
-    gram = statistics.forget + retain * statistics.retain
-    gram = (gram + gram.T) / 2
-    shift = damping * float(gram.diagonal().mean())
-    gram.diagonal().add_(shift)
-    if not bool((gram.diagonal() > 0).all()):
-        raise FadeError(_singular("some entry is 0 in every token"))
+    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping)
     rows = {name: len(layer.weight) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
@@ -181,7 +183,41 @@ def normal_equations(
         energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
     # A layer of zeros has no output to disturb, and no change to make either.
     energies = torch.stack(energy).double().clamp_min(1e-30)
-    return NormalEquations(rows, rhs, gram, torch.stack(wanted).double(), energies, statistics.retain, retain, shift)
+    return NormalEquations(
+        rows, rhs, gram, torch.stack(wanted).double(), energies, statistics.forget, statistics.retain, retain, damping,
+        shift,
+    )  # fmt: skip
+
+
+def _gram(forget: Tensor, kept: Tensor, retain: float, damping: float) -> tuple[Tensor, float]:
+    gram = forget + retain * kept
+    gram = (gram + gram.T) / 2
+    shift = damping * float(gram.diagonal().mean())
+    gram.diagonal().add_(shift)
+    if not bool((gram.diagonal() > 0).all()):
+        raise FadeError(_singular("some entry is 0 in every token"))
+    return gram, shift
+
+
+def balanced(equations: NormalEquations, masks: Mapping[str, BitMask], change: float) -> NormalEquations:
+    """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
+
+    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a tenth of the change.
+    """
+    slope, before = -0.8, None  # the change falls a little slower than 1 / λ
+    for _ in range(10):
+        found = residual(equations, masks, solve(equations, masks)).retain
+        over = math.log(max(found, 1e-12) / change)
+        if before is not None:
+            step = math.log(equations.retain / before[0])
+            slope = min(-0.2, max(-3.0, (over - before[1]) / step))
+        weight = min(max(equations.retain * math.exp(-over / slope), LEAST_WEIGHT), MOST_WEIGHT)
+        if abs(over) < 0.09 or weight == equations.retain:
+            break
+        before = equations.retain, over
+        gram, shift = _gram(equations.forget_gram, equations.retain_gram, weight, equations.damping)
+        equations = dataclasses.replace(equations, gram=gram, retain=weight, shift=shift)
+    return equations
 
 
 @dataclass(frozen=True)
@@ -328,6 +364,6 @@ def residual(equations: NormalEquations, masks: Mapping[str, BitMask], values: M
     retained = torch.dot(gather_masked(torch.sparse.mm(_sparse(mask, delta), equations.retain_gram), mask), weight)
     # At the optimum x G xᵀ = b xᵀ, so that the whole objective is the wanted change less b xᵀ.
     gained = torch.dot(rhs, weight)
-    spent = equations.retain * retained + equations.damping * torch.dot(delta, weight)
+    spent = equations.retain * retained + equations.shift * torch.dot(delta, weight)
     wanted = (equations.wanted / equations.energy).sum()
     return Residual(float(1 - (gained + spent) / wanted), float(retained) / len(equations.rows))

@@ -138,11 +138,12 @@ class OverwriteConfig:
 class ClosedFormConfig:
     """The solved edit (`fade.closed_form` has the formula): how it weighs what must change against what must stay."""
 
-    retain_weight: float = 5.0
-    """λ: weight of a retain token's mean square change beside a forget token's mean square error. Smaller forgets more
-    and disturbs more: on DigitCanvas at keep 1 %, 3 cost up to 4 % of IRA, and 10 up to 12 % of UA. It is not searched
-    for, because what is left undone of the change does not tell whether a concept is forgotten: 0.25 of it was too much
-    for one digit, 0.38 not for another."""
+    retain_change: float = 0.01
+    """How much of the retain tokens' output energy may change, in (0, 1): the weight λ is searched for until it is so
+    much. Larger forgets more and disturbs more. On DigitCanvas at keep 1 %, single pairs of digits lost UA at a fixed λ
+    of 5 that others needed to keep their IRA; at a change of 0.01 none did."""
+    retain_weight: float | None = None
+    """λ itself, of a retain token's mean square change beside a forget token's mean square error; None searches."""
     damping: float = 1e-4
     """μ as a share of the tokens' mean square entry: keeps the edit small where no token says what it should be, and
     the system solvable. Hardly matters between 1e-6 and 1e-2."""
@@ -299,9 +300,18 @@ def _check(config: Config) -> None:
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
-    weight, damping = config.closed_form.retain_weight, config.closed_form.damping
-    require(0 < weight < math.inf, f"closed_form.retain_weight must be a positive, finite number, not {weight}")
-    require(0 <= damping < math.inf, f"closed_form.damping must be finite and not negative, not {damping}")
+    solving = config.closed_form
+    require(
+        solving.retain_weight is None or 0 < solving.retain_weight < math.inf,
+        f"closed_form.retain_weight must be a positive, finite number, not {solving.retain_weight}",
+    )
+    require(
+        0 < solving.retain_change < 1, f"closed_form.retain_change must be between 0 and 1, not {solving.retain_change}"
+    )
+    require(
+        0 <= solving.damping < math.inf,
+        f"closed_form.damping must be finite and not negative, not {solving.damping}",
+    )
     require(
         not config.solves or config.in_values,
         f"the method {overwrite.method} solves the masked weights themselves, and no factors: leave out parameters",

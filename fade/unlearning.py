@@ -17,8 +17,9 @@ from fade.adapter import Adapter, adapters_off, attach, check_name, new_metadata
 from fade.backbones import Backbone, backbone_for
 from fade.base_model import base_name, fingerprint, is_digitcanvas, refuse_merged, refuse_offloaded, target_layers
 from fade.closed_form import (
+    FIRST_WEIGHT,
     NormalEquations,
-    Residual,
+    balanced,
     normal_equations,
     residual,
     select,
@@ -186,8 +187,13 @@ def _run(
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
+                        if config.closed_form.retain_weight is None:
+                            equations = balanced(equations, located.masks, config.closed_form.retain_change)
                         solved = solve(equations, located.masks)
-                        left = residual(equations, located.masks, solved)
+                        left = {
+                            "retain_weight": equations.retain,
+                            **vars(residual(equations, located.masks, solved)),
+                        }
                 equations = None  # as large as the layers; training has no use for it
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
                 adapter = attach(
@@ -243,8 +249,8 @@ def _equations(
 ) -> NormalEquations:
     """Of the layers that read the prompt alone, from each different pair and retain prompt once."""
     tokens = token_statistics(backbone, list(dict.fromkeys(pairs)), list(dict.fromkeys(retain)), embeddings)
-    weights = config.closed_form
-    return normal_equations(text_path(backbone, layers), tokens, weights.retain_weight, weights.damping)
+    weight = FIRST_WEIGHT if config.closed_form.retain_weight is None else config.closed_form.retain_weight
+    return normal_equations(text_path(backbone, layers), tokens, weight, config.closed_form.damping)
 
 
 def _locate(
@@ -268,9 +274,9 @@ def _locate(
 
 
 def _run_record(
-    costs: dict[str, Measurement], losses: Losses, located: Located, left: Residual | None
+    costs: dict[str, Measurement], losses: Losses, located: Located, left: dict[str, float] | None
 ) -> dict[str, Any]:
-    solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in vars(left).items()}}
+    solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in left.items()}}
     return {
         **solved,
         "seconds": {part: cost.seconds for part, cost in costs.items()},

@@ -21,6 +21,7 @@ from fade.closed_form import (
     NormalEquations,
     TokenStatistics,
     align,
+    balanced,
     normal_equations,
     residual,
     select,
@@ -115,7 +116,7 @@ def test_the_solution_minimises_the_objective_on_its_mask() -> None:
         scatter_masked_(delta, values[name].double(), masks[name])
         delta.requires_grad_(True)
         left, changed, whole = parts(delta, layer, tokens)
-        (left + 2.0 * changed + equations.damping * delta.square().sum()).backward()
+        (left + 2.0 * changed + equations.shift * delta.square().sum()).backward()
         assert float(delta.grad[mask].abs().max()) < 1e-4 * float(delta.grad.abs().max())
         outputs = tokens[3] @ layer.weight.detach().double().T
         assert float(outputs.square().sum(1).mean()) == pytest.approx(energy, rel=1e-4)
@@ -150,6 +151,18 @@ def test_the_selection_is_close_to_the_best_there_is() -> None:
         ]
         shares.append(objective(equations, select(equations, 4).masks) / min(choices))
     assert sum(shares) / len(shares) > 0.93, shares
+
+
+def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
+    for seed, change in ((4, 0.05), (5, 0.01), (6, 0.002)):
+        equations, layers, _ = random_equations(seed, columns=20)
+        generator = torch.Generator().manual_seed(seed)
+        masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.3) for n, m in layers.items()}
+        found = balanced(equations, masks, change)
+        assert residual(found, masks, solve(found, masks)).retain == pytest.approx(change, rel=0.1)
+        same = random_equations(seed, columns=20, retain=found.retain)[0]
+        assert torch.allclose(found.gram, same.gram)
+        assert torch.equal(found.rhs, same.rhs)
 
 
 @pytest.mark.parametrize("columns", [12, 300])
@@ -270,7 +283,8 @@ def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
     assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, quick.locate.targets).values())
     assert all(".attn2.to_" in layer["name"] for layer in run["layers"] if layer["selected"])
     assert run["losses"] == {"forget": [], "retain": []}
-    assert 0 < run["residual"]["forget"] < 1 and 0 < run["residual"]["retain"] < 1
+    assert 0 < run["residual"]["forget"] < 1 and run["residual"]["retain_weight"] > 0
+    assert 0 < run["residual"]["retain"] < 0.015
     file = read_adapter_file(tmp_path / "out" / "adapter.safetensors")
     assert file.metadata["form"] == "values" and file.metadata["run"]["path"] == "text path"
     again = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="again")
@@ -373,6 +387,8 @@ def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Confi
         ({"overwrite__parameters": "factors"}, "solves the masked weights themselves"),
         ({"data__forget_images": "photos"}, "forget_images would be ignored: the method closed-form reads prompts"),
         ({"closed_form__retain_weight": 0.0}, "closed_form.retain_weight must be a positive"),
+        ({"closed_form__retain_change": 1.0}, "closed_form.retain_change must be between 0 and 1"),
+        ({"closed_form__damping": -1e-4}, "closed_form.damping must be finite and not negative"),
     ):
         with pytest.raises(FadeError, match=message):
             solved(quick, **changes)
