@@ -17,6 +17,7 @@ _HOME = {
     "adapters": "fade.adapter",
     "load_adapter": "fade.adapter",
     "status": "fade.adapter",
+    "ClosedFormConfig": "fade.config",
     "Concept": "fade.concept",
     "Config": "fade.config",
     "DataConfig": "fade.config",
@@ -29,6 +30,7 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "ClosedFormConfig",
     "Concept",
     "Config",
     "DataConfig",
@@ -46,7 +48,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fade.adapter import Adapter, adapters, load_adapter, status
     from fade.concept import Concept
-    from fade.config import Config, DataConfig, LocateConfig, OverwriteConfig
+    from fade.config import ClosedFormConfig, Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError
     from fade.evaluation import evaluate
     from fade.unlearning import unlearn

@@ -431,9 +431,10 @@ def attach(
     metadata: dict[str, Any],
     seed: int = 0,
     pinned: bool = True,
+    solved: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Attaches a new adapter to the layers named in `masks`, switched off: factors (A normal with a deviation of
-    1/rank, B zero), or zero values. Nothing else on the model changes.
+    1/rank, B zero), or values: those `solved` [nnz] by layer, else zeros. Nothing else on the model changes.
 
     `seed` makes the factors; torch's global generator is neither used nor set. A `pinned` adapter stays on whatever is
     done to others. Raises FadeError where the name is taken, a layer does not exist, does not fit or cannot carry a
@@ -442,6 +443,8 @@ def attach(
     layers = base_layers(denoiser_of(pipeline)[1])
 
     def initial(layer: str, mask: BitMask) -> tuple[Tensor, ...]:
+        if values and solved is not None:
+            return (solved[layer],)
         if values:
             return (torch.zeros(mask.count, dtype=torch.float32, device="cpu"),)
         rows, *rest = layers[layer].module.weight.shape

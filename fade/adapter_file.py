@@ -254,14 +254,16 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
         require(_is_name(metadata.get(name, "")), f"{name} is no name")
 
     for part, inner in (
-        ("config", ("data", "locate", "overwrite")),
-        ("run", ("seconds", "peak_memory_bytes", "losses")),
+        ("config", ("data", "locate", "overwrite", "closed_form")),
+        ("run", ("seconds", "peak_memory_bytes", "losses", "residual")),
     ):
         section = metadata.get(part, {})
         require(isinstance(section, dict), f"{part} is no table")
         require(all(isinstance(section.get(name, {}), dict) for name in inner), f"{part} is no table of tables")
     run = metadata.get("run", {})
-    for name in ("seconds", "peak_memory_bytes"):
+    for name in ("path", "saliency"):
+        require(_is_name(run.get(name, "")), f"{name} is no name")
+    for name in ("seconds", "peak_memory_bytes", "residual"):
         require(all(map(_is_number, run.get(name, {}).values())), f"{name} are no numbers")
     require(all(_is_list(values, _is_number) for values in run.get("losses", {}).values()), "losses are no numbers")
     require(all(_is_number(run.get(name, 0)) for name in ("selected", "total")), "selected, total are no numbers")

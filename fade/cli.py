@@ -141,12 +141,21 @@ def unlearn(
             "--plurals/--no-plurals", help="Find the concept's English plural in captions, too. Default: only the word."
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.Method),
+            help="Train the adapter, solve it (in the layers that read the prompt alone, in about a second), or train "
+            f"on from what is solved. Default {_OVERWRITE.method}.",
+        ),
+    ] = None,
     keep: Keep = None,
     saliency: Annotated[
         str | None,
         typer.Option(
             metavar=_words(settings.Saliency),
-            help=f"What ranks the weights; denoising is the paper's. Default {_LOCATE.saliency}.",
+            help="What ranks the weights; denoising is the paper's. Default: closed-form where the adapter is solved, "
+            "else distillation.",
         ),
     ] = None,
     scaling: Annotated[
@@ -199,7 +208,8 @@ def unlearn(
         str | None,
         typer.Option(
             metavar=_words(settings.Parameters),
-            help=f"Train low-rank factors or the masked weights themselves. Default {_OVERWRITE.parameters}.",
+            help="Train low-rank factors or the masked weights themselves. Default: values where the adapter is "
+            "solved, else factors.",
         ),
     ] = None,
     seed: Seed = None,
@@ -228,6 +238,7 @@ def unlearn(
         locate__scaling=scaling,
         locate__granularity=granularity,
         locate__targets=target or None,
+        overwrite__method=method,
         overwrite__rank=rank,
         overwrite__alpha=alpha,
         overwrite__steps=steps,
@@ -240,6 +251,7 @@ def unlearn(
     )
     from fade.concept import read_prompts
     from fade.loading import load_model
+    from fade.report import where_it_sits
     from fade.unlearning import ADAPTER_FILE
     from fade.unlearning import unlearn as run
 
@@ -266,6 +278,7 @@ def unlearn(
         f"(peak {memory['locate'] / 1e6:,.0f} MB), overwrite {seconds['overwrite']:.1f} s "
         f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
     )
+    _say(f"the edit sits in {where_it_sits(record['path'])}")
     _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
     _say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
 
@@ -355,7 +368,7 @@ def evaluate(
     from fade.files import atomic_write, check_writable
     from fade.loading import load_model
     from fade.measure import measured
-    from fade.report import write_report
+    from fade.report import where_it_sits, write_report
 
     for wanted in (json_file, report):
         if wanted is not None:
@@ -371,6 +384,7 @@ def evaluate(
     size = adapter.stat().st_size
     console = _console()
     console.print(evaluation.table())
+    _say(f"the edit sits in {where_it_sits(attached.run.get('path'))}")
     if json_file is not None:
         record = full_record(evaluation, attached.metadata, size, cost.seconds)
         with atomic_write(json_file) as temporary:
@@ -421,7 +435,7 @@ def inspect(
     Example: [bold]fade inspect no-three/adapter.safetensors[/bold]
     """
     from fade.peft_file import read_any_file
-    from fade.report import human_bytes, short_layer_name
+    from fade.report import human_bytes, short_layer_name, where_it_sits
 
     file, content = read_any_file(file)
     metadata = content.metadata
@@ -450,6 +464,7 @@ def inspect(
                 ],
                 "changes": f"{content.selected:,} of {content.total:,} weights "
                 f"({100 * content.selected / max(1, content.total):.3g} %) in {len(layers)} layers",
+                "sits in": where_it_sits(run.get("path")),
                 "size": human_bytes(content.bytes),
                 **{
                     f"{part} cost": f"{seconds:.1f} s"

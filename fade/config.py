@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from fade.errors import FadeError
 
-Saliency = Literal["denoising", "distillation", "contrast", "random"]
+Saliency = Literal["denoising", "distillation", "contrast", "random", "closed-form", "auto"]
 Scaling = Literal["none", "module"]
 Granularity = Literal["element", "tile", "channel", "module", "none"]
-Parameters = Literal["factors", "values"]
+Parameters = Literal["factors", "values", "auto"]
+Method = Literal["distillation", "closed-form", "both"]
 TimestepSampler = Literal["uniform", "band", "targeted"]
 
 MOST_SEED = 2**40
@@ -68,8 +69,10 @@ class DataConfig:
 class LocateConfig:
     """Stage 1: which weights carry the concept (FADE, section 3; `fade.saliency` has the formulas)."""
 
-    saliency: Saliency = "distillation"
-    """Loss whose gradient magnitude is summed. `denoising` is the paper's; `random` is the control."""
+    saliency: Saliency = "auto"
+    """Loss whose gradient magnitude is summed. `denoising` is the paper's; `random` is the control. `closed-form` sums
+    no gradient: it drops the entries of the solved edit that cost least (`fade.closed_form`), in the layers that read
+    the prompt alone. `auto` is `closed-form` where the overwrite is solved, else `distillation`."""
     scaling: Scaling = "module"
     """`module` divides a layer's saliency by its mean, so that no layer wins by the size of its gradients alone."""
     keep: float = 0.01
@@ -90,10 +93,15 @@ class LocateConfig:
 
 @dataclass(frozen=True)
 class OverwriteConfig:
-    """Stage 2: self-distillation of the sparse adapter (FADE, section 3; `fade.distillation`)."""
+    """Stage 2: self-distillation of the sparse adapter (FADE, section 3; `fade.distillation`), or its closed form."""
 
-    parameters: Parameters = "factors"
-    """`factors` trains B and A of M⊙(BA), as the paper does; `values` trains the masked entries themselves."""
+    method: Method = "distillation"
+    """`distillation` trains the adapter. `closed-form` solves it in the layers that read the prompt alone, within the
+    same budget and without a pass of the denoiser; images and all settings below but `parameters` then have no part in
+    it. `both` trains on from what is solved."""
+    parameters: Parameters = "auto"
+    """`factors` trains B and A of M⊙(BA), as the paper does; `values` trains the masked entries themselves, which is
+    also the form of what is solved. `auto` is `values` where the overwrite is solved, else `factors`."""
     rank: int = 8
     """Rank r of the factors."""
     alpha: float = 16.0
@@ -127,17 +135,61 @@ class OverwriteConfig:
 
 
 @dataclass(frozen=True)
+class ClosedFormConfig:
+    """The solved edit (`fade.closed_form` has the formula): how it weighs what must change against what must stay."""
+
+    retain_change: float = 0.01
+    """How much of the retain tokens' output energy may change, in (0, 1): the weight λ is searched for until it is so
+    much. Larger forgets more and disturbs more. On DigitCanvas at keep 1 %, single pairs of digits lost UA at a fixed λ
+    of 5 that others needed to keep their IRA; at a change of 0.01 none did."""
+    retain_weight: float | None = None
+    """λ itself, of a retain token's mean square change beside a forget token's mean square error; None searches."""
+    damping: float = 1e-4
+    """μ as a share of the tokens' mean square entry: keeps the edit small where no token says what it should be, and
+    the system solvable. Hardly matters between 1e-6 and 1e-2."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One unlearning run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     locate: LocateConfig = field(default_factory=LocateConfig)
     overwrite: OverwriteConfig = field(default_factory=OverwriteConfig)
+    closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
     seed: int = 0
     """Seeds sampling, noise, timesteps and the adapter's initial values."""
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def saliency(self) -> str:
+        """`locate.saliency`, with what `auto` stands for."""
+        if self.locate.saliency != "auto":
+            return self.locate.saliency
+        return "closed-form" if self.solves else "distillation"
+
+    @property
+    def solves(self) -> bool:
+        """Whether the overwrite is solved, if only as a start."""
+        return self.overwrite.method != "distillation"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the overwrite is distilled."""
+        return self.overwrite.method != "closed-form"
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether any part of the run looks at latents, so that images are read or sampled."""
+        gradients = self.saliency not in ("closed-form", "random") and self.locate.granularity != "none"
+        return self.trains or gradients
+
+    @property
+    def in_values(self) -> bool:
+        """Whether the adapter is the masked entries themselves, and no product of factors."""
+        return self.solves if self.overwrite.parameters == "auto" else self.overwrite.parameters == "values"
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with `changes`, whose keys are dotted with a double underscore: `locate__keep=0.1`, `seed=3`."""
@@ -161,7 +213,7 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
-        """Read a TOML file with tables [data], [locate], [overwrite] and `seed`. Raises FadeError."""
+        """Read a TOML file with tables [data], [locate], [overwrite], [closed_form] and `seed`. Raises FadeError."""
         path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -248,6 +300,27 @@ def _check(config: Config) -> None:
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
+    solving = config.closed_form
+    require(
+        solving.retain_weight is None or 0 < solving.retain_weight < math.inf,
+        f"closed_form.retain_weight must be a positive, finite number, not {solving.retain_weight}",
+    )
+    require(
+        0 < solving.retain_change < 1, f"closed_form.retain_change must be between 0 and 1, not {solving.retain_change}"
+    )
+    require(
+        0 <= solving.damping < math.inf,
+        f"closed_form.damping must be finite and not negative, not {solving.damping}",
+    )
+    require(
+        not config.solves or config.in_values,
+        f"the method {overwrite.method} solves the masked weights themselves, and no factors: leave out parameters",
+    )
+    for name in ("forget_images", "retain_images"):
+        require(
+            config.needs_latents or getattr(data, name) is None,
+            f"{name} would be ignored: the method closed-form reads prompts alone. Leave it out, or choose both",
+        )
     require(data.resolution is None or data.resolution >= 8, f"resolution must be at least 8, not {data.resolution}")
 
 

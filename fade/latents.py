@@ -62,13 +62,7 @@ def prepare_latents(
     concept, and of a damaged cache, which is made again. Raises FadeError for a missing or empty image folder, a
     caption or metadata file that cannot be read, and where no image is left.
     """
-    naming = [prompt for prompt in concept.retain_prompts if mentions(prompt, concept.forget, config.plurals)]
-    if naming:
-        warnings.warn(
-            f"{len(naming)} of {len(concept.retain_prompts)} retain prompts name {concept.forget!r}, which is to be "
-            f"forgotten: {listed([repr(prompt) for prompt in naming])}; they hold the concept in place",
-            stacklevel=2,
-        )
+    warn_of_retain_prompts(concept, config, stacklevel=3)
     forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
     retain_folder = _find(config.retain_images, config.forget_images, "retain", config.retain_samples, progress)
     key = ""
@@ -84,6 +78,17 @@ def prepare_latents(
     if cache is not None:
         _save(cache, key, latents)
     return latents
+
+
+def warn_of_retain_prompts(concept: Concept, config: DataConfig, stacklevel: int = 2) -> None:
+    """Warns of retain prompts that name the concept."""
+    naming = [prompt for prompt in concept.retain_prompts if mentions(prompt, concept.forget, config.plurals)]
+    if naming:
+        warnings.warn(
+            f"{len(naming)} of {len(concept.retain_prompts)} retain prompts name {concept.forget!r}, which is to be "
+            f"forgotten: {listed([repr(prompt) for prompt in naming])}; they hold the concept in place",
+            stacklevel=stacklevel,
+        )
 
 
 def _find(folder: str | None, other: str | None, kind: str, most: int, progress: bool) -> PictureFolder | None:

@@ -96,10 +96,23 @@ def render_report(
         prompts={kind: metadata["concept"].get(f"{kind}_prompts", ()) for kind in ("forget", "surrogate", "retain")},
         versions=metadata.get("versions", {}),
         created=metadata.get("created", ""),
+        place=where_it_sits(run.get("path")),
         base=metadata.get("base", "the base model"),
         before_colour=BEFORE,
         after_colour=AFTER,
     )
+
+
+_PATHS = {
+    "text path": "the text path: the prompt means something else to the denoiser, which can still draw the concept",
+    "denoiser": "the denoiser, behind what reads the prompt",
+    "both": "the text path and the denoiser behind it",
+}
+
+
+def where_it_sits(path: str | None) -> str:
+    """What an adapter's record says of the place of its edit, in words."""
+    return _PATHS.get(path, "a place that its file does not tell")
 
 
 def outcome(evaluation: Evaluation) -> str:
@@ -346,7 +359,7 @@ def _layer_charts(run: dict[str, Any], config: dict[str, Any]) -> list[dict[str,
         title = "Largest saliency ÷ the layer's mean" if scaled else "Mean saliency"
         quantities.append((title, BEFORE, saliency))
     matches = [_ATTENTION.fullmatch(layer["name"].removesuffix(".0")) for layer in layers]
-    kind = config.get("locate", {}).get("saliency", "unknown")
+    kind = run.get("saliency") or config.get("locate", {}).get("saliency", "unknown")
     note = f"By layer, saliency “{kind}”: " + " and ".join(title for title, *_ in quantities) + "."
 
     if all(matches):
@@ -436,6 +449,8 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
         figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
     if run.get("total"):
         figures.append((f"{100 * run.get('selected', 0) / run['total']:.3g} %", "of the target weights changed"))
+    if run.get("path") in _PATHS:
+        figures.append((run["path"], "where the edit sits"))
     figures.append((human_bytes(adapter_bytes), "adapter file"))
     stages = [run.get("seconds", {}).get(stage) for stage in ("locate", "overwrite")]
     if None not in stages:

@@ -9,10 +9,13 @@ section 3): S = Σ_b |∂ℓ_b/∂W|, at random noise and timesteps. The losses,
                               what is special to the concept
 - `random`                    uniform noise, the control
 
+or, with no gradient at all, the entries of the solved edit that cost most to drop (`closed-form`, `fade.closed_form`).
+
 No weight gradient is ever kept: each is folded into its accumulator as it appears (`fade_kernels.GradientMagnitude`).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,42 +46,76 @@ class Located:
 def locate(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
-    latents: Latents,
+    latents: Latents | None,
     embeddings: Mapping[str, Tensor],
     config: LocateConfig,
     seed: int,
     progress: bool = False,
+    within: Collection[str] | None = None,
 ) -> Located:
     """Saliency of `layers` (name to base layer) on the latents, and the top `config.keep` of it as masks.
 
     `embeddings` maps every prompt of `latents` to [tokens, width]. The weights are frozen meanwhile; the denoiser's
-    adapters must be off. Raises FadeError where `keep` selects nothing.
+    adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
+    hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Raises
+    FadeError where `keep` selects nothing.
     """
+    chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
     if config.granularity == "none":
-        masks = {name: BitMask.full((m.weight.shape[0], m.weight[0].numel())) for name, m in layers.items()}
-        return _located(masks, {}, 0.0)
-    saliency = measure_saliency(backbone, layers, latents, embeddings, config, seed, progress)
+        return located_in(layers, {name: BitMask.full(matrix_shape(m)) for name, m in chosen.items()}, {}, 0.0)
+    saliency = measure_saliency(backbone, chosen, latents, embeddings, config, seed, progress)
     spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
     if config.scaling == "module":
         for name, value in saliency.items():
             value.div_(max(spread[name][0], torch.finfo(value.dtype).tiny))
+    keep = config.keep
+    if within is not None:
+        of_chosen = sum(unit_count(matrix_shape(m), config.granularity, config.tile) for m in chosen.values())
+        # Half a unit more: the fraction must not round below the count.
+        keep = min(1.0, (kept_units(layers, config) + 0.5) / of_chosen)
     try:
-        selection = select_top_fraction(list(saliency.values()), config.keep, config.granularity, config.tile)
+        selection = select_top_fraction(list(saliency.values()), keep, config.granularity, config.tile)
     except ValueError as error:
         raise FadeError(str(error)) from error
-    return _located(dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold)
+    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """A layer's weight seen as [N, K]."""
+    return layer.weight.shape[0], layer.weight[0].numel()
+
+
+def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
+    """What a weight [N, K] counts for in a selection: entries, tiles, rows and columns, or one."""
+    rows, columns = shape
+    counts = {
+        "element": rows * columns, "tile": -(-rows // tile) * -(-columns // tile), "channel": rows + columns,
+        "module": 1,
+    }  # fmt: skip
+    return counts[granularity]
+
+
+def kept_units(layers: Mapping[str, nn.Module], config: LocateConfig) -> int:
+    """How many units `keep` leaves of these layers. Raises FadeError where that is none."""
+    total = sum(unit_count(matrix_shape(layer), config.granularity, config.tile) for layer in layers.values())
+    count = math.floor(config.keep * total)
+    if count == 0:
+        raise FadeError(
+            f"keep {config.keep} selects none of {total} {config.granularity} units: use at least {1 / total:.3g}"
+        )
+    return count
 
 
 def measure_saliency(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
-    latents: Latents,
+    latents: Latents | None,
     embeddings: Mapping[str, Tensor],
     config: LocateConfig,
     seed: int,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Unscaled saliency by layer, float32, each of its weight's shape."""
+    """Unscaled saliency by layer, float32, each of its weight's shape; `auto` is `distillation` here."""
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
         return {name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()}
@@ -100,7 +137,7 @@ def measure_saliency(
             return magnitude.saliency
 
         forget, surrogates = stack(latents.forget_prompts), stack(latents.surrogate_prompts)
-        teacher = surrogates if config.saliency == "distillation" else None
+        teacher = surrogates if config.saliency in ("distillation", "auto") else None
         saliency = accumulate("locate forget", latents.forget, forget, teacher)
         if contrast:
             common = accumulate("locate retain", latents.retain, stack(latents.retain_prompts), None)
@@ -131,12 +168,25 @@ def _backward(
     (scale * loss).backward()
 
 
+def _empty(layer: nn.Module) -> BitMask:
+    return BitMask.pack(torch.zeros(matrix_shape(layer), dtype=torch.bool, device=layer.weight.device))
+
+
 def _stacker(embeddings: Mapping[str, Tensor]):
     return lambda prompts: torch.stack([embeddings[prompt] for prompt in prompts])
 
 
-def _located(masks: dict[str, BitMask], spread: dict[str, tuple[float, float]], threshold: float) -> Located:
-    """`spread` is the mean and the largest saliency of each layer, before scaling; empty where none was measured."""
+def located_in(
+    layers: Mapping[str, nn.Module],
+    masks: Mapping[str, BitMask],
+    spread: Mapping[str, tuple[float, float]],
+    threshold: float,
+) -> Located:
+    """What is located in `layers`, empty masks in those of which `masks` has none.
+
+    `spread` is the mean and the largest saliency of each layer, before scaling; empty where none was measured.
+    """
+    masks = {name: masks[name] if name in masks else _empty(layer) for name, layer in layers.items()}
     records = []
     for name, mask in masks.items():
         mean, largest = spread.get(name, (None, None))

@@ -1,11 +1,12 @@
-"""The walk of one unlearning run: prompts, latents, locate, attach, overwrite, save. Each part lives in its own file;
-here they only follow one another, and a later part never reaches into an earlier one."""
+"""The walk of one unlearning run: prompts, latents, locate, solve, attach, train, save. Each part lives in its own
+file; here they only follow one another, and a later part never reaches into an earlier one."""
 
 import contextlib
+import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,27 @@ from fade.base_model import (
     refuse_offloaded,
     target_layers,
 )
+from fade.closed_form import (
+    FIRST_WEIGHT,
+    NormalEquations,
+    balanced,
+    normal_equations,
+    residual,
+    select,
+    solve,
+    token_statistics,
+)
 from fade.concept import Concept, concept_from_words, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import Losses
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
-from fade.latents import Latents, prepare_latents
+from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
 from fade.run_folder import ADAPTER_FILE, RunFolder, open_run_folder
-from fade.saliency import Located, locate
+from fade.saliency import Located, kept_units, locate, located_in, matrix_shape, unit_count
+from fade_kernels import BitMask
 
 __all__ = ["ADAPTER_FILE", "unlearn"]
 
@@ -62,7 +74,8 @@ def unlearn(
         concept: the prompts themselves, instead of words and templates.
         retain: prompts of what must stay; neutral ones by default.
         config: every other setting (`fade.Config`).
-        output: folder for `adapter.safetensors`, `run.json`, cached latents and checkpoints; None keeps nothing.
+        output: folder for `adapter.safetensors`, `run.json`, cached latents and checkpoints; None keeps nothing. A run
+            in closed form has neither latents nor checkpoints: interrupted, it is done again.
         name: the adapter's name on the pipeline.
         overwrite: use `output` though it is in use; resume: go on with an interrupted run in it.
         progress: show progress bars.
@@ -97,6 +110,12 @@ def unlearn(
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
+        if (config.solves or config.saliency == "closed-form") and not text_path(backbone, layers):
+            raise FadeError(
+                "the closed form changes layers that read the prompt alone, and there is none among the targets; "
+                "target the keys and values of cross-attention, e.g. to_k and to_v, or choose the method distillation "
+                "and another saliency"
+            )
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
@@ -144,50 +163,132 @@ def _run(
         with _frozen(denoiser):
             try:
                 with stage("data"):
-                    latents = prepare_latents(
-                        backbone, concept, config.data, config.seed, next(iter(digests.values())),
-                        folder and folder.latents_file, progress,
-                    )  # fmt: skip
-                    embeddings = _encode(backbone, latents)
+                    pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
+                    retain, latents = list(concept.retain_prompts), None
+                    if config.needs_latents:
+                        latents = prepare_latents(
+                            backbone, concept, config.data, config.seed, next(iter(digests.values())),
+                            folder and folder.latents_file, progress,
+                        )  # fmt: skip
+                        pairs = list(zip(latents.forget_prompts, latents.surrogate_prompts, strict=True))
+                        retain = list(latents.retain_prompts)
+                    else:
+                        warn_of_retain_prompts(concept, config.data)
+                    embeddings = _encode(backbone, pairs, retain)
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
                     folder.abandon()
                 raise
-            if folder is not None:
-                folder.begin_with(latents, embeddings, backbone)
+            # Without latents nothing is done that would be worth keeping: an interrupted run is done again.
+            kept = folder if latents is not None else None
+            if kept is not None:
+                kept.begin_with(latents, embeddings, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
-                    located = None if folder is None else folder.located_before(layers)
+                    equations = None
+                    if config.solves or config.saliency == "closed-form":
+                        equations = _equations(backbone, layers, pairs, retain, embeddings, config)
+                    located = None if kept is None else kept.located_before(layers)
                     if located is None:
-                        located = locate(backbone, layers, latents, embeddings, config.locate, config.seed, progress)
-                        if folder is not None:
-                            folder.keep_located(located)
-                values = config.overwrite.parameters == "values"
-                scale = 1.0 if values else config.overwrite.alpha / config.overwrite.rank
+                        located = _locate(backbone, layers, latents, embeddings, config, equations, progress)
+                        if kept is not None:
+                            kept.keep_located(located)
+                solved, left = None, None
+                if config.solves:
+                    with stage("overwrite"):
+                        if config.closed_form.retain_weight is None:
+                            equations = balanced(equations, located.masks, config.closed_form.retain_change)
+                        solved = solve(equations, located.masks)
+                        left = {
+                            "retain_weight": equations.retain,
+                            **vars(residual(equations, located.masks, solved)),
+                        }
+                equations = None  # as large as the layers; training has no use for it
+                scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
                 adapter = attach(
                     pipeline, name, located.masks, rank=config.overwrite.rank,
-                    alpha=scale if values else config.overwrite.alpha, values=values,
+                    alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
                     metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
+                    solved=solved,
                 )  # fmt: skip
                 adapter.enable()
-                with stage("overwrite"):
-                    losses = run_overwrite(
-                        backbone, adapter, latents, embeddings, config.overwrite, config.seed,
-                        folder and folder.checkpoint(located), progress,
-                    )  # fmt: skip
-            adapter.metadata["run"] = _run_record(costs, losses, located)
+                losses = Losses()
+                if config.trains:
+                    with stage("overwrite"):
+                        losses = run_overwrite(
+                            backbone, adapter, latents, embeddings, config.overwrite, config.seed,
+                            folder and folder.checkpoint(located), progress,
+                        )  # fmt: skip
+            adapter.metadata["run"] = {
+                "path": edit_path(located.masks, text_path(backbone, layers)),
+                "saliency": config.saliency,
+                **_run_record(costs, losses, located, left),
+            }
             if folder is not None:
                 folder.finish(adapter)
         return adapter.enable()
-    except BaseException:
+    except BaseException as error:
         if adapter is not None:
             adapter.remove()
+        elif folder is not None and isinstance(error, FadeError) and not config.needs_latents:
+            folder.abandon()  # bad input to the closed form: there is nothing to go on with either
         raise
 
 
-def _run_record(costs: dict[str, Measurement], losses: Losses, located: Located) -> dict[str, Any]:
+def text_path(backbone: Backbone, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the layers that read the prompt alone."""
+    readers = backbone.text_layers()
+    return {name: layer for name, layer in layers.items() if name in readers}
+
+
+def edit_path(masks: Mapping[str, BitMask], readers: Collection[str]) -> str:
+    """Where an edit sits: in the `text path` (it changes what the prompt means to the denoiser, and not what the
+    denoiser can draw), in the `denoiser` behind it, or in `both`."""
+    places = {name in readers for name, mask in masks.items() if mask.count}
+    return "both" if len(places) == 2 else "text path" if places == {True} else "denoiser"
+
+
+def _equations(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    pairs: Sequence[tuple[str, str]],
+    retain: Sequence[str],
+    embeddings: Mapping[str, Tensor],
+    config: Config,
+) -> NormalEquations:
+    """Of the layers that read the prompt alone, from each different pair and retain prompt once."""
+    tokens = token_statistics(backbone, list(dict.fromkeys(pairs)), list(dict.fromkeys(retain)), embeddings)
+    weight = FIRST_WEIGHT if config.closed_form.retain_weight is None else config.closed_form.retain_weight
+    return normal_equations(text_path(backbone, layers), tokens, weight, config.closed_form.damping)
+
+
+def _locate(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    latents: Latents | None,
+    embeddings: Mapping[str, Tensor],
+    config: Config,
+    equations: NormalEquations | None,
+    progress: bool,
+) -> Located:
+    """Masks by the saliency that the settings name; where there are `equations`, in their layers alone."""
+    within = None if equations is None else equations.rows.keys()
+    locating = dataclasses.replace(config.locate, saliency=config.saliency)
+    if config.saliency != "closed-form" or locating.granularity == "none":
+        return locate(backbone, layers, latents, embeddings, locating, config.seed, progress, within)
+    most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
+    units = min(kept_units(layers, locating), most)
+    chosen = select(equations, units, locating.granularity, locating.tile, progress)
+    return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
+
+
+def _run_record(
+    costs: dict[str, Measurement], losses: Losses, located: Located, left: dict[str, float] | None
+) -> dict[str, Any]:
+    solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in left.items()}}
     return {
+        **solved,
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
         "losses": vars(losses),
@@ -242,11 +343,11 @@ def _concept(
     return concept_from_words(forget, surrogate, templates, retain, plurals)
 
 
-def _encode(backbone: Backbone, latents: Latents) -> dict[str, Tensor]:
+def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> dict[str, Tensor]:
     """Every prompt of the run, encoded once. Raises FadeError where a concept does not reach the text encoder."""
-    prompts = sorted({*latents.forget_prompts, *latents.surrogate_prompts, *latents.retain_prompts})
+    prompts = sorted({*(prompt for pair in pairs for prompt in pair), *retain})
     embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
-    for forget, surrogate in set(zip(latents.forget_prompts, latents.surrogate_prompts, strict=True)):
+    for forget, surrogate in set(pairs):
         if torch.equal(embeddings[forget], embeddings[surrogate]):
             shown = forget if len(forget) <= 60 else f"{forget[:60]}…"
             raise FadeError(

@@ -1,4 +1,5 @@
-"""Kernels of sparse unlearning: masks, masked LoRA, streaming saliency and exact selection, as PyTorch operators.
+"""Kernels of sparse unlearning: masks, masked LoRA, masked least squares, streaming saliency and exact selection,
+as PyTorch operators.
 
 The whole public surface, and nothing else. Usable without the `fade` package, diffusers or peft.
 """
@@ -9,6 +10,7 @@ from fade_kernels import (
 )
 from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_
+from fade_kernels.least_squares import masked_least_squares, masked_least_squares_prices
 from fade_kernels.masked_lora import (
     effective_weight,
     effective_weights,
@@ -38,6 +40,8 @@ __all__ = [
     "effective_weights",
     "gather_masked",
     "masked_factor_values",
+    "masked_least_squares",
+    "masked_least_squares_prices",
     "masked_lora_conv2d",
     "masked_lora_linear",
     "masked_values_conv2d",

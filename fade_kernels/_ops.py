@@ -305,6 +305,37 @@ select_top_k = _define(
 )
 
 
+# --- masked_least_squares --------------------------------------------------------------------------------------------
+
+
+def _check_masked_least_squares(rhs: Tensor, gram: Tensor, mask_words: Tensor, count: int, with_prices: bool) -> None:
+    for name, tensor in (("rhs", rhs), ("gram", gram)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, not {tensor.dtype}: convert it first")
+    if rhs.dtype != gram.dtype:
+        raise TypeError(f"dtypes must agree, got rhs {rhs.dtype}, gram {gram.dtype}")
+    if rhs.dim() != 2 or tuple(gram.shape) != (rhs.shape[1], rhs.shape[1]):
+        raise ValueError(f"rhs must be [N, K] and gram [K, K], not {_shape(rhs)} and {_shape(gram)}")
+    check_mask_words(mask_words, *rhs.shape)
+    check_same_device(rhs=rhs, gram=gram, mask=mask_words)
+    if count < 0:
+        raise ValueError(f"count must be the number of set bits, got {count}")
+
+
+# Third output: the first row whose block of the Gram matrix is singular, -1 if there is none; its values mean nothing.
+masked_least_squares = _define(
+    "masked_least_squares(Tensor rhs, Tensor gram, Tensor mask_words, int count, bool with_prices) "
+    "-> (Tensor values, Tensor prices, Tensor singular)",
+    check=_check_masked_least_squares,
+    fake=lambda rhs, gram, mask_words, count, with_prices: (
+        rhs.new_empty((count,)),
+        rhs.new_empty((count if with_prices else 0,)),
+        rhs.new_empty((), dtype=torch.int64),
+    ),
+    default=reference.masked_least_squares,
+)
+
+
 # --- masked LoRA: checks ---------------------------------------------------------------------------------------------
 
 

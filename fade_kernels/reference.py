@@ -135,6 +135,47 @@ def select_top_k(scores: list[Tensor], k: int) -> tuple[list[Tensor], Tensor, Te
     return words, threshold, torch.tensor(-1, device=scores[0].device)
 
 
+# --- least squares ---------------------------------------------------------------------------------------------------
+
+
+def pivot_tolerance(size: int) -> float:
+    """Part of its diagonal that a Cholesky pivot of a [size, size] block must exceed, or the block is singular."""
+    return 8 * size * torch.finfo(torch.float64).eps
+
+
+def masked_least_squares(
+    rhs: Tensor, gram: Tensor, mask_words: Tensor, count: int, with_prices: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x[i, S] = rhs[i, S] (gram[S, S])^-1 for each row i of a mask with support S, in float64 whatever the inputs.
+
+    That is the minimum of x G x^T - 2 rhs x^T over x with support S. The price of entry j is what dropping it adds to
+    the minimum, all others re-solved: x[i, j]^2 / ((gram[S, S])^-1)[j, j] (optimal brain surgeon).
+
+    Returns:
+        Values [count] and prices [count] (or [0]) in the right-hand side's dtype, row-major over the mask; the first
+        row whose gram[S, S] is not positive definite, int64 0-d, or -1.
+    """
+    mask = unpack_mask(mask_words, rhs.shape[1])
+    if int(mask.sum()) != count:
+        raise ValueError(f"the mask has {int(mask.sum())} set bits, not {count}")
+    values, prices, singular = [rhs.new_empty(0)], [rhs.new_empty(0)], -1
+    for row in range(rhs.shape[0]):
+        support = mask[row].nonzero()[:, 0]
+        if not support.numel():
+            continue
+        block = gram.double()[support][:, support]
+        factor, info = torch.linalg.cholesky_ex(block)
+        pivots = factor.diagonal().square()
+        if int(info) != 0 or not bool((pivots > pivot_tolerance(len(support)) * block.diagonal()).all()):
+            singular = row if singular < 0 else singular
+            factor = torch.eye(len(support), dtype=torch.float64, device=rhs.device)
+        x = torch.cholesky_solve(rhs[row, support].double()[:, None], factor)[:, 0]
+        values.append(x.to(rhs.dtype))
+        if with_prices:
+            prices.append((x.square() / torch.cholesky_inverse(factor).diagonal()).to(rhs.dtype))
+    return torch.cat(values), torch.cat(prices), torch.tensor(singular, device=rhs.device)
+
+
 # --- masked LoRA -----------------------------------------------------------------------------------------------------
 #
 # Delta = s M o (B A), or s times values scattered to the mask's positions. Two terms, x W^T + x Delta^T, each in

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fade.backbones.ddpm import training_schedule
 from fade.backbones.parts import execution_device, is_managed, tensors, unwrapped
+from fade.base_model import own_modules
 from fade.errors import FadeError
 from fade.images import square
 from fade.progress import track
@@ -135,6 +136,30 @@ class StableDiffusionBackbone:
                 )
             parts.append(embeddings.to(self.device, self.dtype))
         return torch.cat(parts)
+
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each prompt as `encode_prompts` reads it: begin, words and end, without the padding."""
+        tokenizer = self._part("tokenizer")
+        texts = [self.pipeline.maybe_convert_prompt(prompt, tokenizer) for prompt in prompts]
+        with _tokenizing:
+            return tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+
+    @torch.no_grad()
+    def text_states(self, embeddings: Tensor) -> Tensor:
+        """What the `text_layers` read of embeddings [n, tokens, width]: [n, tokens, K]."""
+        return self.denoiser.process_encoder_hidden_states(embeddings, {})
+
+    def text_layers(self) -> set[str]:
+        """Names of the layers that read the prompt alone, as `text_states` gives it: keys and values of the
+        cross-attentions."""
+        return {
+            f"{name}.{projection}"
+            for name, _, module in own_modules(self.denoiser)
+            if getattr(module, "is_cross_attention", False)
+            and module.added_kv_proj_dim is None
+            and module.norm_cross is None
+            for projection in ("to_k", "to_v")
+        }
 
     @torch.no_grad()
     def encode_images(

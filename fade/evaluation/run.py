@@ -161,6 +161,7 @@ def full_record(
     return {
         **evaluation.metrics,
         "keep": metadata.get("config", {}).get("locate", {}).get("keep"),
+        "path": run.get("path"),
         "adapter_bytes": adapter_bytes,
         "seconds": {part: value for part, value in seconds.items() if value is not None},
         "peak_memory_bytes": run.get("peak_memory_bytes", {}),

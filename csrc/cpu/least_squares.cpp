@@ -1,0 +1,354 @@
+// Masked least squares on the CPU: for each row i of a mask with support S, values[i] = rhs[i, S] (gram[S, S])⁻¹, and the
+// price of dropping each entry. Rows of equal support share one factor; supports of similar size are factored kLanes at a
+// time, one in each lane (least_squares_simd.h), larger ones by LAPACK. All in float64. Definition: reference.py.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <tuple>
+
+#include "common/bitmask.h"
+#include "cpu/kernel.h"
+#include "cpu/mask_words.h"
+
+namespace fade {
+
+constexpr int kLanes = 8;  // doubles of a vector in least_squares_simd.h, whatever the instruction set
+constexpr int kBlock = 4;  // rows and columns of a block that stays in registers
+// Beyond this a triangle of kLanes matrices (2 MiB) leaves the second-level cache, and LAPACK's own blocking wins.
+constexpr int64_t kMostInLanes = 256;
+constexpr int64_t kMostRightSides = 1024;  // rows solved at once with a large support
+
+// Where row i of a triangle begins, in numbers of each lane (least_squares_simd.h).
+constexpr int64_t row_offset(int64_t i) {
+  const int64_t block = i / kBlock;
+  return kBlock * kBlock * block * (block + 1) / 2 + (i % kBlock) * kBlock * (block + 1);
+}
+
+}  // namespace fade
+
+#if defined(__GNUC__)
+// No vector crosses a call: every function that takes or returns one is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+#define FADE_SIMD least_squares_baseline
+#define FADE_TARGET
+#include "cpu/least_squares_simd.h"
+#undef FADE_SIMD
+#undef FADE_TARGET
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FADE_SIMD least_squares_avx2
+#define FADE_TARGET __attribute__((target("avx2,fma")))
+#include "cpu/least_squares_simd.h"
+#undef FADE_SIMD
+#undef FADE_TARGET
+#define FADE_SIMD least_squares_avx512
+#define FADE_TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+#include "cpu/least_squares_simd.h"
+#undef FADE_SIMD
+#undef FADE_TARGET
+#endif
+
+namespace fade {
+namespace {
+
+struct Loops {
+  void (*factor)(double*, int64_t, double, double*, double*);
+  void (*solve)(double*, int64_t, const double*, double*);
+  void (*inverse_diagonal_of)(double*, int64_t, const double*, double*);
+};
+
+// The best that the processor has, or at most what FADE_CPU_CAPABILITY names.
+Loops loops() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const char* asked = std::getenv("FADE_CPU_CAPABILITY");
+  const std::string most = asked ? asked : "avx512";
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && most == "avx512") {
+    return {least_squares_avx512::factor, least_squares_avx512::solve, least_squares_avx512::inverse_diagonal_of};
+  }
+  if (has_avx2 && most != "baseline") {
+    return {least_squares_avx2::factor, least_squares_avx2::solve, least_squares_avx2::inverse_diagonal_of};
+  }
+#endif
+  return {least_squares_baseline::factor, least_squares_baseline::solve, least_squares_baseline::inverse_diagonal_of};
+}
+
+// A pivot at most this part of its diagonal is rounding: the block is singular. As in reference.py.
+double pivot_tolerance(int64_t size) { return 8.0 * static_cast<double>(size) * std::numeric_limits<double>::epsilon(); }
+
+// The rows of a mask, their columns as one list, and the rows in an order in which equal supports are neighbours and
+// sizes ascend.
+struct Supports {
+  std::vector<int64_t> offsets;   // [rows + 1]
+  std::vector<int32_t> columns;   // [count]
+  std::vector<int64_t> order;     // non-empty rows
+  std::vector<int64_t> first;     // where each distinct support begins in `order`, and its length at the end
+
+  int64_t size(int64_t row) const { return offsets[row + 1] - offsets[row]; }
+  int64_t distinct() const { return static_cast<int64_t>(first.size()) - 1; }
+  int64_t size_of(int64_t support) const { return size(order[first[support]]); }
+  const int32_t* columns_of(int64_t support) const { return columns.data() + offsets[order[first[support]]]; }
+  int64_t rows_of(int64_t support) const { return first[support + 1] - first[support]; }
+};
+
+Supports supports_of(const Tensor& mask_words, int64_t rows, int64_t columns) {
+  const Tensor dense = valid_words(mask_words, rows, columns);
+  const auto* words = read<uint32_t>(dense);
+  const int64_t width = words_per_row(columns);
+  Supports s;
+  s.offsets.assign(rows + 1, 0);
+  for (int64_t n = 0; n < rows; ++n) {
+    int64_t bits = 0;
+    for (int64_t w = 0; w < width; ++w) bits += std::popcount(words[n * width + w]);
+    s.offsets[n + 1] = s.offsets[n] + bits;
+  }
+  s.columns.resize(s.offsets.back());
+  int32_t* out = s.columns.data();
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t w = 0; w < width; ++w) {
+      for (uint32_t word = words[n * width + w]; word != 0; word &= word - 1) {
+        *out++ = static_cast<int32_t>(w * kWordBits + std::countr_zero(word));
+      }
+    }
+    if (s.size(n) > 0) s.order.push_back(n);
+  }
+  const auto bits_of = [&](int64_t n) { return words + n * width; };
+  std::sort(s.order.begin(), s.order.end(), [&](int64_t a, int64_t b) {
+    if (s.size(a) != s.size(b)) return s.size(a) < s.size(b);
+    const int differ = std::memcmp(bits_of(a), bits_of(b), width * sizeof(uint32_t));
+    return differ != 0 ? differ < 0 : a < b;
+  });
+  for (size_t i = 0; i < s.order.size(); ++i) {
+    const bool begins = i == 0 || s.size(s.order[i]) != s.size(s.order[i - 1]) ||
+                        std::memcmp(bits_of(s.order[i]), bits_of(s.order[i - 1]), width * sizeof(uint32_t)) != 0;
+    if (begins) s.first.push_back(static_cast<int64_t>(i));
+  }
+  s.first.push_back(static_cast<int64_t>(s.order.size()));
+  return s;
+}
+
+// The problem, and where its answers go.
+template <typename T>
+struct Problem {
+  const T* rhs;        // [rows, columns]
+  const double* gram;  // [columns, columns]
+  int64_t columns;
+  const Supports& supports;
+  T* values;  // [count]
+  T* prices;  // [count], or null
+};
+
+struct Scratch {
+  std::vector<double> triangle, reciprocal, x, diagonal;
+  void reserve(int64_t n) {
+    triangle.resize(std::max<size_t>(triangle.size(), row_offset(n) * kLanes));
+    for (auto* v : {&reciprocal, &x, &diagonal}) v->resize(std::max<size_t>(v->size(), n * kLanes));
+  }
+};
+
+// Up to kLanes supports, padded to the largest with rows of the identity. Returns the lanes whose block is singular.
+template <typename T>
+uint32_t solve_in_lanes(const Problem<T>& p, const Loops& run, int64_t begin, int64_t end, Scratch& scratch) {
+  const Supports& s = p.supports;
+  const int lanes = static_cast<int>(end - begin);
+  int64_t largest = 0, most_rows = 0;
+  for (int64_t u = begin; u < end; ++u) {
+    largest = std::max(largest, s.size_of(u));
+    most_rows = std::max(most_rows, s.rows_of(u));
+  }
+  const int64_t n = (largest + kBlock - 1) / kBlock * kBlock;
+  scratch.reserve(n);
+  double* const triangle = scratch.triangle.data();
+  for (int64_t i = 0; i < n; ++i) {
+    double* const row = triangle + row_offset(i) * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t size = lane < lanes ? s.size_of(begin + lane) : 0;
+      if (i < size) {
+        const int32_t* columns = s.columns_of(begin + lane);
+        const double* from = p.gram + columns[i] * p.columns;
+        for (int64_t k = 0; k <= i; ++k) row[k * kLanes + lane] = from[columns[k]];
+      } else {
+        for (int64_t k = 0; k < i; ++k) row[k * kLanes + lane] = 0.0;
+        row[i * kLanes + lane] = 1.0;
+      }
+    }
+  }
+  double smallest[kLanes];
+  run.factor(triangle, n, pivot_tolerance(largest), scratch.reciprocal.data(), smallest);
+  uint32_t singular = 0;
+  for (int lane = 0; lane < lanes; ++lane) singular |= static_cast<uint32_t>(smallest[lane] < 0.0) << lane;
+
+  double* const x = scratch.x.data();
+  for (int64_t r = 0; r < most_rows; ++r) {
+    std::fill(x, x + n * kLanes, 0.0);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t u = begin + lane;
+      if (r >= s.rows_of(u)) continue;
+      const T* from = p.rhs + s.order[s.first[u] + r] * p.columns;
+      const int32_t* columns = s.columns_of(u);
+      for (int64_t i = 0; i < s.size_of(u); ++i) x[i * kLanes + lane] = static_cast<double>(from[columns[i]]);
+    }
+    run.solve(triangle, n, scratch.reciprocal.data(), x);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t u = begin + lane;
+      if (r >= s.rows_of(u)) continue;
+      T* to = p.values + s.offsets[s.order[s.first[u] + r]];
+      for (int64_t i = 0; i < s.size_of(u); ++i) to[i] = static_cast<T>(x[i * kLanes + lane]);
+    }
+  }
+  if (p.prices == nullptr) return singular;
+  double* const diagonal = scratch.diagonal.data();
+  run.inverse_diagonal_of(triangle, n, scratch.reciprocal.data(), diagonal);
+  for (int lane = 0; lane < lanes; ++lane) {
+    const int64_t u = begin + lane;
+    for (int64_t r = 0; r < s.rows_of(u); ++r) {
+      const int64_t at = s.offsets[s.order[s.first[u] + r]];
+      for (int64_t i = 0; i < s.size_of(u); ++i) {
+        const double value = static_cast<double>(p.values[at + i]);
+        p.prices[at + i] = static_cast<T>(value * value / diagonal[i * kLanes + lane]);
+      }
+    }
+  }
+  return singular;
+}
+
+// Calls an operator of torch's that returns its tensors on the stack.
+template <size_t N>
+void call(const char* name, std::array<StableIValue, N>& stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// One large support, through torch's LAPACK. Returns whether its block is singular.
+template <typename T>
+bool solve_by_lapack(const Problem<T>& p, int64_t u, const Tensor& like) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const Supports& s = p.supports;
+  const int64_t n = s.size_of(u), rows = s.rows_of(u);
+  const int32_t* columns = s.columns_of(u);
+  const Tensor block = torch::stable::new_empty(like, {n, n}, ScalarType::Double);
+  auto* out = write<double>(block);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < n; ++k) out[i * n + k] = p.gram[columns[i] * p.columns + columns[k]];
+  }
+  std::array<StableIValue, 3> factored{from(block), from(false), from(false)};
+  call("aten::linalg_cholesky_ex", factored);
+  const Tensor factor = as_dense(to<Tensor>(factored[0]));
+  const Tensor info = to<Tensor>(factored[1]);
+  bool singular = *read<int32_t>(info) != 0;
+  const auto* l = read<double>(factor);
+  const double tolerance = pivot_tolerance(n);
+  for (int64_t i = 0; i < n; ++i) singular |= !(l[i * n + i] * l[i * n + i] > tolerance * out[i * n + i]);
+  if (singular) return true;
+
+  Tensor inverse;
+  if (p.prices != nullptr) {
+    std::array<StableIValue, 2> inverted{from(factor), from(false)};
+    call("aten::cholesky_inverse", inverted);
+    inverse = as_dense(to<Tensor>(inverted[0]));
+  }
+  for (int64_t begin = 0; begin < rows; begin += kMostRightSides) {
+    const int64_t count = std::min(rows - begin, kMostRightSides);
+    const Tensor right = torch::stable::new_empty(like, {n, count}, ScalarType::Double);
+    auto* x = write<double>(right);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* given = p.rhs + s.order[s.first[u] + begin + r] * p.columns;
+      for (int64_t i = 0; i < n; ++i) x[i * count + r] = static_cast<double>(given[columns[i]]);
+    }
+    std::array<StableIValue, 3> solved{from(right), from(factor), from(false)};
+    call("aten::cholesky_solve", solved);
+    const Tensor solution = as_dense(to<Tensor>(solved[0]));
+    const auto* found = read<double>(solution);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = s.offsets[s.order[s.first[u] + begin + r]];
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = found[i * count + r];
+        p.values[at + i] = static_cast<T>(value);
+        if (p.prices != nullptr) {
+          p.prices[at + i] = static_cast<T>(value * value / read<double>(inverse)[i * n + i]);
+        }
+      }
+    }
+  }
+  return false;
+}
+
+// Returns the first row whose block is singular, or -1.
+template <typename T>
+int64_t solve_all(const Problem<T>& p, const Tensor& like) {
+  const Supports& s = p.supports;
+  int64_t in_lanes = 0;
+  while (in_lanes < s.distinct() && s.size_of(in_lanes) <= kMostInLanes) ++in_lanes;
+  const int64_t batches = (in_lanes + kLanes - 1) / kLanes;
+  std::atomic<int64_t> left{batches};
+  std::mutex mutex;
+  int64_t singular = std::numeric_limits<int64_t>::max();
+  const auto note = [&](int64_t support) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t i = s.first[support]; i < s.first[support + 1]; ++i) singular = std::min(singular, s.order[i]);
+  };
+  const Loops run = loops();
+  // The largest first, each thread taking the next that nobody has: sizes differ too much for equal shares.
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, batches));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      Scratch scratch;
+      for (int64_t b = left.fetch_sub(1) - 1; b >= 0; b = left.fetch_sub(1) - 1) {
+        const int64_t begin = b * kLanes, end = std::min(begin + kLanes, in_lanes);
+        const uint32_t lanes = solve_in_lanes(p, run, begin, end, scratch);
+        for (int64_t u = begin; u < end; ++u) {
+          if ((lanes >> (u - begin)) & 1u) note(u);
+        }
+      }
+    }
+  });
+  for (int64_t u = in_lanes; u < s.distinct(); ++u) {
+    if (solve_by_lapack(p, u, like)) note(u);
+  }
+  return singular == std::numeric_limits<int64_t>::max() ? -1 : singular;
+}
+
+template <typename T>
+int64_t solve_as(const Tensor& rhs, const std::vector<double>& gram, const Supports& supports, const Tensor& values,
+                 const Tensor& prices, bool with_prices) {
+  return solve_all(Problem<T>{read<T>(rhs), gram.data(), rhs.size(1), supports, write<T>(values),
+                              with_prices ? write<T>(prices) : nullptr},
+                   rhs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_least_squares(const Tensor& rhs, const Tensor& gram, const Tensor& mask_words,
+                                                        int64_t count, bool with_prices) {
+  const bool wide = rhs.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide || rhs.scalar_type() == ScalarType::Float, "rhs must be float32 or float64");
+  STD_TORCH_CHECK(gram.scalar_type() == rhs.scalar_type(), "gram must be of the right-hand side's dtype");
+  STD_TORCH_CHECK(rhs.dim() == 2 && gram.dim() == 2 && gram.size(0) == rhs.size(1) && gram.size(1) == rhs.size(1),
+                  "rhs [N, K] and gram [K, K] must fit");
+  const int64_t rows = rhs.size(0), columns = rhs.size(1);
+  const Supports supports = supports_of(mask_words, rows, columns);
+  STD_TORCH_CHECK(supports.offsets.back() == count, "the mask has ", supports.offsets.back(), " set bits, not ", count);
+  const Tensor dense = as_dense(rhs), square = as_dense(gram);
+  std::vector<double> matrix(columns * columns);
+  for (int64_t i = 0; i < columns * columns; ++i) {
+    matrix[i] = wide ? read<double>(square)[i] : static_cast<double>(read<float>(square)[i]);
+  }
+  const Tensor values = torch::stable::new_empty(rhs, {count});
+  const Tensor prices = torch::stable::new_empty(rhs, {with_prices ? count : 0});
+  const Tensor singular = torch::stable::new_empty(rhs, std::vector<int64_t>{}, ScalarType::Long);
+  *write<int64_t>(singular) = wide ? solve_as<double>(dense, matrix, supports, values, prices, with_prices)
+                                   : solve_as<float>(dense, matrix, supports, values, prices, with_prices);
+  return {values, prices, singular};
+}
+
+}  // namespace
+}  // namespace fade
+
+STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m) { m.impl("masked_least_squares", TORCH_BOX(&fade::masked_least_squares)); }

@@ -1,0 +1,370 @@
+"""Stage 2 without training: the edit of the layers that read the prompt alone, solved instead of learnt.
+
+A cross-attention layer's keys and values are `W x` of text tokens x. With the tokens x_f of the forget prompts, those
+x_s of the surrogate prompts at the same positions, and the retain prompts' tokens x_r, the change Δ of `W` is
+
+    min over Δ with support M of  Σ_f w_f ‖Δ x_f − W (x_s − x_f)‖²  +  λ mean_r ‖Δ x_r‖²  +  μ ‖Δ‖²,   Σ_f w_f = 1,
+
+whose rows decouple: with G = Σ w_f x_f x_fᵀ + λ mean x_r x_rᵀ + μ I and B = W Σ w_f (x_s − x_f) x_fᵀ, row i with
+support S is B[i, S] (G[S, S])⁻¹ (`fade_kernels.masked_least_squares`). Where M is everything, Δ = W E with one E for
+all layers: the edit of UCE (Gandikota et al., arXiv 2308.14761), seen from the text's side.
+
+Which entries: those that gain most alone are taken first, more than the budget allows; then the cheapest are dropped,
+in a few geometric rounds with the rest solved anew, as in optimal brain surgeon (Hassibi and Stork, 1993); then the
+best missing ones are added and the cheapest dropped again, a few times, as in subspace pursuit (Dai and Milenkovic,
+arXiv 0803.0811). Gains and prices are changes of the objective above, divided by the layer's mean output energy on the
+retain tokens, so that all layers share one budget. No denoiser pass and no latent is needed. The edit changes what the
+text means to the denoiser, not what the denoiser can draw.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fade.backbones import Backbone
+from fade.errors import FadeError
+from fade.progress import progress_bar
+from fade.saliency import unit_count
+from fade_kernels import (
+    BitMask,
+    gather_masked,
+    masked_least_squares,
+    masked_least_squares_prices,
+    scatter_masked_,
+    select_top_fraction,
+)
+
+# Measured on four DigitCanvas concepts at keep 1 % and 0.3 %: of the objective at Δ = 0, one growth and its pruning
+# leave 0.38, the further ones 0.33. Dropping from the dense edit alone leaves 0.45 in 8 rounds, and 0.39 in 50.
+FIRST_GROWTH = 2.5
+"""Times the budget that the best single entries make up at the start."""
+GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 6, 0.02
+"""Part of the budget that is added after each pruning, how often at most, and the gain for which it is done again."""
+ROUNDS = 4
+"""In which the cheapest are dropped, the rest being solved anew before each."""
+LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
+"""Of λ where it is searched for; entries are selected with the one in the middle."""
+MOST_PER_ROW = 256
+"""Entries of a row that are solved for again and again: the time grows with their cube."""
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[int]:
+    """For each of `length` positions of the forget prompt, the position of the surrogate prompt that answers it.
+
+    `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length`. What
+    they have in common at the beginning and at the end is aligned, what differs in between is spread evenly (where the
+    surrogate has nothing there, on what follows), and padding answers padding at its own position.
+    """
+    shorter = min(len(forget), len(surrogate))
+    prefix = next((i for i in range(shorter) if forget[i] != surrogate[i]), shorter)
+    most = shorter - prefix
+    suffix = next((i for i in range(most) if forget[-1 - i] != surrogate[-1 - i]), most)
+    own, other = len(forget) - prefix - suffix, len(surrogate) - prefix - suffix
+    middle = [prefix + (2 * i + 1) * other // (2 * own) for i in range(own)]
+    end = [len(surrogate) - suffix + i for i in range(suffix)]
+    padding = [max(i, len(surrogate)) for i in range(len(forget), length)]
+    return [min(i, length - 1) for i in (*range(prefix), *middle, *end, *padding)][:length]
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the solve needs of all tokens, float64 [K, K] each; x are columns.
+
+    `forget` is Σ w x_f x_fᵀ and `change` Σ w (x_s − x_f) x_fᵀ with weights of sum 1, `difference` Σ w (x_s − x_f)(…)ᵀ;
+    `retain` is mean x_r x_rᵀ.
+    """
+
+    forget: Tensor
+    change: Tensor
+    difference: Tensor
+    retain: Tensor
+
+
+def token_statistics(
+    backbone: Backbone,
+    pairs: Sequence[tuple[str, str]],
+    retain: Sequence[str],
+    embeddings: Mapping[str, Tensor],
+) -> TokenStatistics:
+    """The statistics of (forget, surrogate) prompt pairs and of retain prompts, from their embeddings [tokens, width].
+
+    A prompt weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
+    hardly tells them apart must not dilute the edit. Raises FadeError where none tells them apart.
+    """
+    device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
+
+    def states(prompt: str) -> Tensor:
+        return backbone.text_states(embeddings[prompt][None])[0].to(device, torch.float64)
+
+    identifiers = dict(zip(words := sorted({*sum(pairs, ())}), backbone.token_ids(words), strict=True))
+    forget = change = difference = total = 0.0
+    largest = 0.0
+    for prompt, answer in pairs:
+        x = states(prompt)
+        d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
+        apart = float(d.square().sum())
+        largest = max(largest, apart / float(x.square().sum()))
+        forget, change, difference = forget + apart * x.T @ x, change + apart * d.T @ x, difference + apart * d.T @ d
+        total += apart * len(x)
+    # Beyond rounding of the states' own dtype, squared.
+    if not largest > (4 * torch.finfo(backbone.dtype).eps) ** 2:
+        raise FadeError(
+            f"the text encoder reads the concept and its surrogate alike ({pairs[0][0]!r}, {pairs[0][1]!r}); choose a "
+            "surrogate, or templates, that it tells apart"
+        )
+    kept = sum((x := states(prompt)).T @ x / (len(x) * len(retain)) for prompt in retain)
+    return TokenStatistics(forget / total, change / total, difference / total, kept)
+
+
+# --- the solve -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """What the change Δ of all layers together solves: Δ G = B on its support, in float64.
+
+    `rows` has the number of rows of each layer; stacked in that order they are the [R, K] of `rhs`, which is B, and of
+    masks and values. `gram` is G [K, K]. `wanted` is what the forget tokens' outputs should change by,
+    Σ w ‖W (x_s − x_f)‖², and `energy` the mean square ‖W x_r‖² of the retain tokens' outputs, of each layer.
+    `forget_gram` is Σ w x_f x_fᵀ, `retain_gram` mean x_r x_rᵀ, `retain` λ, `shift` μ and `damping` its share of the
+    tokens' mean square entry.
+    """
+
+    rows: dict[str, int]
+    rhs: Tensor
+    gram: Tensor
+    wanted: Tensor
+    energy: Tensor
+    forget_gram: Tensor
+    retain_gram: Tensor
+    retain: float
+    damping: float
+    shift: float
+
+    def by_layer(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """Views of a tensor [R, ...], one for each layer."""
+        return stacked.split(list(self.rows.values()))
+
+    def row_energy(self) -> Tensor:
+        """`energy` of each row's layer, [R]."""
+        counts = torch.tensor(list(self.rows.values()), device=self.energy.device)
+        return self.energy.repeat_interleave(counts)
+
+    def relative(self, values: Tensor, mask: BitMask) -> Tensor:
+        """Values [nnz] at a mask's positions, divided by the energy of their layers."""
+        return values / self.row_energy().repeat_interleave(mask.row_counts)
+
+
+def normal_equations(
+    layers: Mapping[str, nn.Module], statistics: TokenStatistics, retain: float, damping: float
+) -> NormalEquations:
+    """The equations of layers (name to base layer) whose input are the text states.
+
+    `retain` is λ; μ is `damping` times the mean square entry of the tokens. Raises FadeError where μ is 0 and some
+    entry is 0 in every token.
+    """
+    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping)
+    rows = {name: len(layer.weight) for name, layer in layers.items()}
+    rhs = gram.new_empty(sum(rows.values()), len(gram))
+    wanted, energy = [], []
+    # Norms of outputs only scale prices: half the precision is plenty for them, and twice as fast.
+    difference, kept = statistics.difference.float(), statistics.retain.float()
+    for layer, part in zip(layers.values(), rhs.split(list(rows.values())), strict=True):
+        weight = layer.weight.detach().to(gram.device, torch.float32)
+        torch.mm(weight.double(), statistics.change, out=part)
+        wanted.append(torch.dot((weight @ difference).flatten(), weight.flatten()))
+        energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
+    # A layer of zeros has no output to disturb, and no change to make either.
+    energies = torch.stack(energy).double().clamp_min(1e-30)
+    return NormalEquations(
+        rows, rhs, gram, torch.stack(wanted).double(), energies, statistics.forget, statistics.retain, retain, damping,
+        shift,
+    )  # fmt: skip
+
+
+def _gram(forget: Tensor, kept: Tensor, retain: float, damping: float) -> tuple[Tensor, float]:
+    gram = forget + retain * kept
+    gram = (gram + gram.T) / 2
+    shift = damping * float(gram.diagonal().mean())
+    gram.diagonal().add_(shift)
+    if not bool((gram.diagonal() > 0).all()):
+        raise FadeError(_singular("some entry is 0 in every token"))
+    return gram, shift
+
+
+def balanced(equations: NormalEquations, masks: Mapping[str, BitMask], change: float) -> NormalEquations:
+    """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
+
+    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a tenth of the change.
+    """
+    slope, before = -0.8, None  # the change falls a little slower than 1 / λ
+    for _ in range(10):
+        found = residual(equations, masks, solve(equations, masks)).retain
+        over = math.log(max(found, 1e-12) / change)
+        if before is not None:
+            step = math.log(equations.retain / before[0])
+            slope = min(-0.2, max(-3.0, (over - before[1]) / step))
+        weight = min(max(equations.retain * math.exp(-over / slope), LEAST_WEIGHT), MOST_WEIGHT)
+        if abs(over) < 0.09 or weight == equations.retain:
+            break
+        before = equations.retain, over
+        gram, shift = _gram(equations.forget_gram, equations.retain_gram, weight, equations.damping)
+        equations = dataclasses.replace(equations, gram=gram, retain=weight, shift=shift)
+    return equations
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Masks by layer, the price of the last unit kept, and the mean and largest first gain of each layer's entries."""
+
+    masks: dict[str, BitMask]
+    threshold: float
+    spread: dict[str, tuple[float, float]]
+
+
+def select(
+    equations: NormalEquations, units: int, granularity: str = "element", tile: int = 32, progress: bool = False
+) -> Selected:
+    """Masks of `units` entries (tiles, …: `granularity`) over all layers at once, grown and pruned in turns.
+
+    A unit's score is the sum or mean of its entries' (`select_top_fraction`). Raises FadeError where a row's system is
+    singular.
+    """
+    shape = tuple(equations.rhs.shape)
+    total = sum(unit_count((rows, shape[1]), granularity, tile) for rows in equations.rows.values())
+
+    def best(scores: Tensor, count: int) -> tuple[BitMask, float]:
+        # Half a unit more: the fraction must not round below the count.
+        fraction = min(1.0, (count + 0.5) / total)
+        chosen = select_top_fraction(equations.by_layer(scores), fraction, granularity, tile)
+        return BitMask(torch.cat([mask.words for mask in chosen.masks]), shape), chosen.threshold
+
+    scores = _gains(equations)
+    spread = [(float(score.mean()), float(score.max())) for score in equations.by_layer(scores)]
+    if granularity == "element" and shape[1] > MOST_PER_ROW:
+        if 2 * units > shape[0] * MOST_PER_ROW:
+            mask, threshold = best(_dense_prices(equations), units)
+            return _selected(equations, mask, threshold, spread)
+        scores.mul_(scores >= scores.kthvalue(shape[1] - MOST_PER_ROW + 1, dim=1, keepdim=True).values)
+    many = min(total, round(FIRST_GROWTH * units))
+    mask, threshold = best(scores, many)
+    gained = 0.0
+    with progress_bar("selecting", (1 + MOST_REGROWN) * ROUNDS, progress) as advance:
+        for turn in range(1 + MOST_REGROWN):
+            for step in range(1, ROUNDS + 1):
+                mask, threshold = best(_prices(equations, mask), round(many * (units / many) ** (step / ROUNDS)))
+                advance()
+            if many == units or turn == MOST_REGROWN:
+                break
+            values, _ = _solved(equations, mask, with_prices=False)
+            before, gained = gained, float(torch.dot(*_gained(equations, mask, values)))
+            if gained < (1 + WORTH_IT) * before:
+                break
+            many = min(total, round((1 + GROWTH) * units))
+            added, _ = best(_gains(equations, mask, values), many - units)
+            mask = BitMask(mask.words | added.words, shape)
+    return _selected(equations, mask, threshold, spread)
+
+
+def _selected(
+    equations: NormalEquations, mask: BitMask, threshold: float, spread: Sequence[tuple[float, float]]
+) -> Selected:
+    words = equations.by_layer(mask.words)
+    masks = {
+        name: BitMask(part.clone(), (len(part), mask.shape[1]))
+        for name, part in zip(equations.rows, words, strict=True)
+    }
+    return Selected(masks, threshold, dict(zip(equations.rows, spread, strict=True)))
+
+
+def _gains(equations: NormalEquations, mask: BitMask | None = None, values: Tensor | None = None) -> Tensor:
+    """What adding each entry alone to the optimum on the mask gains, relative to its layer's energy: float32 [R, K]."""
+    if mask is None:
+        gains = equations.rhs.square()
+    else:
+        gains = equations.rhs.sub(_times(mask, values, equations.gram)).square_()
+        gains.masked_fill_(mask.unpack(), 0.0)  # the gradient is rounding there
+    return gains.div_(equations.gram.diagonal()).div_(equations.row_energy()[:, None]).float()
+
+
+def _gained(equations: NormalEquations, mask: BitMask, values: Tensor) -> tuple[Tensor, Tensor]:
+    """B on the mask, and the values relative to their layers' energy: their product is what the optimum has gained."""
+    return gather_masked(equations.rhs, mask), equations.relative(values, mask)
+
+
+def _prices(equations: NormalEquations, mask: BitMask) -> Tensor:
+    """What dropping each entry from the optimum on the mask costs, likewise; 0 outside of it."""
+    _, prices = _solved(equations, mask, with_prices=True)
+    scores = torch.zeros(mask.shape, dtype=torch.float32, device=prices.device)
+    return scatter_masked_(scores, equations.relative(prices, mask).float(), mask)
+
+
+def _dense_prices(equations: NormalEquations) -> Tensor:
+    """`_prices` of the dense edit, whose rows share one factor."""
+    factor, info = torch.linalg.cholesky_ex(equations.gram)
+    if int(info):
+        raise FadeError(_singular("the tokens' Gram matrix is singular"))
+    inverse = torch.cholesky_inverse(factor)
+    prices = (equations.rhs @ inverse).square_().div_(inverse.diagonal())
+    return prices.div_(equations.row_energy()[:, None]).float()
+
+
+def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
+    """The optimum on masks by layer: float32 [mask.count], row-major. Raises FadeError for a singular system."""
+    mask = _stacked(equations, masks)
+    values, _ = _solved(equations, mask, with_prices=False)
+    return dict(zip(masks, values.float().split([masks[name].count for name in masks]), strict=True))
+
+
+def _stacked(equations: NormalEquations, masks: Mapping[str, BitMask]) -> BitMask:
+    words = torch.cat([masks[name].words for name in equations.rows]).to(equations.rhs.device)
+    return BitMask(words, tuple(equations.rhs.shape))
+
+
+def _solved(equations: NormalEquations, mask: BitMask, with_prices: bool) -> tuple[Tensor, Tensor | None]:
+    try:
+        if with_prices:
+            return masked_least_squares_prices(equations.rhs, equations.gram, mask)
+        return masked_least_squares(equations.rhs, equations.gram, mask), None
+    except ValueError as error:
+        raise FadeError(_singular(str(error))) from error
+
+
+def _singular(what: str) -> str:
+    return f"the closed form has no solution ({what}); raise closed_form.damping, or give more different retain prompts"
+
+
+def _times(mask: BitMask, values: Tensor, matrix: Tensor) -> Tensor:
+    """Values at a mask's positions, as a matrix, times a dense one: float32, which is plenty to compare entries by."""
+    index = mask.unpack().nonzero().T
+    sparse = torch.sparse_coo_tensor(index, values.float(), mask.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse.mm(sparse, matrix.float())
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What an edit leaves undone of the wanted change on the forget tokens, and what it changes on the retain tokens:
+    shares of the wanted change and of the outputs' energy, averaged over layers."""
+
+    forget: float
+    retain: float
+
+
+def residual(equations: NormalEquations, masks: Mapping[str, BitMask], values: Mapping[str, Tensor]) -> Residual:
+    """Of the solution on these masks; `values` as `solve` gives them."""
+    mask = _stacked(equations, masks)
+    delta = torch.cat([values[name] for name in equations.rows]).double()
+    rhs, weight = _gained(equations, mask, delta)
+    retained = torch.dot(gather_masked(_times(mask, delta, equations.retain_gram), mask).double(), weight)
+    # At the optimum x G xᵀ = b xᵀ, so that the whole objective is the wanted change less b xᵀ.
+    gained = torch.dot(rhs, weight)
+    spent = equations.retain * retained + equations.shift * torch.dot(delta, weight)
+    wanted = (equations.wanted / equations.energy).sum()
+    return Residual(float(1 - (gained + spent) / wanted), float(retained) / len(equations.rows))

@@ -1,0 +1,419 @@
+"""The solved overwrite: tokens at aligned positions, equations against a direct minimisation, the selection against
+random masks and exhaustive search."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from transformers import CLIPTokenizer
+
+import fade
+import fade.unlearning
+from fade.adapter_file import read_adapter_file
+from fade.backbones import backbone_for
+from fade.base_model import target_layers
+from fade.cli import main
+from fade.closed_form import (
+    NormalEquations,
+    TokenStatistics,
+    align,
+    balanced,
+    normal_equations,
+    residual,
+    select,
+    solve,
+    token_statistics,
+)
+from fade.config import Config
+from fade.errors import FadeError
+from fade.report import where_it_sits
+from fade_kernels import BitMask, scatter_masked_
+
+from .conftest import same_bits, tiny_pipeline, weights
+
+
+@pytest.mark.parametrize(
+    ("forget", "surrogate", "expected"),
+    [
+        # begin 0, end 9; 6 positions
+        ([0, 5, 9], [0, 6, 9], [0, 1, 2, 3, 4, 5]),
+        ([0, 1, 5, 2, 9], [0, 1, 6, 2, 9], [0, 1, 2, 3, 4, 5]),
+        ([0, 5, 9], [0, 6, 7, 9], [0, 2, 3, 4, 4, 5]),  # the later of two in the middle; padding where both have it
+        ([0, 5, 6, 9], [0, 7, 9], [0, 1, 1, 2, 4, 5]),
+        ([0, 5, 6, 7, 2, 9], [0, 8, 4, 2, 9], [0, 1, 2, 2, 3, 4]),
+        ([0, 3, 5, 9], [0, 3, 9], [0, 1, 2, 2, 4, 5]),  # the surrogate has nothing there: what follows answers
+        ([0, 5, 9], [0, 3, 5, 9], [0, 2, 3, 4, 4, 5]),
+        ([0, 5, 5, 9], [0, 5, 5, 5, 9], [0, 1, 2, 4, 5, 5]),
+        ([0, 1, 2, 3, 4, 5], [0, 6, 9], [0, 1, 1, 2, 2, 2]),  # cut off at the end
+    ],
+)
+def test_alignment(forget: list[int], surrogate: list[int], expected: list[int]) -> None:
+    assert align(forget, surrogate, 6) == expected
+
+
+def test_alignment_keeps_order_and_stays_in_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        sizes = torch.randint(2, 12, (2,), generator=generator).tolist()
+        forget, surrogate = ([0, *torch.randint(1, 4, (n,), generator=generator).tolist(), 9] for n in sizes)
+        length = 16
+        answer = align(forget, surrogate, length)
+        assert len(answer) == length and answer[0] == 0 and answer[-1] == length - 1
+        assert all(a <= b for a, b in itertools.pairwise(answer))
+        assert answer[len(forget) - 1] == len(surrogate) - 1  # end answers end
+        assert align(forget, forget, length) == list(range(length))
+
+
+def random_equations(
+    seed: int, rows: tuple[int, ...] = (7, 5), columns: int = 12, retain: float = 2.0, damping: float = 1e-3
+) -> tuple[NormalEquations, dict[str, nn.Module], list[torch.Tensor]]:
+    """Of random layers and tokens, and the tokens: forget, difference, weights, retain."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+
+    def tokens(n: int) -> torch.Tensor:
+        return torch.randn(n, columns, generator=generator, dtype=torch.float64) @ mixing
+
+    forget, difference, kept = tokens(9), tokens(9), tokens(40)
+    weights = torch.rand(9, generator=generator, dtype=torch.float64)
+    weights /= weights.sum()
+    layers = {}
+    for index, count in enumerate(rows):
+        layers[f"layer{index}"] = layer = nn.Linear(columns, count, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_((index + 1) * torch.randn(count, columns, generator=generator))
+    weighted = weights[:, None] * forget
+    statistics = TokenStatistics(
+        forget.T @ weighted, difference.T @ weighted, difference.T @ (weights[:, None] * difference),
+        kept.T @ kept / len(kept),
+    )  # fmt: skip
+    return normal_equations(layers, statistics, retain, damping), layers, [forget, difference, weights, kept]
+
+
+def parts(
+    delta: torch.Tensor, layer: nn.Module, tokens: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the edit leaves undone, what it changes on the retain tokens, and what is wanted, as the formula says it."""
+    forget, difference, weights, kept = tokens
+    wanted = difference @ layer.weight.double().T
+    undone = (weights * (forget @ delta.T - wanted).square().sum(1)).sum()
+    return undone, (kept @ delta.T).square().sum(1).mean(), (weights * wanted.square().sum(1)).sum()
+
+
+def test_the_solution_minimises_the_objective_on_its_mask() -> None:
+    equations, layers, tokens = random_equations(1)
+    generator = torch.Generator().manual_seed(2)
+    masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.4) for n, m in layers.items()}
+    values = solve(equations, masks)
+    undone = wanted = kept = 0.0
+    for (name, layer), energy in zip(layers.items(), equations.energy.tolist(), strict=True):
+        mask = masks[name].unpack()
+        delta = torch.zeros(mask.shape, dtype=torch.float64)
+        scatter_masked_(delta, values[name].double(), masks[name])
+        delta.requires_grad_(True)
+        left, changed, whole = parts(delta, layer, tokens)
+        (left + 2.0 * changed + equations.shift * delta.square().sum()).backward()
+        assert float(delta.grad[mask].abs().max()) < 1e-4 * float(delta.grad.abs().max())
+        outputs = tokens[3] @ layer.weight.detach().double().T
+        assert float(outputs.square().sum(1).mean()) == pytest.approx(energy, rel=1e-4)
+        undone, wanted, kept = (
+            undone + left.item() / energy,
+            wanted + whole.item() / energy,
+            kept + changed.item() / energy,
+        )
+    found = residual(equations, masks, values)
+    assert found.forget == pytest.approx(undone / wanted, rel=1e-4)
+    assert found.retain == pytest.approx(kept / 2, rel=1e-4)
+
+
+def objective(equations: NormalEquations, masks: dict[str, BitMask]) -> float:
+    """Less what every mask has gained, relative to energy: lower is better."""
+    values, gained = solve(equations, masks), 0.0
+    for name, rhs, energy in zip(
+        equations.rows, equations.by_layer(equations.rhs), equations.energy.tolist(), strict=True
+    ):
+        gained += float((rhs[masks[name].unpack()] * values[name].double()).sum()) / energy
+    return -gained
+
+
+def test_the_selection_is_close_to_the_best_there_is() -> None:
+    """Of a row of ten, four entries: every choice is tried. Columns are strongly correlated, as tokens' are."""
+    shares = []
+    for seed in range(12):
+        equations, _, _ = random_equations(seed, rows=(1,), columns=10)
+        choices = [
+            objective(equations, {"layer0": BitMask.pack(torch.zeros(1, 10).index_fill(1, torch.tensor(c), 1) > 0)})
+            for c in itertools.combinations(range(10), 4)
+        ]
+        shares.append(objective(equations, select(equations, 4).masks) / min(choices))
+    assert sum(shares) / len(shares) > 0.93, shares
+
+
+def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
+    for seed, change in ((4, 0.05), (5, 0.01), (6, 0.002)):
+        equations, layers, _ = random_equations(seed, columns=20)
+        generator = torch.Generator().manual_seed(seed)
+        masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.3) for n, m in layers.items()}
+        found = balanced(equations, masks, change)
+        assert residual(found, masks, solve(found, masks)).retain == pytest.approx(change, rel=0.1)
+        same = random_equations(seed, columns=20, retain=found.retain)[0]
+        assert torch.allclose(found.gram, same.gram)
+        assert torch.equal(found.rhs, same.rhs)
+
+
+@pytest.mark.parametrize("columns", [12, 300])
+def test_the_selection_spends_its_budget_where_it_counts(columns: int) -> None:
+    equations, layers, _ = random_equations(7, rows=(20, 30), columns=columns)
+    for units in (1, 37, 50 * columns // 10, 50 * columns - 3, 50 * columns):
+        chosen = select(equations, units)
+        assert sum(mask.count for mask in chosen.masks.values()) == units
+        assert {name: mask.shape for name, mask in chosen.masks.items()} == {
+            name: tuple(layer.weight.shape) for name, layer in layers.items()
+        }
+    chosen = select(equations, 5 * columns)
+    order = torch.randperm(50 * columns, generator=torch.Generator().manual_seed(8))
+    mask = torch.zeros(50 * columns, dtype=torch.bool).index_fill(0, order[: 5 * columns], True)
+    control = dict(zip(layers, map(BitMask.pack, mask.reshape(50, columns).split([20, 30])), strict=True))
+    assert objective(equations, chosen.masks) < 1.2 * objective(equations, control)
+
+
+@pytest.mark.parametrize("granularity", ["tile", "channel", "module"])
+def test_the_selection_of_whole_units(granularity: str) -> None:
+    equations, _, _ = random_equations(9, rows=(8, 12), columns=12)
+    masks = {name: mask.unpack() for name, mask in select(equations, 2, granularity, tile=4).masks.items()}
+    stacked = torch.cat(list(masks.values()))
+    expected = {"tile": 32, "module": 240}.get(granularity)
+    if expected is None:  # two rows or columns, of either layer
+        assert 1 <= sum((m.all(0).sum() + m.all(1).sum()).item() for m in masks.values()) <= 3
+    else:
+        assert int(stacked.sum()) == expected
+
+
+def test_a_system_without_a_solution_says_so() -> None:
+    layers = {"layer": nn.Linear(12, 3, bias=False)}
+    few = torch.randn(2, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    product = few.T @ few
+    statistics = TokenStatistics(product, product.clone(), product, product)
+    assert select(normal_equations(layers, statistics, 1.0, 1e-4), 30).masks
+    with pytest.raises(FadeError, match=r"no solution .*singular on the support of row \d+.*raise closed_form.damping"):
+        select(normal_equations(layers, statistics, 1.0, 0.0), 30)
+    nothing = TokenStatistics(*(torch.zeros(12, 12, dtype=torch.float64) for _ in range(4)))
+    with pytest.raises(FadeError, match="some entry is 0 in every token.*raise closed_form.damping"):
+        normal_equations(layers, nothing, 1.0, 0.0)
+
+
+# --- on a pipeline ---------------------------------------------------------------------------------------------------
+
+
+def test_the_layers_that_read_the_prompt(pipeline: StableDiffusionPipeline) -> None:
+    backbone = backbone_for(pipeline)
+    readers = backbone.text_layers()
+    assert readers and all(name.endswith((".attn2.to_k", ".attn2.to_v")) for name in readers)
+    layers = target_layers(pipeline.unet)
+    assert readers == {name for name, m in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    embeddings = backbone.encode_prompts(["cat"])
+    assert all(layers[name].weight.shape[1] == backbone.text_states(embeddings).shape[-1] for name in readers)
+
+
+def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiffusionPipeline) -> None:
+    backbone = backbone_for(pipeline)
+    pairs = [("cat", "dog"), ("a picture of cat", "a picture of dog")]
+    prompts = [*pairs[0], *pairs[1], "a house", ""]
+    embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+    found = token_statistics(backbone, pairs, ["a house", ""], embeddings)
+    x = [embeddings[forget].double() for forget, _ in pairs]
+    d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in pairs]
+    apart = [part.square().sum() for part in d]
+    weights = [a / sum(apart) / len(x[0]) for a in apart]
+    for name, left, right in (("forget", x, x), ("change", d, x), ("difference", d, d)):
+        expected = sum(w * a.T @ b for w, a, b in zip(weights, left, right, strict=True))
+        assert torch.allclose(getattr(found, name), expected)
+    kept = torch.cat([embeddings["a house"], embeddings[""]]).double()
+    assert torch.allclose(found.retain, kept.T @ kept / len(kept))
+
+
+def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    backbone = backbone_for(pipeline)
+    states = backbone.encode_prompts(["cat"])[0]
+    embeddings = {"cat": states, "dog": states * (1 + 1e-7), "": backbone.encode_prompts([""])[0]}
+    with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
+        token_statistics(backbone, [("cat", "dog")], [""], embeddings)
+
+
+TEMPLATES = ("{}", "an image of {}", "a picture of {}")
+WORDS = {"forget": "cat", "surrogate": "dog", "templates": TEMPLATES, "retain": ["a house", ""], "progress": False}
+
+
+def solved(quick: Config, **changes: object) -> Config:
+    return quick.replace(overwrite__method="closed-form", **changes)
+
+
+def answers(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    """What the denoiser makes of concept, surrogate and a retain prompt."""
+    backbone = backbone_for(pipeline)
+    noised = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([50, 300, 600, 900])
+    with torch.no_grad():
+        return torch.stack(
+            [
+                backbone.predict(noised, steps, embedding.expand(4, -1, -1))
+                for embedding in backbone.encode_prompts(["an image of cat", "an image of dog", "a house"])
+            ]
+        )
+
+
+def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = type(backbone_for(pipeline))
+    for name in ("sample_latents", "encode_images", "predict"):
+        monkeypatch.setattr(backbone, name, lambda *_, **__: pytest.fail("the denoiser or the VAE was used"))
+    before = weights(pipeline)
+    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    assert same_bits(weights(pipeline), before)
+    assert adapter.enabled
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.safetensors", "run.json"]
+    run = adapter.run
+    assert run["path"] == "text path" and run["saliency"] == "closed-form"
+    assert run["selected"] == int(0.05 * run["total"])
+    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, quick.locate.targets).values())
+    assert all(".attn2.to_" in layer["name"] for layer in run["layers"] if layer["selected"])
+    assert run["losses"] == {"forget": [], "retain": []}
+    assert 0 < run["residual"]["forget"] < 1 and run["residual"]["retain_weight"] > 0
+    assert 0 < run["residual"]["retain"] < 0.015
+    file = read_adapter_file(tmp_path / "out" / "adapter.safetensors")
+    assert file.metadata["form"] == "values" and file.metadata["run"]["path"] == "text path"
+    again = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="again")
+    for first, second in zip(adapter.parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_solved_edit_puts_the_surrogate_in_the_concepts_place(
+    pipeline: StableDiffusionPipeline, quick: Config
+) -> None:
+    before = answers(pipeline)
+    config = solved(quick, locate__granularity="none", closed_form__retain_weight=1.0)
+    fade.unlearn(pipeline, **WORDS, config=config)
+    after = answers(pipeline)
+    gap = (before[0] - before[1]).norm()
+    assert (after[0] - before[1]).norm() < 0.2 * gap
+    assert (after[2] - before[2]).norm() < 0.2 * gap
+
+
+@pytest.mark.parametrize("saliency", ["random", "denoising"])
+def test_a_mask_of_another_saliency_is_solved_on(
+    pipeline: StableDiffusionPipeline, quick: Config, saliency: str
+) -> None:
+    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick, locate__saliency=saliency))
+    run = adapter.run
+    assert (run["path"], run["saliency"]) == ("text path", saliency)
+    assert run["selected"] == int(0.05 * run["total"])
+    chosen = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="chosen")
+    assert chosen.run["residual"]["forget"] < run["residual"]["forget"] < 1
+
+
+def test_training_goes_on_from_what_is_solved(tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(tokenizer)
+    start = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="start")
+    config = quick.replace(overwrite__method="both", overwrite__learning_rate=1e-6)
+    adapter = fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
+    assert len(adapter.run["losses"]["forget"]) == 6
+    assert adapter.run["path"] == "text path" and "residual" in adapter.run
+    for before, after in zip(start.parameters(), adapter.parameters(), strict=True):
+        assert not torch.equal(before, after)
+        assert torch.allclose(before, after, atol=1e-5)
+    assert (tmp_path / "out" / "latents.safetensors").exists()
+
+
+def test_both_resumes_where_it_was(
+    tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick.replace(overwrite__method="both")
+    whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
+    steps, step = [], torch.optim.AdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
+    resumed = fade.unlearn(
+        tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out", resume=True
+    )  # fmt: skip
+    for first, second in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_an_interrupted_solve_is_done_again(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fade.unlearning, "solve", interrupted)
+        fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    assert not getattr(pipeline.unet, "peft_config", {})
+    with pytest.raises(FadeError, match="in use; pass --overwrite to replace it or --resume"):
+        fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    with pytest.raises(FadeError, match=r"another config\.overwrite\.method"):
+        fade.unlearn(pipeline, **WORDS, config=quick, output=tmp_path / "out", resume=True)
+    resumed = fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out", resume=True)
+    fresh = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="fresh")
+    for first, second in zip(resumed.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path) -> None:
+    for config, message in (
+        (solved(quick, locate__targets=["attn1.to_q", "proj_in"]), "reads? the prompt alone, and there is none among"),
+        (solved(quick, locate__keep=1e-6), "keep 1e-06 selects none of"),
+        (solved(quick, closed_form__damping=0.0, locate__granularity="none"), "no solution .*singular .* row 0"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            few = {**WORDS, "templates": ["{}"], "retain": [""]}  # fewer tokens than columns
+            fade.unlearn(pipeline, **few, config=config, output=tmp_path / "out")
+        assert not getattr(pipeline.unet, "peft_config", {})
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    for changes, message in (
+        ({"overwrite__parameters": "factors"}, "solves the masked weights themselves"),
+        ({"data__forget_images": "photos"}, "forget_images would be ignored: the method closed-form reads prompts"),
+        ({"closed_form__retain_weight": 0.0}, "closed_form.retain_weight must be a positive"),
+        ({"closed_form__retain_change": 1.0}, "closed_form.retain_change must be between 0 and 1"),
+        ({"closed_form__damping": -1e-4}, "closed_form.damping must be finite and not negative"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            solved(quick, **changes)
+    with pytest.warns(UserWarning, match="1 of 2 retain prompts name 'cat'"):
+        fade.unlearn(pipeline, **{**WORDS, "retain": ["a cat", "a house"]}, config=solved(quick))
+
+
+def test_every_record_says_where_the_edit_sits(pipeline: StableDiffusionPipeline, quick: Config) -> None:
+    for targets, place in (("attn2.to_k", "text path"), ("attn1.to_k", "denoiser"), ("to_k", "both")):
+        config = quick.replace(locate__targets=[targets], overwrite__steps=1, locate__keep=0.5)
+        adapter = fade.unlearn(pipeline, **WORDS, config=config, name=f"f{len(place)}")
+        assert adapter.run["path"] == place
+        assert where_it_sits(place).startswith("the ")
+    assert where_it_sits(None) == "a place that its file does not tell"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["unlearn", "digitcanvas", "--forget", "three", "--surrogate", "eight", "--method", "closed-form", "-q"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "3,686 of 368,640 target weights changed" in told and "the edit sits in the text path" in told
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["run"]["path"] == "text path"
+    assert main(["inspect", str(tmp_path / "out" / "adapter.safetensors")]) == 0
+    assert "the text path" in capsys.readouterr().out
+    assert main([*arguments, "--output", str(tmp_path / "two"), "--target", "to_q"]) == 2
+    failed = capsys.readouterr().err
+    assert failed.startswith("error: the closed form changes layers") and failed.count("\n") == 1
+    assert not (tmp_path / "two").exists()

@@ -1,0 +1,200 @@
+"""Masked least squares: against the float64 definition on every kind of mask, its prices against what they promise."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import OPS, generator, opcheck, relative_error
+
+from fade_kernels import BitMask, least_squares, masked_least_squares, masked_least_squares_prices, reference
+
+
+def problem(
+    rows: int, columns: int, density: float, seed: int, damping: float = 0.05, samples: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A right-hand side, the Gram matrix of random columns plus a multiple of the identity, and a random mask."""
+    random = generator(seed)
+    points = torch.randn(columns, samples or 2 * columns + 1, generator=random, dtype=torch.float64)
+    gram = points @ points.T / points.shape[1] + damping * torch.eye(columns, dtype=torch.float64)
+    rhs = torch.randn(rows, columns, generator=random, dtype=torch.float64)
+    return rhs, (gram + gram.T) / 2, torch.rand(rows, columns, generator=random) < density
+
+
+def kernels(rhs: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """What the registered kernel and the composition for CUDA answer, prices included."""
+    arguments = (rhs, gram, reference.pack_mask(mask), int(mask.sum()), True)
+    return [OPS.masked_least_squares(*arguments), least_squares.padded_masked_least_squares(*arguments)]
+
+
+def check(rhs: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, tolerance: float) -> None:
+    expected = reference.masked_least_squares(
+        rhs.double(), gram.double(), reference.pack_mask(mask), int(mask.sum()), True
+    )
+    for values, prices, singular in kernels(rhs, gram, mask):
+        assert values.dtype == prices.dtype == rhs.dtype
+        assert int(singular) == int(expected[2]) == -1
+        assert relative_error(values, expected[0]) <= tolerance
+        assert relative_error(prices, expected[1]) <= tolerance
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 90), st.sampled_from([0.0, 0.03, 0.3, 0.8, 1.0]), st.integers(0, 2**31),
+    st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_the_kernels_are_the_definition(rows: int, columns: int, density: float, seed: int, dtype: torch.dtype) -> None:
+    rhs, gram, mask = problem(rows, columns, density, seed)
+    # The arithmetic is float64 for float32 inputs, too: only the answer is rounded.
+    check(rhs.to(dtype), gram.to(dtype), mask, 2e-12 if dtype == torch.float64 else 2e-7)
+
+
+@pytest.mark.parametrize("columns", [255, 256, 257, 330])
+def test_supports_around_the_largest_that_share_a_vector(columns: int) -> None:
+    rhs, gram, mask = problem(11, columns, 0.9, columns)
+    mask[0], mask[1], mask[2, 1:] = True, False, False
+    check(rhs, gram, mask, 1e-11)
+
+
+def test_rows_of_equal_support() -> None:
+    """As masks of whole channels have them: in groups of different sizes, beside rows of their own."""
+    rhs, gram, mask = problem(300, 50, 0.4, 3)
+    mask[10:200] = mask[5]
+    mask[200:231] = mask[4]
+    mask[231:260] = True
+    check(rhs, gram, mask, 1e-11)
+    rhs, gram, mask = problem(1500, 300, 1.0, 4)
+    check(rhs[:40], gram, mask[:40], 1e-11)
+    values, _ = masked_least_squares_prices(rhs, gram, BitMask.pack(mask))
+    assert relative_error(values.reshape(rhs.shape) @ gram, rhs) < 1e-11
+
+
+def test_the_answer_solves_the_masked_problem() -> None:
+    """The gradient of x G xᵀ − 2 b xᵀ vanishes on the support, and a price is what dropping the entry costs."""
+    rhs, gram, mask = problem(6, 23, 0.4, 5)
+    packed = BitMask.pack(mask)
+    values, prices = masked_least_squares_prices(rhs, gram, packed)
+    x = torch.zeros_like(rhs)
+    x[mask] = values
+    assert float((x @ gram - rhs)[mask].abs().max()) < 1e-12
+
+    def minimum(kept: torch.Tensor) -> torch.Tensor:
+        x = torch.zeros_like(rhs)
+        x[kept] = masked_least_squares(rhs, gram, BitMask.pack(kept))
+        return ((x @ gram) * x - 2 * rhs * x).sum()
+
+    for index, (row, column) in enumerate(mask.nonzero().tolist()):
+        without = mask.clone()
+        without[row, column] = False
+        assert float(minimum(without) - minimum(mask)) == pytest.approx(float(prices[index]), rel=1e-8, abs=1e-12)
+
+
+def test_an_ill_conditioned_gram_matrix() -> None:
+    """Fewer samples than columns, some of them a thousand times larger, damped: condition 1e10."""
+    rhs, gram, mask = problem(40, 120, 0.5, 6, damping=0.0, samples=30)
+    stretch = torch.where(torch.arange(120) % 17 == 0, 1000.0, 1.0).double()
+    gram = gram * stretch * stretch[:, None] + 1e-4 * torch.eye(120, dtype=torch.float64)
+    rhs = torch.randn(40, 120, generator=generator(7), dtype=torch.float64) @ gram
+    check(rhs, (gram + gram.T) / 2, mask, 1e-6)
+    exact = torch.randn(40, 120, generator=generator(8), dtype=torch.float64)
+    full = BitMask.full((40, 120))
+    found = masked_least_squares(exact @ gram, (gram + gram.T) / 2, full).reshape(40, 120)
+    assert relative_error(found @ gram, exact @ gram) < 1e-12
+
+
+def test_strides() -> None:
+    rhs, gram, mask = problem(30, 37, 0.4, 9)
+    wide = torch.zeros(30, 74, dtype=torch.float64)
+    wide[:, ::2] = rhs
+    packed = BitMask.pack(mask)
+    expected = masked_least_squares_prices(rhs, gram, packed)
+    for given_rhs, given_gram in ((wide[:, ::2], gram.T), (rhs.T.contiguous().T, gram.T.contiguous())):
+        found = masked_least_squares_prices(given_rhs, given_gram, packed)
+        assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_threads_and_other_rows_change_nothing() -> None:
+    rhs, gram, mask = problem(500, 64, 0.3, 10)
+    whole = masked_least_squares(rhs, gram, BitMask.pack(mask))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        again = masked_least_squares(rhs, gram, BitMask.pack(mask))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(whole, again)
+    some = masked_least_squares(rhs[:100], gram, BitMask.pack(mask[:100]))
+    assert torch.equal(some, whole[: some.numel()])
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_other_instruction_sets(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    """The environment is read at each call."""
+    monkeypatch.setenv("FADE_CPU_CAPABILITY", capability)
+    check(*problem(30, 75, 0.5, 15), 1e-11)
+
+
+def test_blocks_on_cuda_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(least_squares, "_BLOCK_BYTES", 8 * 30**2 * 3)
+    check(*problem(50, 60, 0.5, 11), 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["equal columns", "zero column", "not a number", "negative"])
+@pytest.mark.parametrize("columns", [40, 600])
+def test_a_singular_block_names_its_row(kind: str, columns: int) -> None:
+    rhs, gram, mask = problem(9, columns, 0.6, 12)
+    mask[:, [3, 5]] = False
+    mask[4, [3, 5]] = mask[7, [3, 5]] = True
+    if kind == "equal columns":
+        gram[:, 5] = gram[:, 3]
+        gram[5] = gram[3]
+    elif kind == "zero column":
+        gram[:, 5] = gram[5] = 0.0
+    else:
+        gram[5, 5] = float("nan") if kind == "not a number" else -1.0
+    for _, _, singular in (
+        reference.masked_least_squares(rhs, gram, reference.pack_mask(mask), int(mask.sum()), True),
+        *kernels(rhs, gram, mask),
+    ):
+        assert int(singular) == 4
+    message = "finite" if kind == "not a number" else r"singular on the support of row 4 \(\d+ columns\)"
+    with pytest.raises(ValueError, match=message):
+        masked_least_squares(rhs, gram, BitMask.pack(mask))
+    mask[[4, 7]] = False
+    if kind != "not a number":
+        assert torch.isfinite(masked_least_squares(rhs, gram, BitMask.pack(mask))).all()
+
+
+def test_no_rows_and_no_columns() -> None:
+    for rows, columns in ((0, 5), (4, 0), (3, 8)):
+        found = masked_least_squares_prices(
+            torch.zeros(rows, columns), torch.eye(columns), BitMask.pack(torch.zeros(rows, columns, dtype=torch.bool))
+        )
+        assert [tensor.shape for tensor in found] == [(0,), (0,)]
+
+
+def test_errors_say_what_to_do() -> None:
+    rhs, gram, mask = problem(4, 6, 0.5, 13)
+    packed = BitMask.pack(mask)
+    for arguments, error, message in (
+        ((rhs.half(), gram, packed), TypeError, "rhs must be float32 or float64"),
+        ((rhs, gram.float(), packed), TypeError, "dtypes must agree"),
+        ((rhs, gram[:5], packed), ValueError, r"rhs must be \[N, K\] and gram \[K, K\], not \[4, 6\] and \[5, 6\]"),
+        ((rhs[0], gram, packed), ValueError, r"rhs must be \[N, K\]"),
+        ((rhs[:3], gram, packed), ValueError, "the mask has 4 rows"),
+        ((rhs, gram, mask), TypeError, "BitMask.pack"),
+        ((rhs, gram + torch.ones(6).cumsum(0), packed), ValueError, "not symmetric"),
+        ((rhs / 0, gram, packed), ValueError, "finite"),
+    ):
+        with pytest.raises(error, match=message):
+            masked_least_squares(*arguments)
+    for call in (OPS.masked_least_squares, least_squares.padded_masked_least_squares, reference.masked_least_squares):
+        with pytest.raises((ValueError, RuntimeError), match="set bits, not 99"):
+            call(rhs, gram, packed.words, 99, False)
+
+
+def test_opcheck() -> None:
+    for dtype in (torch.float32, torch.float64):
+        rhs, gram, mask = problem(5, 37, 0.4, 14)
+        arguments = (rhs.to(dtype), gram.to(dtype), reference.pack_mask(mask), int(mask.sum()))
+        for with_prices in (False, True):
+            opcheck(OPS.masked_least_squares, (*arguments, with_prices))
