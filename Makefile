@@ -25,8 +25,10 @@ $(READY): pyproject.toml $(EXTENSION)
 demo: $(READY)
 	$(BIN)/fade demo --output demo-report --overwrite
 
+# A process for each core, each with one thread: threads that wait for one another cost more than they bring on tensors
+# as small as the tests'.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # In a folder of its own, with copies of what it runs, so that nothing takes the ordinary extension for this one or the
 # other way round. libstdc++ is loaded first, too, or the sanitizer does not find what throws exceptions.
