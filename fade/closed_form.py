@@ -38,8 +38,8 @@ from fade_kernels import (
     select_top_fraction,
 )
 
-# Of the objective at Δ = 0, averaged over three DigitCanvas concepts at keep 1 % and 0.3 %, dropping from the dense edit
-# leaves 0.43 in 8 rounds and 0.40 in 50; growing, pruning and growing again three times 0.36, in less time.
+# Of the objective at Δ = 0, averaged over three DigitCanvas concepts at keep 1 % and 0.3 %, dropping from the dense
+# edit leaves 0.43 in 8 rounds and 0.40 in 50; growing, pruning and growing again three times 0.36, in less time.
 FIRST_GROWTH = 2.5
 """Times the budget that the best single entries make up at the start."""
 GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 6, 0.02
