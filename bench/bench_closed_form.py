@@ -4,8 +4,9 @@
 
 Each run is a fresh process; seconds are those of the Gram matrices, the selection and the solve, beyond encoding the
 prompts (whose embeddings are random, with a few directions that dominate, as CLIP's have). Extra memory is the peak of
-the process above what it held before, weights and embeddings being there already. Beside them: the error of sampled
-rows against float64 by torch.linalg, and the load of the machine before each run.
+the process above what it held before, weights and embeddings being there already. Beside them: the processor time of
+all threads, which tells what a busy machine hides; the error of sampled rows against float64 by torch.linalg, and the
+load of the machine before each run.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def run(keep: float) -> dict[str, float]:
     with measured() as before:
         time.sleep(0.1)
     with measured() as cost:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         x, d, kept = forget.double(), difference.double(), retain.double()
         statistics = TokenStatistics(x.T @ x / len(x), d.T @ x / len(x), d.T @ d / len(x), kept.T @ kept / len(kept))
         equations = normal_equations(layers, statistics, FIRST_WEIGHT, settings.damping)
@@ -66,6 +67,7 @@ def run(keep: float) -> dict[str, float]:
         values = solve(equations, masks)
         left = residual(equations, masks, values)
         seconds["solve"] = time.perf_counter() - start - seconds["equations"] - seconds["selection"]
+        busy = time.process_time() - busy
     name = "12.to_v"
     delta = scatter_masked_(torch.zeros(layers[name].weight.shape), values[name], masks[name]).double()
     error, rhs = 0.0, dict(zip(equations.rows, equations.by_layer(equations.rhs), strict=True))[name]
@@ -78,6 +80,7 @@ def run(keep: float) -> dict[str, float]:
     return {
         **seconds,
         "total": sum(seconds.values()),
+        "cpu": busy,
         "extra_memory": cost.peak_memory_bytes - before.peak_memory_bytes,
         "selected": sum(mask.count for mask in masks.values()),
         "largest_support": max(int(mask.row_counts.max()) for mask in masks.values()),
