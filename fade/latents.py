@@ -19,7 +19,7 @@ from fade.backbones import Backbone
 from fade.cache_key import file_digest, library_versions, pipeline_digests, tensor_digest
 from fade.concept import Concept, mentions, substitute
 from fade.config import DataConfig
-from fade.errors import FadeError
+from fade.errors import FadeError, printable
 from fade.files import atomic_write
 from fade.images import Picture, PictureFolder, find_pictures, listed, read_square, shown
 from fade.progress import progress_bar, tell
@@ -100,7 +100,7 @@ def _find(folder: str | None, other: str | None, kind: str, most: int, progress:
     found = find_pictures(folder, leave_out=other)
     tell(f"{kind} images in {folder}: {found.summary(most)}", progress)
     for warning in found.warnings:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(printable(warning), stacklevel=3)
     return found
 
 
@@ -251,7 +251,8 @@ def _read(
             raise FadeError(
                 f"none of the {len(unreadable)} images in {found.folder} can be read; are they really images? {named}"
             )
-        warnings.warn(f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {named}", stacklevel=2)
+        text = f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {named}"
+        warnings.warn(printable(text), stacklevel=2)
     return torch.cat(parts), captions
 
 
