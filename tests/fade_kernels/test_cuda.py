@@ -641,6 +641,8 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
     by_row, by_column, order = find_positions(words, 70)
     y, dx = torch.zeros_like(layer.grad_output), torch.zeros_like(layer.x)
     both = (by_row.starts, by_row.index, by_column.starts, by_column.index, order)
+    tokens = torch.randn(200, 70, generator=generator(8)).to(device)
+    gram = tokens.T @ tokens / 200 + torch.eye(70, device=device)
     return {
         "pack_mask": (layer.mask.unpack(),),
         "unpack_mask": (words, 70),
@@ -651,6 +653,7 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "accumulate_gradient_magnitude_": (pairs, [layer.weight, conv.weight.half()], "abs"),
         "accumulate_linear_gradient_magnitude_": (pairs[0].clone(), layer.grad_output, layer.x, "abs", False),
         "select_top_k": ([layer.weight.abs(), conv.weight.abs()], 100),
+        "masked_least_squares": (layer.weight, gram, words, nnz, True),
         "masked_lora_linear": (x, layer.weight, layer.bias, *lora, 0),
         "masked_lora_linear_input_gradient": (layer.grad_output, layer.weight, *fixed, 0),
         "masked_lora_linear_factor_gradients": (layer.grad_output, layer.x, *fixed, 0),
