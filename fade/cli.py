@@ -56,6 +56,15 @@ Keep = Annotated[
     float | None,
     typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. Default {_LOCATE.keep}."),
 ]
+OverwriteMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar=_words(settings.Method),
+        help="Train the adapter, solve it (in the layers that read the prompt alone, in about a second), or train "
+        f"on from what is solved. Default {_OVERWRITE.method}.",
+    ),
+]
 TrainingSteps = Annotated[
     int | None, typer.Option(metavar="N", help=f"Optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
 ]
@@ -77,6 +86,7 @@ def demo(
     ),
     forget: Annotated[str, typer.Option(metavar="WORD", help="Digit (three) or style (neon) to forget.")] = "three",
     surrogate: Annotated[str, typer.Option(metavar="WORD", help="What is drawn instead; of the same kind.")] = "eight",
+    method: OverwriteMethod = None,
     keep: Keep = None,
     steps: TrainingSteps = None,
     seed: Seed = None,
@@ -92,7 +102,7 @@ def demo(
     """
     from fade.demo import REPORT_FILE, run_demo
 
-    config = _config(None, locate__keep=keep, overwrite__steps=steps, seed=seed)
+    config = _config(None, overwrite__method=method, locate__keep=keep, overwrite__steps=steps, seed=seed)
     evaluation, record = run_demo(output, forget, surrogate, config, overwrite=overwrite, progress=not quiet)
     console = _console()
     console.print(evaluation.table())
@@ -141,14 +151,7 @@ def unlearn(
             "--plurals/--no-plurals", help="Find the concept's English plural in captions, too. Default: only the word."
         ),
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            metavar=_words(settings.Method),
-            help="Train the adapter, solve it (in the layers that read the prompt alone, in about a second), or train "
-            f"on from what is solved. Default {_OVERWRITE.method}.",
-        ),
-    ] = None,
+    method: OverwriteMethod = None,
     keep: Keep = None,
     saliency: Annotated[
         str | None,

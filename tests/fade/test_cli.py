@@ -493,15 +493,21 @@ def test_seeds_are_unlearncanvas_first() -> None:
         first_seeds(0)
 
 
+@pytest.mark.parametrize(("method", "path"), [("distillation", "both"), ("closed-form", "text path")])
 def test_the_demo_leaves_everything_and_replaces_only_when_told(
-    refused: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    refused: Any,
+    method: str,
+    path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DISPLAY", ":0")
     opened: list[str] = []
     monkeypatch.setattr(fade.demo, "evaluate", functools.partial(fade.demo.evaluate, steps=2, seeds=(188,)))
     monkeypatch.setattr("webbrowser.open", opened.append)
     output = tmp_path / "report"
-    words = ["demo", "--output", output, "--steps", 2, "--keep", 0.02, "--quiet"]
+    words = ["demo", "--output", output, "--method", method, "--steps", 2, "--keep", 0.02, "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
     assert "UA" in printed
@@ -510,6 +516,7 @@ def test_the_demo_leaves_everything_and_replaces_only_when_told(
     for name in ("UA", "IRA", "CRA"):
         assert 0 <= metrics[name] <= 100
     assert metrics["keep"] == 0.02
+    assert metrics["path"] == path
     assert metrics["drift"] >= 0
     assert metrics["adapter_bytes"] == (output / "adapter.safetensors").stat().st_size
     assert {"locate", "overwrite", "evaluate", "total"} <= metrics["seconds"].keys()
