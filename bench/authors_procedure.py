@@ -81,8 +81,10 @@ def overwrite(
     rank: int,
     alpha: float,
     learning_rate: float,
+    merge: bool = False,
 ) -> list[float]:
-    """Trains the adapters, removes them and returns the losses. `forget` is images, prompts and surrogate prompts."""
+    """Trains the adapters, removes them (`merge`: into the weights) and returns the losses. `forget` is images, prompts
+    and surrogate prompts."""
     unet, schedule = pipeline.unet, DDPMScheduler.from_config(pipeline.scheduler.config)
     wrapped = {name: NaiveMaskedLora(unet.get_submodule(name), mask, rank, alpha) for name, mask in masks.items()}
     layers = list(wrapped.values())
@@ -111,6 +113,8 @@ def overwrite(
         losses.append(total.item())
     for name, layer in wrapped.items():
         unet.set_submodule(name, layer.base)
+        if merge:
+            layer.base.weight.data += layer.scale * layer.mask * (layer.lora_b @ layer.lora_a).detach()
     return losses
 
 
