@@ -1,154 +1,249 @@
-"""The evidence behind the defaults: UA, IRA, CRA, drift and adapter bytes by concept, seed, saliency, scaling and keep.
+"""The evidence behind the defaults: whole runs on the bundled model, judged at seeds they were not trained on.
 
-    python -m bench.sweep --output bench/results/sweep.json          runs what the file lacks, then draws the plot
-    python -m bench.sweep --output bench/results/sweep.json --plot   draws the plot alone
+    python -m bench.sweep methods      which method, by concept, seed and keep   -> bench/results/methods.json
+    python -m bench.sweep saliency     which saliency, likewise                  -> bench/results/sweep.json
 
-Every run is a whole unlearning run on the bundled model followed by an evaluation at seeds it was not trained on. Runs
-are spread over worker processes of one thread each, so the seconds in the rows are not timings to quote.
+A study runs what its file lacks and writes it after every run, so that it may be interrupted and split; then it draws
+its plot and prints its table, which --plot does alone. Runs are spread over worker processes of one thread each, so
+the seconds in their rows are not timings to quote: --timings makes those, one run at a time with all threads, the
+recipes in turns.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-CONCEPTS = (
-    ("three", "eight"), ("seven", "one"), ("zero", "six"), ("five", "two"), ("neon", "plain"), ("mosaic", "outline"),
-)  # fmt: skip
-SEEDS = (0, 1)
-VARIANTS = (
-    ("denoising", "none"), ("denoising", "module"), ("distillation", "none"), ("distillation", "module"),
-    ("contrast", "none"), ("contrast", "module"), ("random", "none"),
-)  # fmt: skip
-"""Saliency and its scaling; the first is the paper's, the last the control."""
-KEEPS = (0.1, 0.01, 0.001)
 EVALUATION_SEEDS = (188, 288, 588)
 EVALUATION_STEPS = 10
+RESULTS = Path("bench/results")
 
-Cell = tuple[str, str, int, str, str, float]
+SOME = (
+    ("three", "eight"), ("seven", "one"), ("zero", "six"), ("five", "two"), ("neon", "plain"), ("mosaic", "outline"),
+)  # fmt: skip
+ALL = (
+    *SOME, ("one", "seven"), ("two", "five"), ("four", "nine"), ("six", "zero"), ("eight", "three"), ("nine", "four"),
+    ("plain", "ink"), ("ink", "pencil"), ("pencil", "ink"), ("laser", "neon"), ("outline", "plain"),
+    ("stripes", "mosaic"),
+)  # fmt: skip
+"""Every digit and every style, some with the neighbour that is hardest to tell from it as surrogate."""
 
 
-def cells() -> list[Cell]:
-    """Every run of the sweep: (forget, surrogate, seed, saliency, scaling, keep)."""
+@dataclass(frozen=True)
+class Study:
+    """Every recipe (changes of the default settings, by `Config.replace`) on every pair, seed and keep.
+
+    `by_words` adds held-out phrasings to every run, and `attacked` names the keeps at which the first seed's runs are
+    attacked, too.
+    """
+
+    output: Path
+    recipes: dict[str, dict[str, Any]]
+    pairs: Sequence[tuple[str, str]]
+    seeds: Sequence[int]
+    keeps: Sequence[float]
+    draw: "Callable[[Study, dict[str, Any], Path], None]"
+    by_words: bool = False
+    attacked: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    forget: str
+    surrogate: str
+    seed: int
+    recipe: str
+    keep: float
+
+    @staticmethod
+    def of(row: dict[str, Any]) -> "Cell":
+        return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every run, in the order in which an interrupted study is most worth having."""
     return [
-        (forget, surrogate, seed, saliency, scaling, keep)
-        for seed in SEEDS
-        for keep in KEEPS
-        for forget, surrogate in CONCEPTS
-        for saliency, scaling in VARIANTS
+        Cell(forget, surrogate, seed, recipe, keep)
+        for seed in study.seeds
+        for keep in study.keeps
+        for forget, surrogate in study.pairs
+        for recipe in study.recipes
     ]
 
 
-def run_cell(cell: Cell, changes: dict[str, Any], images: int, folder: str) -> dict[str, Any]:
-    """One run and its evaluation on `images` per prompt. `changes` go to `Config.replace`; `folder` keeps what runs of
-    a concept share."""
+_shared: dict[Any, Any] = {}
+"""What the runs of one worker process share: what the base model draws is the same for all of them."""
+
+
+def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, Any]:
+    """One run, judged by `images` pictures of each prompt. In `folder` the runs of a process share sampled latents."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
     import fade
     from fade.digitcanvas import load_pipeline
     from fade.evaluation import evaluate
+    from fade.evaluation.attacks import attack
+    from fade.evaluation.phrasings import held_out
 
-    forget, surrogate, seed, saliency, scaling, keep = cell
     pipeline = load_pipeline()
-    settings = {"locate__saliency": saliency, "locate__scaling": scaling, "locate__keep": keep, "seed": seed}
-    config = fade.Config().replace(**settings, **changes)
-    output = Path(folder) / f"{forget}-{surrogate}-{seed}-{os.getpid()}"
-    adapter = fade.unlearn(pipeline, forget, surrogate, config=config, output=output, overwrite=True, progress=False)
-    kept = Path(folder) / f"baseline-{os.getpid()}.safetensors"
-    baseline = load_file(kept)["images"] if kept.exists() else None
-    result = evaluate(
-        pipeline, adapter, seeds=EVALUATION_SEEDS[:images], steps=EVALUATION_STEPS, baseline=baseline, progress=False
-    )
-    if baseline is None:
-        save_file({"images": result.baseline}, kept)
+    output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
+    config = fade.Config().replace(**study.recipes[cell.recipe], locate__keep=cell.keep, seed=cell.seed)
+    adapter = fade.unlearn(
+        pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
+    )  # fmt: skip
+    first = cell.seed % len(EVALUATION_SEEDS)
+    drawn = {"seeds": (EVALUATION_SEEDS * 2)[first : first + images], "steps": EVALUATION_STEPS, "progress": False}
+    result = evaluate(pipeline, adapter, baseline=_shared.get(drawn["seeds"]), **drawn)
+    _shared[drawn["seeds"]] = result.baseline
     run, record = adapter.run, fade.adapter_file.read_adapter_file(output / "adapter.safetensors")
     occupied = sum(layer["tiles_occupied"] * layer["shape"][0] * layer["shape"][1] for layer in run["layers"])
-    return {
-        "forget": forget, "surrogate": surrogate, "seed": seed,
-        "saliency": saliency, "scaling": scaling, "keep": keep,
-        **{name: result.metrics[name] for name in ("UA", "IRA", "CRA", "drift")},
+    row = {
+        **asdict(cell),
+        **{name: result.metrics[name] for name in ("UA", "IRA", "CRA", "drift", "redirected")},
         "adapter_bytes": record.bytes,
         "form": record.metadata["form"],
+        "path": run["path"],
         "tiles_occupied": occupied / run["total"],
-        "final_losses": {half: mean(run["losses"][half][-20:]) for half in ("forget", "retain")},
+        "training_steps": len(run["losses"]["forget"]),
         "seconds": run["seconds"],
-        "changes": changes,
-        "images": images,
-    }  # fmt: skip
+        "images": len(result.images),
+    }
+    if study.by_words:
+        words = (cell.forget, cell.surrogate, drawn["seeds"])
+        found = _shared[words] = held_out(pipeline, adapter, baseline=_shared.get(words), **drawn)
+        row["phrasings"] = {name: getattr(found, name) for name in ("adapted", "base", "surrogate", "images")}
+    if cell.keep in study.attacked and cell.seed == study.seeds[0]:
+        made = attack(pipeline, adapter, pictures=8, progress=False)
+        row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in made.results}
+        row["unattacked"], row["attacked_pictures"] = made.unattacked.rate, made.base.pictures
+    return row
 
 
-def key(row: dict[str, Any]) -> Cell:
-    return (row["forget"], row["surrogate"], row["seed"], row["saliency"], row["scaling"], row["keep"])
-
-
-def label(row: dict[str, Any]) -> str:
-    return row["saliency"] + (", scaled by module" if row["scaling"] == "module" else "")
-
-
-def sweep(output: Path, todo: list[Cell], changes: dict[str, Any], images: int, workers: int) -> list[dict[str, Any]]:
-    """Runs what `output` lacks, writing it after every run, and returns all rows."""
-    from bench.harness import environment
+def sweep(study: Study, todo: list[Cell], images: int, workers: int) -> None:
+    """Runs what the study's file lacks, and writes it after every run."""
+    from bench.harness import environment, write_json
     from fade.config import Config
     from fade.progress import progress_bar
 
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    done = {key(row) for row in rows if row["changes"] == changes}
+    content = _content(study)
+    done = {Cell.of(row) for row in content["rows"]}
     todo = [cell for cell in todo if cell not in done]
-    settings = {
-        "evaluation_seeds": EVALUATION_SEEDS[:images], "evaluation_steps": EVALUATION_STEPS,
-        "config": Config().replace(**changes).to_dict(),
-    }  # fmt: skip
+    content["settings"] = {
+        "evaluation_seeds": EVALUATION_SEEDS,
+        "evaluation_steps": EVALUATION_STEPS,
+        "recipes": {name: Config().replace(**changes).to_dict() for name, changes in study.recipes.items()},
+    }
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
         progress_bar("sweeping", len(todo), True) as advance,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
     ):
-        for future in as_completed([pool.submit(run_cell, cell, changes, images, folder) for cell in todo]):
+        for future in as_completed([pool.submit(run_cell, cell, study, images, folder) for cell in todo]):
             row = future.result()
-            rows.append(row)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
-            advance(f"{row['forget']} {row['saliency']} {row['keep']}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
-    return rows
+            content["rows"].append(row)
+            write_json(study.output, {"environment": environment(), **content})
+            advance(f"{row['forget']}, {row['recipe']}, {row['keep']}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
 
 
-def summary(rows: list[dict[str, Any]]) -> Any:
-    """Means by saliency and keep, over all concepts and seeds, and the worst UA of a digit and of a style."""
+def time_recipes(study: Study, pairs: Sequence[tuple[str, str]]) -> None:
+    """Seconds of whole runs of this process, the recipes in turns, at every keep: `timings` of the study's file."""
+    import fade
+    from bench.harness import environment, write_json
+    from fade.digitcanvas import load_pipeline
+    from fade.measure import measured
+    from fade.progress import progress_bar
+
+    timings = []
+    pipeline = load_pipeline()
+
+    def run(forget: str, surrogate: str, recipe: str, keep: float) -> float:
+        config = fade.Config().replace(**study.recipes[recipe], locate__keep=keep)
+        with measured() as cost:
+            adapter = fade.unlearn(pipeline, forget, surrogate, config=config, progress=False)
+        adapter.remove()
+        return cost.seconds
+
+    for recipe in study.recipes:  # whatever is loaded or built at the first call
+        run(*pairs[0], recipe, study.keeps[0])
+    with progress_bar("timing", len(pairs) * len(study.keeps) * len(study.recipes), True) as advance:
+        for forget, surrogate in pairs:
+            for keep in study.keeps:
+                for recipe in study.recipes:
+                    seconds = run(forget, surrogate, recipe, keep)
+                    timings.append({"forget": forget, "recipe": recipe, "keep": keep, "seconds": seconds})
+                    advance(f"{recipe}: {seconds:.1f} s")
+    content = _content(study)
+    write_json(study.output, {**content, "timings": timings, "timings_environment": environment()})
+
+
+def _content(study: Study) -> dict[str, Any]:
+    return json.loads(study.output.read_text()) if study.output.exists() else {"rows": []}
+
+
+def summary(study: Study, content: dict[str, Any]) -> Any:
+    """Means by recipe and keep over all concepts and seeds, and the worst UA of a digit and of a style."""
     from rich.table import Table
 
     from fade.digitcanvas import DIGITS
 
     table = Table(title="mean over concepts and seeds (worst UA of a digit / a style)")
-    for name in ("saliency", "keep", "UA", "worst", "IRA", "CRA", "drift", "kB", "tiles"):
+    columns = ["recipe", "keep", "runs", "UA", "worst", "IRA", "CRA", "drift", "kB"]
+    attacks = list(dict.fromkeys(name for row in content["rows"] for name in row.get("attacks", ())))
+    columns += ["other words"] * study.by_words + ["seconds"] * ("timings" in content) + attacks
+    for name in columns:
         table.add_column(name, justify="right")
-    groups = defaultdict(list)
-    for row in rows:
-        groups[label(row), row["keep"]].append(row)
-    for (saliency, keep), group in sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0])):
+    for (recipe, keep), group in _groups(study, content["rows"]).items():
         worst = [
             min((r["UA"] for r in group if (r["forget"] in DIGITS) == digit), default=float("nan"))
             for digit in (True, False)
         ]
         means = {name: mean(r[name] for r in group) for name in ("UA", "IRA", "CRA", "drift", "adapter_bytes")}
-        table.add_row(
-            saliency, f"{keep:g}", f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}", f"{means['IRA']:.1f}",
-            f"{means['CRA']:.1f}", f"{means['drift']:.4f}", f"{means['adapter_bytes'] / 1e3:.1f}",
-            f"{mean(r['tiles_occupied'] for r in group):.2f}",
-        )  # fmt: skip
+        cells = [
+            recipe, f"{keep:g}", str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
+            f"{means['IRA']:.1f}", f"{means['CRA']:.1f}", f"{means['drift']:.4f}",
+            f"{means['adapter_bytes'] / 1e3:.1f}",
+        ]  # fmt: skip
+        if study.by_words:
+            shares = [mean(row["phrasings"][name] for row in group) for name in ("adapted", "surrogate", "base")]
+            cells.append("{:.1f} ({:.1f}, {:.1f})".format(*shares))
+        if "timings" in content:
+            found = _seconds(content, recipe, keep)
+            cells.append(f"{found:.1f}" if found is not None else "")
+        attacked = [row["attacks"] for row in group if "attacks" in row]
+        cells += [f"{mean(a[name] for a in attacked):.0f}" if attacked else "" for name in attacks]
+        table.add_row(*cells)
     return table
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """UA against keep, digits left, styles right: a colour per saliency, dashed unscaled; dots are the worst runs."""
+def _groups(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["recipe"], row["keep"]].append(row)
+    order = [(recipe, keep) for keep in sorted(study.keeps, reverse=True) for recipe in study.recipes]
+    return {key: groups[key] for key in order if key in groups}
+
+
+def _seconds(content: dict[str, Any], recipe: str, keep: float) -> float | None:
+    """The median over concepts of the quiet machine's seconds."""
+    found = [t["seconds"] for t in content.get("timings", ()) if (t["recipe"], t["keep"]) == (recipe, keep)]
+    return median(found) if found else None
+
+
+def draw_by_keep(study: Study, content: dict[str, Any], path: Path) -> None:
+    """UA against keep, digits left, styles right: a line per recipe, the mean; dots are the worst runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,22 +252,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from fade.digitcanvas import DIGITS
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
-    colors = list(dict.fromkeys(saliency for saliency, _ in VARIANTS))
+    colors = list(dict.fromkeys(name.split(",")[0] for name in study.recipes))
     for axis, digits, title in zip(axes, (True, False), ("digits", "styles"), strict=True):
-        for index, (saliency, scaling) in enumerate(VARIANTS):
-            name = label({"saliency": saliency, "scaling": scaling})
-            chosen = [r for r in rows if label(r) == name and (r["forget"] in DIGITS) == digits]
+        for index, name in enumerate(study.recipes):
+            chosen = [r for r in content["rows"] if r["recipe"] == name and (r["forget"] in DIGITS) == digits]
             if not chosen:
                 continue
             keeps = sorted({r["keep"] for r in chosen})
             values = [[r["UA"] for r in chosen if r["keep"] == keep] for keep in keeps]
-            color = f"C{colors.index(saliency)}"
-            style = "-" if scaling == "module" else "--"
-            axis.plot(keeps, [mean(v) for v in values], style, color=color, label=name, linewidth=2)
+            color, solid = f"C{colors.index(name.split(',')[0])}", "," in name
+            axis.plot(keeps, [mean(v) for v in values], "-" if solid else "--", color=color, label=name, linewidth=2)
             # Side by side, so that equal ones can be told apart.
-            beside = [keep * 1.04 ** (index - len(VARIANTS) // 2) for keep in keeps]
+            beside = [keep * 1.04 ** (index - len(study.recipes) // 2) for keep in keeps]
             axis.plot(beside, [min(v) for v in values], "o", color=color, markersize=4,
-                      markerfacecolor=color if style == "-" else "white")  # fmt: skip
+                      markerfacecolor=color if solid else "white")  # fmt: skip
         axis.set(xscale="log", xlabel="kept fraction of target weights", title=f"forgetting {title}", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("UA, % forgotten")
@@ -181,36 +274,104 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+QUALITIES = {
+    "UA, % forgotten": lambda row: row["UA"],
+    "least of UA, IRA, CRA, %": lambda row: min(row[name] for name in ("UA", "IRA", "CRA")),
+    "still recognised in other words, %": lambda row: row["phrasings"]["adapted"],
+}
+
+
+def draw_by_seconds(study: Study, content: dict[str, Any], path: Path) -> None:
+    """Quality against seconds, a line per recipe through its keeps; bars reach from the first to the third quartile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, len(QUALITIES), figsize=(14, 4), layout="constrained")
+    groups = _groups(study, content["rows"])
+    for axis, (title, quality) in zip(axes, QUALITIES.items(), strict=True):
+        for index, recipe in enumerate(study.recipes):
+            points = []
+            for keep in sorted(study.keeps):
+                seconds, group = _seconds(content, recipe, keep), groups.get((recipe, keep))
+                if seconds is not None and group:
+                    found = [quality(row) for row in group]
+                    points.append((keep, seconds, mean(found), *np.quantile(found, (0.25, 0.75))))
+            if not points:
+                continue
+            keeps, x, y, low, high = zip(*points, strict=True)
+            axis.plot(x, y, "-o", color=f"C{index}", label=recipe, markersize=4)
+            axis.vlines(x, low, high, color=f"C{index}", alpha=0.4)
+            for keep, *at in zip(keeps, x, y, strict=True):
+                axis.annotate(f"{100 * keep:g} %", at, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axis.set(xscale="log", xlabel="seconds, whole run, two cores", title=title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), title="points: kept fraction", loc="outside right center")
+    figure.savefig(path, dpi=130)
+
+
+_FIXED = {"overwrite__stop_forget": 0.0, "overwrite__pool": 0}
+"""Fixed steps and fresh noise, as the paper trains."""
+
+STUDIES = {
+    "methods": Study(
+        RESULTS / "methods.json",
+        recipes={
+            "closed form": {"overwrite__method": "closed-form"},
+            "distillation": {"overwrite__method": "distillation"},
+            "both": {"overwrite__method": "both"},
+            "closed form, channels": {"overwrite__method": "closed-form", "locate__granularity": "channel"},
+        },
+        pairs=ALL, seeds=(0, 1, 2), keeps=(0.01, 0.1, 0.005, 0.001), draw=draw_by_seconds, by_words=True,
+        attacked=(0.01,),
+    ),
+    "saliency": Study(
+        RESULTS / "sweep.json",
+        recipes={
+            saliency + (", scaled by module" if scaling == "module" else ""): {
+                "overwrite__method": "distillation", "overwrite__steps": 100, "overwrite__forget_weight": 1.0, **_FIXED,
+                "locate__saliency": saliency, "locate__scaling": scaling,
+            }
+            for saliency, scaling in (
+                ("denoising", "none"), ("denoising", "module"), ("distillation", "none"), ("distillation", "module"),
+                ("contrast", "none"), ("contrast", "module"), ("random", "none"),
+            )
+        },
+        pairs=SOME, seeds=(0, 1), keeps=(0.1, 0.01, 0.001), draw=draw_by_keep,
+    ),
+}  # fmt: skip
+"""Of the recipes for the saliency the first is the paper's, the last the control."""
+
+
 def main() -> None:
     from rich.console import Console
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/sweep.json"))
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--output", type=Path, help="another file than the study's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument(
         "--images", type=int, choices=(1, 2, 3), default=1, help="images of each prompt to judge a run by"
     )
     parser.add_argument("--plot", action="store_true", help="draw plot and table of an existing file, run nothing")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION__NAME=JSON", help="change a setting")
-    parser.add_argument("--concepts", help="comma-separated concepts to run, e.g. three,neon")
-    parser.add_argument("--keeps", help="comma-separated fractions")
-    parser.add_argument("--saliencies", help="comma-separated saliencies")
-    parser.add_argument("--scalings", help="comma-separated scalings")
-    parser.add_argument("--seeds", help="comma-separated seeds")
-    arguments = parser.parse_args()
-    if not arguments.plot:
-        changes = {name: json.loads(value) for name, _, value in (item.partition("=") for item in arguments.set)}
-        a = arguments
-        columns = (a.concepts, None, a.seeds, a.saliencies, a.scalings, a.keeps)
-        wanted = [
-            column and {float(value) if index in (2, 5) else value for value in column.split(",")}
-            for index, column in enumerate(columns)
-        ]
-        todo = [c for c in cells() if all(w is None or v in w for v, w in zip(c, wanted, strict=True))]
-        sweep(arguments.output, todo, changes, arguments.images, arguments.workers)
-    rows = json.loads(arguments.output.read_text())["rows"]
-    plot(rows, arguments.output.with_suffix(".png"))
-    Console().print(summary(rows))
+    parser.add_argument("--timings", action="store_true", help="time the recipes on a machine with nothing else to do")
+    for name in ("concepts", "keeps", "recipes", "seeds"):
+        parser.add_argument(f"--{name}", metavar="A;B", help=f"semicolon-separated {name} to run; default all")
+    a = parser.parse_args()
+    study = STUDIES[a.study]
+    study = dataclasses.replace(study, output=a.output or study.output)
+    if a.timings:
+        time_recipes(study, [pair for pair in study.pairs if a.concepts is None or pair[0] in a.concepts.split(";")])
+    elif not a.plot:
+        wanted = {"forget": a.concepts, "keep": a.keeps, "recipe": a.recipes, "seed": a.seeds}
+        chosen = {name: set(given.split(";")) for name, given in wanted.items() if given is not None}
+        todo = [c for c in cells(study) if all(str(getattr(c, name)) in values for name, values in chosen.items())]
+        sweep(study, todo, a.images, a.workers)
+    content = _content(study)
+    study.draw(study, content, study.output.with_suffix(".png"))
+    Console(width=200).print(summary(study, content))
 
 
 if __name__ == "__main__":
