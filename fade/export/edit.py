@@ -79,7 +79,7 @@ class Edit:
             "fade.adapter_sha256": digest(tensors),
             "fade.base": base,
             "fade.base_sha256": json.dumps(dict(self.metadata["fingerprint"])),
-            "fade.license": f"The licence of the base model ({base}) applies to works derived from it, as this file is.",
+            "fade.license": f"The licence of the base model ({base}) applies to what derives from it: this file.",
         }
 
 

@@ -70,25 +70,29 @@ def write(
     else:
         check_file(path, overwrite)
 
-    layers, errors, refused = {}, ErrorSum(), []
+    found, refused = {}, []
     for name in edit.layers:
         edit.kernel(name)
         delta = edit.delta(name)
-        found = exact_factors(edit, name, delta)
-        if rank is not None and (found is None or len(found[0]) > rank):
-            found = nearest(delta, rank)
-        if found is None:
+        factors = exact_factors(edit, name, delta)
+        if rank is not None and (factors is None or len(factors[0]) > rank):
+            factors = nearest(delta, rank)
+        if factors is None:
             refused.append(name)
-            continue
-        factors = tuple(factor.to(precision).contiguous() for factor in found)
-        if len(factors[0]):
-            layers[name] = factors
-        errors.add(name, delta, factors[1].double() @ factors[0].double())
+        elif len(factors[0]):
+            found[name] = factors
     if refused:
         raise FadeError(_no_lora(edit, refused))
-    refuse_nothing(edit, len(layers))
+    refuse_nothing(edit, len(found))
 
-    tensors, header = _named(layers, edit, keys)
+    alpha = _usual_rank(found)
+    layers, errors = {}, ErrorSum()
+    for name, (lora_a, lora_b) in found.items():
+        scaling = alpha / len(lora_a) if keys == "kohya" else 1.0
+        lora_a, lora_b = lora_a.to(precision).contiguous(), (lora_b / scaling).to(precision).contiguous()
+        layers[name] = lora_a, lora_b
+        errors.add(name, edit.delta(name), scaling * (lora_b.double() @ lora_a.double()))
+    tensors, header = _named(layers, edit, keys, alpha)
     exactness = errors.words()
     record = {**edit.record(f"lora ({keys} keys)", exactness), **header}
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -187,15 +191,25 @@ def _no_lora(edit: Edit, refused: list[str]) -> str:
     name = refused[0]
     n, k = edit.layers[name].mask.shape
     others = f" (and {len(refused) - 1} others)" if len(refused) > 1 else ""
+    patterns = len(_rectangles(edit.layers[name].mask))
     return (
-        f"the mask of {name}{others} is not whole rows and columns (its rows have "
-        f"{len(_rectangles(edit.layers[name].mask))} different patterns), so that a LoRA would need a rank of up to "
-        f"{min(n, k)} to hold the change exactly. Export it as shira or diff; or unlearn with --granularity channel, which a LoRA holds exactly; or "
-        "pass --lossy --rank R for the nearest LoRA of rank R"
+        f"the mask of {name}{others} is not whole rows and columns (its rows have {patterns} different patterns), so a "
+        f"LoRA would need a rank of up to {min(n, k)} to hold the change exactly. Export it as shira or diff; or "
+        "unlearn with --granularity channel, which a LoRA holds exactly; or pass --lossy --rank R for the nearest LoRA "
+        "of rank R"
     )
 
 
-def _named(layers: dict[str, Factors], edit: Edit, keys: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _usual_rank(layers: dict[str, Factors]) -> int:
+    """The most frequent one: r of PEFT's configuration, and kohya's alpha.
+
+    Of all layers the same alpha, which B makes up for, because diffusers (0.42) loses those of attention layers that
+    differ from the most frequent.
+    """
+    return Counter(len(lora_a) for lora_a, _ in layers.values()).most_common(1)[0][0]
+
+
+def _named(layers: dict[str, Factors], edit: Edit, keys: str, alpha: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors under their keys, and what the file's header says beyond the record."""
     tensors: dict[str, Tensor] = {}
     for name, (lora_a, lora_b) in layers.items():
@@ -206,7 +220,7 @@ def _named(layers: dict[str, Factors], edit: Edit, keys: str) -> tuple[dict[str,
         if keys == "kohya":
             own = kohya_name(name)
             tensors[f"{own}.lora_down.weight"], tensors[f"{own}.lora_up.weight"] = down, up
-            tensors[f"{own}.alpha"] = torch.tensor(float(rank))
+            tensors[f"{own}.alpha"] = torch.tensor(float(alpha))
         else:
             prefix = "unet." if keys == "diffusers" else "base_model.model."
             tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"] = down, up
@@ -222,7 +236,7 @@ def _named(layers: dict[str, Factors], edit: Edit, keys: str) -> tuple[dict[str,
 def _settings(layers: dict[str, Factors]) -> dict[str, object]:
     """LoraConfig's arguments: every layer at its own rank, with a scaling of 1."""
     ranks = {name: len(lora_a) for name, (lora_a, _) in layers.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = _usual_rank(layers)
     patterns = {f"^{name}": own for name, own in ranks.items() if own != rank}
     return {
         "r": rank,

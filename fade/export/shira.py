@@ -1,8 +1,8 @@
 """PEFT's SHiRA: the masked values with their positions, as a folder that `PeftModel.from_pretrained` loads.
 
 PEFT makes room for r·(N + K) values in every layer, one r for all, with a random mask, and then overwrites both from
-the file. So every layer is filled up to that number with zeros at positions outside the mask: the densest layer decides,
-and nothing is added to any weight that the adapter does not change.
+the file. So every layer is filled up to that number with zeros at positions outside the mask: the densest layer
+decides, and nothing is added to any weight that the adapter does not change.
 """
 
 from collections.abc import Callable
@@ -71,10 +71,11 @@ def _common_rank(edit: Edit) -> int:
     for name, layer in edit.layers.items():
         n, k = layer.mask.shape
         if r * (n + k) > n * k:
+            values = edit.layers[densest].mask.count
             raise FadeError(
-                f"PEFT's SHiRA takes the same r in every layer, at least {r} here for "
-                f"{edit.layers[densest].mask.count:,} values of {densest}, and r·(N + K) = {r * (n + k):,} values are more than the {n * k:,} weights of "
-                f"{name}; unlearn with a smaller keep, or export it as lora or diff"
+                f"PEFT's SHiRA takes the same r in every layer, at least {r} for the {values:,} values of {densest}, "
+                f"and r·(N + K) = {r * (n + k):,} values are more than the {n * k:,} weights of {name}; unlearn with a "
+                "smaller keep, or export it as lora or diff"
             )
     return r
 
