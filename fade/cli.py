@@ -478,6 +478,8 @@ def _export(
     **options: Any,
 ) -> None:  # fmt: skip
     """Exports a file through the model, where one is given, else from the file alone, and says what came of it."""
+    if output.exists() and adapter.exists() and output.samefile(adapter):
+        raise FadeError(f"the output {output} is the adapter itself; name another output")
     if model is not None:
         from fade.adapter import load_adapter
         from fade.loading import load_model

@@ -43,7 +43,7 @@ def write(
             tensors[f"{kohya_name(name)}.diff"] = written.reshape(shape)
             errors.add(name, delta, written)
     refuse_nothing(edit, len(tensors))
-    exactness = errors.words()
+    exactness = errors.words(lossy)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=edit.record("diff", exactness))
     return ExportReport(path, path.stat().st_size, exactness, errors.total, errors.layers)

@@ -100,7 +100,9 @@ class ErrorSum:
     _whole: float = 0.0
 
     def add(self, name: str, delta: Tensor, written: Tensor) -> None:
-        """Both [N, K]."""
+        """Both [N, K]. Raises FadeError where what is written is not finite: beyond its dtype's range."""
+        if not bool(written.isfinite().all()):
+            raise FadeError(f"the change of {name} is beyond the range of that dtype; choose another one, or fp32")
         lost = float((written.double() - delta.double()).square().sum())
         whole = float(delta.double().square().sum())
         self.layers[name] = (lost / whole) ** 0.5 if whole else 0.0
@@ -114,8 +116,14 @@ class ErrorSum:
     def worst(self) -> float:
         return max(self.layers.values(), default=0.0)
 
-    def words(self) -> str:
-        """For the file's record and for people."""
+    def words(self, lossy: bool) -> str:
+        """For the file's record and for people. Raises FadeError where it is not exact and not to be `lossy`."""
+        if self.worst > EXACT and not lossy:
+            name = max(self.layers, key=self.layers.__getitem__)
+            raise FadeError(
+                f"float32 factors hold the change of {name} with a relative error of {self.worst:.1g}, because it "
+                "is small beside them; export it as diff, or pass --lossy"
+            )
         if self.worst <= EXACT:
             return f"exact (largest relative error of a layer {self.worst:.1g})"
         return (

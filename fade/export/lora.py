@@ -93,7 +93,7 @@ def write(
         layers[name] = lora_a, lora_b
         errors.add(name, edit.delta(name), scaling * (lora_b.double() @ lora_a.double()))
     tensors, header = _named(layers, edit, keys, alpha)
-    exactness = errors.words()
+    exactness = errors.words(lossy)
     record = {**edit.record(f"lora ({keys} keys)", exactness), **header}
     size = sum(tensor.nbytes for tensor in tensors.values())
     ranks = [len(lora_a) for lora_a, _ in layers.values()]

@@ -38,7 +38,7 @@ def write(
         errors.add(name, delta, torch.zeros_like(delta).index_put_((indices[0], indices[1]), values.float()))
         changed += bool(delta.any())
     refuse_nothing(edit, changed)
-    exactness = errors.words()
+    exactness = errors.words(lossy)
     size = sum(tensor.nbytes for tensor in tensors.values())
     selected = sum(layer.mask.count for layer in edit.layers.values())
     held = sum(tensor.numel() for key, tensor in tensors.items() if key.endswith("weight"))

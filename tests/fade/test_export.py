@@ -194,6 +194,20 @@ def test_pictures_of_channel_masks_are_ours(drawn: tuple[fade.Adapter, Tensor], 
     assert close(pictures(other), ours)
 
 
+def test_a_change_that_is_a_rounding_of_its_factors_is_not_called_exact(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    adapter = structured(pipeline, "all", False, ("to_q",))
+    for layer in adapter.layers.values():
+        lora_a, lora_b = layer.lora_A["fade"].weight.data, layer.lora_B["fade"].weight.data
+        lora_a[1], lora_b[:, 1] = lora_a[0] * (1 + 1e-6), -lora_b[:, 0]
+        lora_b[:, 2] = 0
+    with pytest.raises(FadeError, match=r"relative error of .*export it as diff, or pass --lossy"):
+        adapter.export(tmp_path / "lora.safetensors")
+    assert not (tmp_path / "lora.safetensors").exists()
+    assert adapter.export(tmp_path / "lora.safetensors", lossy=True).error > EXACT
+
+
 @FORMS
 def test_element_masks_are_refused_as_lora_but_for_a_lossy_one(
     pipeline: StableDiffusionPipeline, tmp_path: Path, values: bool
@@ -231,6 +245,9 @@ def test_sixteen_bits_are_lossy_and_say_so(pipeline: StableDiffusionPipeline, tm
         report = adapter.export(file, form, dtype="bf16", lossy=True)
         assert 1e-4 < report.error < 4e-3 and not report.exact
         assert {t.dtype for key, t in load_file(file).items() if "alpha" not in key} == {torch.bfloat16}
+    adapter.scale = 1e6
+    with pytest.raises(FadeError, match="beyond the range of that dtype"):
+        adapter.export(tmp_path / "new.safetensors", dtype="fp16", lossy=True)
     with pytest.raises(FadeError, match=r"'fp8' is unknown; choose one of fp32, fp16, bf16"):
         adapter.export(tmp_path / "new.safetensors", dtype="fp8")
 
@@ -574,6 +591,8 @@ def test_the_command_line_exports_every_format(command: Any, tmp_path: Path) -> 
     status, out, _ = command(*words, "diff", "--output", tmp_path / "diff.safetensors")
     size = sum(layer.get_base_layer().weight.nbytes for layer in adapter.layers.values())
     assert status == 0 and out.startswith(f"writing {size:,} bytes")
+    status, _, err = command(*words, "diff", "--output", words[1], "--overwrite")
+    assert status == 2 and "is the adapter itself" in err
     status, _, err = command(*words, "merged", "--output", tmp_path / "model")
     assert status == 2 and "pass --model" in err
     merged = tmp_path / "model.safetensors"
