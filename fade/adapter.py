@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import inject_adapter_in_model
@@ -42,6 +42,9 @@ from fade.peft_file import read_any_file
 from fade.rollback import merges_as_found, structure_as_found_on_error
 from fade.tuner import Configurations, FadeConfig, bare_name, exactly
 from fade_kernels import BitMask, gather_masked
+
+if TYPE_CHECKING:
+    from fade.export.edit import ExportReport
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,26 @@ class Adapter:
 
     def save(self, path: str | Path) -> int:
         """Writes the adapter to one safetensors file and returns its bytes. Raises FadeError where it cannot."""
+        with self._layer_tensors() as layers:
+            return write_adapter_file(path, self.metadata, layers)
+
+    def export(self, path: str | Path, format: str = "lora", **options: Any) -> "ExportReport":
+        """Writes the adapter as it draws now, its strength included, to a file that programs without this package load.
+
+        `format` is `lora`, `shira`, `diff` or `merged`; `fade.export` says what each is and which options it takes
+        (`keys`, `lossy`, `rank`, `dtype`, `single_file`, `overwrite`). Raises FadeError where that would not be exact
+        and `lossy` was not passed, where the target exists and `overwrite` was not, and where it cannot be written.
+        """
+        from fade.export import export
+        from fade.export.edit import Edit
+
+        scales = {name: layer.present_scale(self.name) for name, layer in self._require_layers().items()}
+        with self._layer_tensors() as layers:
+            return export(Edit(self.metadata, layers, scales, adapter=self), path, format, **options)
+
+    @contextlib.contextmanager
+    def _layer_tensors(self) -> Iterator[dict[str, LayerTensors]]:
+        """The adapter's masks and tensors by layer, at hand meanwhile also where weights are offloaded to a disk."""
         groups = groups_on_disk(self.denoiser)
         try:
             for group in groups:
@@ -256,12 +279,13 @@ class Adapter:
             layers = {}
             for name, layer in self._require_layers().items():
                 mask, tensors = layer.adapter_tensors(self.name)
+                kernel = tuple(layer.get_base_layer().weight.shape[2:])
                 layers[name] = (
-                    LayerTensors(mask, values=tensors[0])
+                    LayerTensors(mask, values=tensors[0], kernel=kernel)
                     if len(tensors) == 1
-                    else LayerTensors(mask, factors=(tensors[0], tensors[1]))
+                    else LayerTensors(mask, factors=(tensors[0], tensors[1]), kernel=kernel)
                 )
-            return write_adapter_file(path, self.metadata, layers)
+            yield layers
         finally:
             for group in groups:
                 group.offload_()

@@ -46,11 +46,16 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One layer of an adapter. `factors` is (A, B) or None; `values` float32 [nnz] or None; one of them is set."""
+    """One layer of an adapter. `factors` is (A, B) or None; `values` float32 [nnz] or None; one of them is set.
+
+    `kernel` is what a weight has beyond its two first dimensions: () of a Linear, (height, width) of a convolution,
+    None where it is not known.
+    """
 
     mask: BitMask
     factors: tuple[Tensor, Tensor] | None = None
     values: Tensor | None = None
+    kernel: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ def write_adapter_file(path: str | Path, metadata: dict[str, Any], layers: Mappi
     form = "factors" if complete and size(as_factors) < size(as_values) else "values"
     shapes = {name: list(layer.mask.shape) for name, layer in layers.items()}
     header = {**metadata, "format": FORMAT, "version": FORMAT_VERSION, "form": form, "shapes": shapes}
+    header.pop("kernels", None)
+    if all(layer.kernel is not None for layer in layers.values()):
+        header["kernels"] = {name: list(layer.kernel) for name, layer in layers.items() if layer.kernel}
     with atomic_write(path) as temporary:
         tensors = masks | (as_factors if form == "factors" else as_values)
         save_file(tensors, temporary, metadata={"format": FORMAT, "fade": json.dumps(header, separators=(",", ":"))})
@@ -131,8 +139,11 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
         if version != FORMAT_VERSION:
             told = str(version)[:40]
             raise AdapterFileError(f"{path} has format version {told}; this release reads {FORMAT_VERSION}")
+        kernels = metadata.get("kernels")
         layers = {
-            name: read_layer(PREFIX + name, shape, metadata["form"], tensors)
+            name: read_layer(
+                PREFIX + name, shape, metadata["form"], tensors, None if kernels is None else kernels.get(name, [])
+            )
             for name, shape in metadata["shapes"].items()
         }
         check_metadata(metadata, layers)
@@ -292,11 +303,18 @@ def _largest(tensor: Tensor) -> float:
     return max((abs(end.item()) for end in tensor.aminmax()), default=0.0) if tensor.numel() else 0.0
 
 
-def read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> LayerTensors:
+def read_layer(
+    key: str, shape: Any, form: str, tensors: dict[str, Tensor], kernel: list[int] | None = None
+) -> LayerTensors:
     """Takes one layer's tensors out of `tensors`, checking sizes before anything is built from them."""
     n, k = shape if isinstance(shape, list) and list(map(type, shape)) == [int, int] else (0, 0)
     if n < 1 or k < 1 or n * k > MOST_WEIGHTS or len(key) > MOST_NAME:
         raise ValueError(f"{key[:100]} has the shape {str(shape)[:100]} or a name of {len(key)} characters")
+    if kernel is not None:
+        sides = isinstance(kernel, list) and all(type(side) is int and 1 <= side <= k for side in kernel)
+        if not sides or len(kernel) not in (0, 2) or k % math.prod(kernel):
+            raise ValueError(f"{key[:100]} has the kernel {str(kernel)[:100]}")
+        kernel = tuple(kernel)
 
     def take(part: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> Tensor:
         tensor = tensors.pop(f"{key}.{part}", None)
@@ -321,11 +339,11 @@ def read_layer(key: str, shape: Any, form: str, tensors: dict[str, Tensor]) -> L
         return tensor
 
     if form == "values":
-        return LayerTensors(mask, values=finite(take("values", torch.float32, (mask.count,)), "values"))
+        return LayerTensors(mask, values=finite(take("values", torch.float32, (mask.count,)), "values"), kernel=kernel)
     if form != "factors":
         raise ValueError(f"unknown form {form!r}"[:100])
     lora_a, lora_b = (finite(take(part, None, None), part) for part in ("a", "b"))
     rank = lora_a.shape[0]
     if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
         raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
-    return LayerTensors(mask, factors=(lora_a, lora_b))
+    return LayerTensors(mask, factors=(lora_a, lora_b), kernel=tuple(lora_a.shape[2:]))

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from fade import config as settings
 from fade.errors import FadeError, printable
+from fade.export import FORMATS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -408,24 +409,96 @@ def merge(
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
 ) -> None:
-    """Write MODEL with the adapter merged into its weights, for programs that know no masks.
+    """Write MODEL with the adapter merged into its weights: `fade export --format merged`, in short.
 
-    Example: [bold]fade merge digitcanvas --adapter no-three/adapter.safetensors --output merged[/bold]
+    What rounding to a 16-bit dtype costs is said, not asked for. Example: [bold]fade merge digitcanvas --adapter
+    no-three/adapter.safetensors --output merged[/bold]
     """
-    from fade.adapter import load_adapter
-    from fade.export import save_merged
-    from fade.loading import load_model
+    _export(
+        adapter, "merged", output, model=model, scale=scale, any_base=any_base, loaded_in=dtype, overwrite=overwrite,
+        single_file=False, lossy=True,
+    )  # fmt: skip
 
-    pipeline = load_model(model, "cpu", dtype)
-    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
-    merged = save_merged(pipeline, attached, output, overwrite)
-    console = _console()
-    precision = str(pipeline.unet.dtype).removeprefix("torch.")
-    console.print(
-        f"{merged.entries:,} weights changed; rounding to {precision} lost at most {100 * merged.relative_loss:.2g} % "
-        "of a layer's change"
-    )
-    _say(f"model: {output}")
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter file, or the folder that holds it.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FORMATS),
+            help="lora: a LoRA, exact for masks of whole rows and columns and for low-rank edits. shira: PEFT's sparse "
+            "format. diff: dense, for ComfyUI and A1111. merged: the whole model.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="PATH", help="A .safetensors file; a folder for shira, --keys peft and merged.")
+    ],
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="diffusers|peft|kohya",
+            help="What a LoRA's tensors are called; ComfyUI reads kohya. Default diffusers.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model it was made for; merged needs it, others where they say so."),
+    ] = None,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength that is written: 1 as trained.")] = 1.0,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Write also what is not exact, and say how far off it is.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="With --lossy: the nearest LoRA of this rank, layer by layer.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="fp32|fp16|bf16", help="Dtype written; 16 bits need --lossy. Default fp32.")
+    ] = None,
+    single_file: Annotated[
+        bool,
+        typer.Option(
+            "--single-file",
+            help="With merged: one file in the original layout (Stable Diffusion 1.x, 2.x), as where PATH ends so.",
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+    any_base: AnyBase = False,
+) -> None:
+    """Write an adapter as files that other programs load, exactly or not at all (but see --lossy).
+
+    Example: [bold]fade export no-three --format lora --keys kohya --output no-three-lora.safetensors[/bold]
+    """
+    _export(
+        adapter, format, output, model=model, scale=scale, any_base=any_base,
+        loaded_in=dtype if format == "merged" else None, overwrite=overwrite, lossy=lossy, keys=keys, rank=rank,
+        dtype=None if format == "merged" else dtype, single_file=single_file or None,
+    )  # fmt: skip
+
+
+def _export(
+    adapter: Path, format: str, output: Path, *, model: str | None, scale: float, any_base: bool, loaded_in: str | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Exports a file through the model, where one is given, else from the file alone, and says what came of it."""
+    if output.exists() and adapter.exists() and output.samefile(adapter):
+        raise FadeError(f"the output {output} is the adapter itself; name another output")
+    if model is not None:
+        from fade.adapter import load_adapter
+        from fade.loading import load_model
+
+        attached = load_adapter(load_model(model, "cpu", loaded_in), adapter, scale=scale, check_base=not any_base)
+        report = attached.export(output, format, say=_say, **options)
+    else:
+        from fade.export import export as run
+        from fade.export.edit import read_edit
+
+        report = run(read_edit(adapter, scale), output, format, say=_say, **options)
+    if not report.exact:
+        for name, error in report.layer_errors.items():
+            _say(f"  {name}: {100 * error:.3g} % of the change is lost")
+    _say(report.exactness)
+    _say(f"{'model' if format == 'merged' else format}: {report.path} ({report.bytes:,} bytes)")
 
 
 @app.command()

@@ -80,6 +80,50 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Yields the name of a folder to make beside `path`; on success it takes `path`'s place, complete.
+
+    On any exception, KeyboardInterrupt included, it is removed and an existing `path` stays as it was. Among the files
+    must be `marker`. Raises FadeError where the folder cannot be written.
+    """
+    path = Path(path).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FadeError(f"cannot create the folder {path.parent}: {error.strerror or error}") from error
+    mark = secrets.token_hex(4)
+    fresh, old = (path.with_name(f".{path.name}.{mark}.{state}") for state in ("part", "old"))
+    try:
+        yield fresh
+        mode = (fresh / marker).stat().st_mode
+        for weights in fresh.rglob("*.safetensors"):
+            weights.chmod(mode)  # written for their owner alone
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    except WRITE_ERRORS as error:
+        raise FadeError(f"cannot write {path}: {reason(error)}; nothing was changed") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path, overwrite: bool, marker: str | None = None, kind: str = "") -> None:
+    """Raises FadeError where something is at `path` and `overwrite` is not set, or where it is of another kind: no
+    folder that holds the file `marker`, or no file, where there is no marker."""
+    ours = path.is_file() if marker is None else (path / marker).is_file()
+    if path.exists() and not ours:
+        raise FadeError(f"{path} is not a {kind or 'file'}, so it is not replaced; name another output")
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise FadeError(f"{path} exists already; pass --overwrite to replace it")
+
+
 def remove_parts(path: str | Path) -> None:
     """Removes what killed processes left half-written for `path`. Nobody else may be writing it meanwhile."""
     path = Path(path)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import fade
 from fade.cli import app
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
-from fade.export import save_merged
+from fade.export.merged import save_merged
 from fade.tuner import HEADER
 
 from .adapters import random_adapter
