@@ -19,7 +19,7 @@ from fade.files import atomic_write
 from fade.pictures import TILE, data_uri, strip
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Template
     from PIL.Image import Image
     from torch import Tensor
 
@@ -74,7 +74,7 @@ def render_report(
 ) -> str:
     """The report as one HTML string. Arguments as for `write_report`."""
     run = metadata.get("run", {})
-    return _environment().get_template("report.html").render(
+    return _template("report.html").render(
         forget=evaluation.forget,
         surrogate=evaluation.surrogate,
         outcome=outcome(evaluation),
@@ -100,7 +100,7 @@ def render_report(
 
 def write_attack_report(path: str | Path, attacks: "AttackRecord", metadata: dict[str, Any]) -> None:
     """Writes a page of attacks alone, as `write_report` does. Raises FadeError where the file cannot be written."""
-    html = _environment().get_template("attacks.html").render(
+    html = _template("attacks.html").render(
         attacks=attacks,
         outcome=attack_outcome(attacks),
         settings=_setting_rows(metadata, attack=attacks.settings),
@@ -114,17 +114,18 @@ def write_attack_report(path: str | Path, attacks: "AttackRecord", metadata: dic
         temporary.write_text(html, encoding="utf-8")
 
 
-def _environment() -> "Environment":
+def _template(name: str) -> "Template":
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     def shown(value: Any) -> Any:
         return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("fade", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=shown,
     )  # fmt: skip
+    return environment.get_template(name)
 
 
 _PATHS = {

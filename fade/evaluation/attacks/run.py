@@ -219,13 +219,13 @@ def attack(
     )
     settings = {
         "judge": asked.name,
-        "classes": list(answers.classes[answers.domain]),
-        "prompts": list(dict.fromkeys(subject.prompts)),
         "pictures": pictures,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scale": sorted(set(adapter.scales.values())),
+        "classes": list(answers.classes[answers.domain]),
+        "prompts": list(dict.fromkeys(subject.prompts)),
     }
     digests = {"denoiser": module_digest(backbone.denoiser), **pipeline_digests(backbone.pipeline)}
     model = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
