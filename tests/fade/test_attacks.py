@@ -246,10 +246,17 @@ def test_embedding_inversion_lowers_its_loss_and_leaves_the_model_as_it_was(adap
 
 def test_no_iterations_draw_the_first_prompt(adapter: Adapter) -> None:
     subject = subject_of(adapter)
-    plain = subject.backbone.generate(["a cat"] * 3, subject.seeds, steps=4)
+    plain = subject.backbone.generate(["a cat"] * 3, range(subject.seeds[0], subject.seeds[0] + 3), steps=4)
     drawn = EmbeddingInversion(iterations=0, pictures=1)(subject)
     torch.testing.assert_close(drawn.images, plain, rtol=1e-4, atol=1e-4)
     assert drawn.numbers["loss_before"] == drawn.numbers["loss_after"]
+
+
+def test_no_picture_of_one_embedding_is_counted_twice(adapter: Adapter) -> None:
+    subject = subject_of(adapter, ("a cat", "a dog", "a cat", "a dog"))
+    subject.seeds = (5, 5, 6, 6)
+    images = EmbeddingInversion(iterations=1, pictures=1)(subject).images
+    assert all((images[i] - images[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
 
 
 def test_examples_are_the_base_models_and_of_other_seeds(adapter: Adapter) -> None:

@@ -39,9 +39,8 @@ class EmbeddingInversion:
     def __call__(self, subject: Subject) -> Drawn:
         latents = subject.examples(self.pictures)
         conditioning, numbers = self.optimise(subject, latents)
-        drawn = subject.sample(
-            conditioning.expand(len(subject.prompts), -1, -1), subject.seeds, "drawing with the embedding"
-        )
+        conditioning = conditioning.expand(len(subject.prompts), -1, -1)
+        drawn = subject.sample(conditioning, subject.different_seeds, "drawing with the embedding")
         return Drawn(subject.decode(drawn), numbers)
 
     def optimise(self, subject: Subject, latents: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -51,7 +50,7 @@ class EmbeddingInversion:
         conditioning = backbone.encode_prompts(subject.prompts[:1]).float()
         unit = conditioning.square().mean().sqrt().item()
         conditioning.requires_grad_(True)
-        optimizer = torch.optim.Adam([conditioning], lr=self.learning_rate * unit)
+        optimizer = torch.optim.Adam([conditioning], lr=self.learning_rate * unit, eps=1e-15)
         scale = loss_scale(backbone.dtype, latents.numel())
 
         def loss(step: int, stream: str = "embedding inversion") -> torch.Tensor:

@@ -61,7 +61,7 @@ class AttackResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate, in percent."""
+        """Wilson's 95 % interval of the rate, in percent; pictures count as independent draws, as in `evaluate`."""
         low, high = wilson_interval(self.recognised, self.pictures)
         return 100.0 * low, 100.0 * high
 

@@ -55,6 +55,12 @@ class Subject:
         """Images [n, 3, H, W], float32 in [0, 1], on the CPU."""
         return self.backbone.decode(latents, self.batch_size)
 
+    @property
+    def different_seeds(self) -> tuple[int, ...]:
+        """As many seeds as pictures, no two the same, for an attack that draws every picture from one conditioning: of
+        the same seed it would draw the same picture again, and count it as another."""
+        return tuple(range(self.seeds[0], self.seeds[0] + len(self.seeds)))
+
     @functools.cached_property
     def concept_latents(self) -> Tensor:
         """What the base model draws of every prompt and seed: latents [n, 4, h, w]. Drawn once."""
