@@ -91,11 +91,12 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     import torch
 
     torch.set_num_threads(1)
+    from fade.evaluation.phrasings import held_out
+
     import fade
     from fade.digitcanvas import load_pipeline
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
-    from fade.evaluation.phrasings import held_out
 
     pipeline = load_pipeline()
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"

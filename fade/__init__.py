@@ -24,6 +24,7 @@ _HOME = {
     "LocateConfig": "fade.config",
     "OverwriteConfig": "fade.config",
     "FadeError": "fade.errors",
+    "attack": "fade.evaluation",
     "evaluate": "fade.evaluation",
     "unlearn": "fade.unlearning",
 }
@@ -39,6 +40,7 @@ __all__ = [
     "OverwriteConfig",
     "__version__",
     "adapters",
+    "attack",
     "evaluate",
     "load_adapter",
     "status",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from fade.concept import Concept
     from fade.config import ClosedFormConfig, Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError
-    from fade.evaluation import evaluate
+    from fade.evaluation import attack, evaluate
     from fade.unlearning import unlearn
 
 

@@ -77,6 +77,16 @@ AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Attach the adapter although it was trained on other weights.")
 ]
 DrawSteps = Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Denoising steps per image.")]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="CLIP", help="Folder or hub id of a CLIP model that judges; DigitCanvas needs none."
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
+]
 Guidance = Annotated[float, typer.Option("--guidance", metavar="X", help="Classifier-free guidance scale.")]
 
 
@@ -345,14 +355,8 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="HTML", help="Write a report with pictures here.")] = None,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
-    judge: Annotated[
-        str | None,
-        typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP model that judges; DigitCanvas needs none."),
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
-    ] = None,
+    judge: JudgeModel = None,
+    classes: Classes = None,
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
     steps: DrawSteps = 20,
     guidance: Guidance = 3.0,
@@ -382,7 +386,7 @@ def evaluate(
     with measured(pipeline.device) as cost:
         evaluation = run(
             pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            judge=judge, classes=[word for word in (classes or "").split(",") if word.strip()], progress=not quiet,
+            judge=judge, classes=_listed(classes), progress=not quiet,
         )  # fmt: skip
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size
@@ -396,6 +400,66 @@ def evaluate(
         _say(f"numbers: {json_file}")
     if report is not None:
         write_report(report, evaluation, attached.metadata, adapter_bytes=size, evaluate_seconds=cost.seconds)
+        _say(f"report: {report}")
+
+
+@app.command()
+def attack(
+    model: Model,
+    adapter: AdapterPath,
+    attacks: Annotated[
+        list[str] | None,
+        typer.Option("--attack", metavar="NAME", help="Attack to try; repeat for several. Default: all there are."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write numbers and pictures here after each attack; a file is gone on with."
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Write a page with the pictures here.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures that each attack draws.")] = 24,
+    judge: JudgeModel = None,
+    classes: Classes = None,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
+    steps: DrawSteps = 20,
+    guidance: Guidance = 3.0,
+    seed: Seed = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try to get back what an adapter made MODEL forget, and say how often it works.
+
+    Example: [bold]fade attack digitcanvas --adapter no-three/adapter.safetensors --json attacks.json[/bold]
+    """
+    from fade.adapter import load_adapter
+    from fade.evaluation.attacks import attack as run
+    from fade.evaluation.attacks import chosen_attacks
+    from fade.files import check_writable
+    from fade.loading import load_model
+    from fade.report import where_it_sits, write_attack_report
+
+    chosen = chosen_attacks(attacks or None)
+    for wanted in (json_file, report):
+        if wanted is not None:
+            check_writable(wanted)
+    pipeline = load_model(model, device, dtype)
+    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    record = run(
+        pipeline, attached, chosen, pictures=pictures, steps=steps, guidance_scale=guidance, batch_size=batch_size,
+        seed=seed or 0, judge=judge, classes=_listed(classes), record=json_file, overwrite=overwrite,
+        progress=not quiet,
+    )  # fmt: skip
+    _console().print(record.table())
+    _say(f"the edit sits in {where_it_sits(record.path)}")
+    if json_file is not None:
+        _say(f"numbers and pictures: {json_file}")
+    if report is not None:
+        write_attack_report(report, record, attached.metadata)
         _say(f"report: {report}")
 
 
@@ -672,6 +736,10 @@ def _config(file: Path | None, **changes: Any) -> "Config":
     """The file's settings, or the defaults, with every change that is not None."""
     config = settings.Config.load(file) if file is not None else settings.Config()
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _listed(words: str | None) -> list[str]:
+    return [word for word in (words or "").split(",") if word.strip()]
 
 
 def _text(path: Path | None) -> str | None:

@@ -4,7 +4,6 @@ It is built from the adapter's metadata and an `Evaluation` alone. Charts are in
 colour, so that they are legible in light and dark and on paper; the page itself is `templates/report.html`.
 """
 
-import base64
 import io
 import itertools
 import math
@@ -17,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 from fade.errors import printable
 from fade.evaluation.run import METRICS, Evaluation
 from fade.files import atomic_write
+from fade.pictures import TILE, data_uri, strip
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from PIL.Image import Image
     from torch import Tensor
 
-TILE = 160
-"""Largest side in pixels of an image in the report: larger ones are scaled down, small ones up by a whole factor."""
+    from fade.evaluation.attacks import AttackRecord
+
 BEFORE, AFTER = "#3d7fd9", "#e07b39"
 INK = "#010203"
 """Drawn by matplotlib, then replaced by the page's text colour."""
@@ -46,6 +47,7 @@ def write_report(
     adapter_bytes: int,
     evaluate_seconds: float | None = None,
     total_seconds: float | None = None,
+    attacks: "AttackRecord | None" = None,
 ) -> None:
     """Writes the report to `path`, replacing a file of that name only once the new one is complete.
 
@@ -53,10 +55,11 @@ def write_report(
         metadata: the adapter's, with its run record under "run".
         adapter_bytes: size of the adapter file.
         evaluate_seconds, total_seconds: wall time of the evaluation and of the whole command, where known.
+        attacks: what attacks on the same adapter brought back, where there were any.
 
     Raises FadeError where the file cannot be written.
     """
-    html = render_report(evaluation, metadata, adapter_bytes, evaluate_seconds, total_seconds)
+    html = render_report(evaluation, metadata, adapter_bytes, evaluate_seconds, total_seconds, attacks)
     with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
@@ -67,20 +70,11 @@ def render_report(
     adapter_bytes: int,
     evaluate_seconds: float | None = None,
     total_seconds: float | None = None,
+    attacks: "AttackRecord | None" = None,
 ) -> str:
     """The report as one HTML string. Arguments as for `write_report`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=PackageLoader("fade", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=shown,
-    )  # fmt: skip
     run = metadata.get("run", {})
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         forget=evaluation.forget,
         surrogate=evaluation.surrogate,
         outcome=outcome(evaluation),
@@ -91,8 +85,9 @@ def render_report(
         layers=run.get("layers", []),
         losses=_loss_chart(run.get("losses", {})),
         metrics=_metric_rows(evaluation),
+        attacks=attacks,
         costs=_cost_rows(run, adapter_bytes, evaluate_seconds, total_seconds),
-        settings=_setting_rows(evaluation, metadata),
+        settings=_setting_rows(metadata, evaluation=evaluation.settings),
         prompts={kind: metadata["concept"].get(f"{kind}_prompts", ()) for kind in ("forget", "surrogate", "retain")},
         versions=metadata.get("versions", {}),
         created=metadata.get("created", ""),
@@ -101,6 +96,36 @@ def render_report(
         before_colour=BEFORE,
         after_colour=AFTER,
     )
+
+
+def write_attack_report(path: str | Path, attacks: "AttackRecord", metadata: dict[str, Any]) -> None:
+    """Writes a page of attacks alone, as `write_report` does. Raises FadeError where the file cannot be written."""
+    html = _template("attacks.html").render(
+        attacks=attacks,
+        outcome=attack_outcome(attacks),
+        settings=_setting_rows(metadata, attack=attacks.settings),
+        created=metadata.get("created", ""),
+        place=where_it_sits(attacks.path),
+        base=metadata.get("base", "the base model"),
+        before_colour=BEFORE,
+        after_colour=AFTER,
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _template(name: str) -> "Template":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=PackageLoader("fade", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=shown,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 _PATHS = {
@@ -129,6 +154,19 @@ def outcome(evaluation: Evaluation) -> str:
     )
 
 
+def attack_outcome(attacks: "AttackRecord") -> str:
+    """What the strongest attack brought back, in one sentence with its numbers."""
+    asked = f"Asked plainly, the adapted model draws “{attacks.forget}” in {attacks.unattacked.recognised} of "
+    asked += f"{attacks.unattacked.pictures} pictures (the base model in {attacks.base.recognised})"
+    strongest = max(attacks.results, key=lambda result: result.rate, default=None)
+    if strongest is None:
+        return f"{asked}."
+    return (
+        f"{asked}; the strongest attack, {strongest.attack} ({strongest.setting}), gets it in "
+        f"{strongest.recognised} of {strongest.pictures}."
+    )
+
+
 def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
     """A picture to show around: the forgotten concept and two neighbours at the first seed, before above after."""
     from PIL import Image, ImageDraw, ImageFont
@@ -137,7 +175,7 @@ def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
     forget = evaluation.answers.forget
     near = sorted(_retained_classes(evaluation), key=lambda word: abs(word - forget))[:2]
     groups = [
-        (printable(words[word]), [_strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
+        (printable(words[word]), [strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
         for word in (forget, *sorted(near))
     ]
     margin, gap, space, text = 12, 4, 20, 110
@@ -148,9 +186,9 @@ def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=17)
     top = margin
     for word, (before, after) in groups:
-        for label, strip in ((f"{word}, before", before), (f"{word}, after", after)):
+        for label, row in ((f"{word}, before", before), (f"{word}, after", after)):
             pen.text((margin + text - 10, top + height // 2), label, fill="#333333", font=font, anchor="rm")
-            picture.paste(strip, (margin + text, top), strip)
+            picture.paste(row, (margin + text, top), row)
             top += height + gap
         top += space - gap
     return picture
@@ -181,29 +219,6 @@ def _indices(evaluation: Evaluation, word: int, seed_index: int) -> list[int]:
     return [i for i, label in enumerate(labels) if label == word and answers.seeds[i] == seed]
 
 
-def _strip(images: "Tensor", tile: int = TILE) -> "Image":
-    """Images side by side, with a transparent gap between them."""
-    from PIL import Image
-
-    side = images.shape[-1]
-    size = side * max(1, min(tile, 96) // side) if side <= tile else tile
-    resample = Image.Resampling.NEAREST if side <= tile else Image.Resampling.LANCZOS
-    gap = max(2, size // 24)
-    strip = Image.new("RGBA", (len(images) * (size + gap) - gap, size), (0, 0, 0, 0))
-    for index, image in enumerate(images):
-        levels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
-        strip.paste(Image.fromarray(levels).resize((size, size), resample), (index * (size + gap), 0))
-    return strip
-
-
-def _data_uri(image: "Image", exact: bool) -> str:
-    """WebP as a data URI: every pixel as it was, or at photographic quality."""
-    buffer = io.BytesIO()
-    # Lossless, quality means effort: the least is 200 times faster than the most and a third larger.
-    image.save(buffer, "WEBP", lossless=exact, quality=0 if exact else 85, method=0 if exact else 4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The forgotten concept at every seed, then every retained class at the first seed: rows of before and after."""
     answers = evaluation.answers
@@ -218,7 +233,7 @@ def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
 
     def row(label: str, word: int, seed_index: int) -> dict[str, str]:
         before, after = (
-            _data_uri(_strip(_pick(evaluation, images, word, seed_index)), exact=images.shape[-1] <= TILE)
+            data_uri(strip(_pick(evaluation, images, word, seed_index)), exact=images.shape[-1] <= TILE)
             for images in _both(evaluation)
         )
         place = f"“{words[word]}” ({', '.join(columns)}), seed {seeds[seed_index]}"
@@ -496,8 +511,8 @@ def _cost_rows(
     return rows
 
 
-def _setting_rows(evaluation: Evaluation, metadata: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every setting, flattened: ("locate.keep", "0.01")."""
+def _setting_rows(metadata: dict[str, Any], **more: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every setting of the adapter's, and more by section, flattened: ("locate.keep", "0.01")."""
 
     def flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
         rows = []
@@ -509,7 +524,7 @@ def _setting_rows(evaluation: Evaluation, metadata: dict[str, Any]) -> list[tupl
                 rows.append((f"{prefix}{key}", shown))
         return rows
 
-    rows = flatten(metadata.get("config", {}), "") + flatten(evaluation.settings, "evaluation.")
+    rows = flatten(metadata.get("config", {}), "") + flatten(more, "")
     if "form" in metadata:
         rows.append(("file form", metadata["form"]))
     fingerprint = metadata.get("fingerprint", {})

@@ -9,11 +9,18 @@ import copy
 import functools
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import ConsistencyDecoderVAE, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ConsistencyDecoderVAE,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +29,7 @@ from fade.backbones.parts import execution_device, is_managed, tensors, unwrappe
 from fade.base_model import own_modules
 from fade.errors import FadeError
 from fade.images import square
-from fade.progress import track
+from fade.progress import progress_bar, track
 
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
@@ -197,7 +204,7 @@ class StableDiffusionBackbone:
 
     def sample_latents(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Tensor,
         seeds: Sequence[int],
         steps: int = 20,
         guidance_scale: float = 3.0,
@@ -205,8 +212,12 @@ class StableDiffusionBackbone:
         resolution: int | None = None,
         progress: bool = False,
         description: str = "sampling",
+        on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Latents [n, 4, h, w] sampled by the pipeline. Image i depends on `prompts[i]` and `seeds[i]` alone.
+
+        `prompts` are texts or embeddings [n, tokens, width]. `on_step` is called before a batch's first step and after
+        each of its steps, with the share of its steps that is done, in [0, 1]: it may switch adapters in between.
 
         Raises FadeError for settings out of range and where the pipeline cannot draw with its scheduler.
         """
@@ -219,14 +230,22 @@ class StableDiffusionBackbone:
             raise FadeError(f"denoising steps must be between 1 and the model's {most}, not {steps}")
         if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
             raise FadeError("seeds must be between 0 and 2^63 - 1")
-        unique = sorted(set(prompts))
-        embeddings = self.encode_prompts([*unique, ""])
-        row = {prompt: index for index, prompt in enumerate(unique)}
+        if isinstance(prompts, Tensor):
+            embeddings = torch.cat([prompts.detach().to(self.device, self.dtype), self.encode_prompts([""])])
+            row = list(range(len(prompts)))
+        else:
+            unique = sorted(set(prompts))
+            embeddings = self.encode_prompts([*unique, ""])
+            place = {prompt: index for index, prompt in enumerate(unique)}
+            row = [place[prompt] for prompt in prompts]
+        watch = {} if on_step is None else {"callback_on_step_end": _told(on_step)}
         latents = []
         with self._quiet():
             for start in track(range(0, len(prompts), batch_size), description, progress):
-                rows = [row[prompt] for prompt in prompts[start : start + batch_size]]
+                rows = row[start : start + batch_size]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
+                if on_step is not None:
+                    on_step(0.0)
                 try:
                     result = self.pipeline(
                         prompt_embeds=embeddings[rows],
@@ -237,6 +256,7 @@ class StableDiffusionBackbone:
                         width=side,
                         generator=generators,
                         output_type="latent",
+                        **watch,
                     )
                 # What a scheduler that does not suit the model raises, somewhere inside its step or the pipeline.
                 except (ValueError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
@@ -245,6 +265,67 @@ class StableDiffusionBackbone:
                     raise FadeError(f"the pipeline cannot draw {steps} steps with {name}: {reason}") from error
                 latents.append(result.images)
         return torch.cat(latents)
+
+    @torch.no_grad()
+    def ddim(
+        self,
+        latents: Tensor,
+        embeddings: Tensor,
+        steps: int,
+        *,
+        invert: bool = False,
+        batch_size: int = 64,
+        progress: bool = False,
+        description: str = "DDIM",
+    ) -> Tensor:
+        """Deterministic DDIM (Song et al., arXiv 2010.02502) without guidance, from noise to pictures or back.
+
+        With the noise levels and the prediction type that the model was trained with, whatever scheduler the pipeline
+        draws with. Inverted and drawn again with the same embeddings and steps, latents come back but for what the
+        network's answer changes within a step.
+
+        Args:
+            latents: [n, 4, h, w]: noise to draw from, or with `invert` latents of pictures.
+            embeddings: [1, tokens, width], or one for each latent.
+
+        Returns float32 [n, 4, h, w] on the denoiser's device. Raises FadeError for steps out of range and where the
+        scheduler states no noise levels.
+        """
+        if not 1 <= steps <= self.num_timesteps:
+            raise FadeError(f"denoising steps must be between 1 and the model's {self.num_timesteps}, not {steps}")
+        scheduler = self._ddim_scheduler(DDIMInverseScheduler if invert else DDIMScheduler)
+        scheduler.set_timesteps(steps, self.device)
+        latents = latents.to(self.device, torch.float32)
+        embeddings = embeddings.expand(len(latents), -1, -1)
+        parts = []
+        starts = range(0, len(latents), batch_size)
+        with progress_bar(description, len(starts) * steps, progress) as advance:
+            for start in starts:
+                chunk, prompts = latents[start : start + batch_size], embeddings[start : start + batch_size]
+                for timestep in scheduler.timesteps:
+                    output = self.predict(chunk.to(self.dtype), timestep.expand(len(chunk)), prompts).float()
+                    chunk = scheduler.step(output, timestep, chunk).prev_sample
+                    advance()
+                parts.append(chunk)
+        return torch.cat(parts)
+
+    def _ddim_scheduler(self, kind: type[DDIMScheduler] | type[DDIMInverseScheduler]) -> Any:
+        given = self.pipeline.scheduler.config
+        trailing = given.get("timestep_spacing") == "trailing"
+        scheduler = kind.from_config(
+            self.schedule.config,
+            # Defaults of the class that hold for pixels: a latent's values are not in [-1, 1].
+            clip_sample=False,
+            thresholding=False,
+            # A picture is at the lowest noise level that the model knows, not at none, of which it knows nothing.
+            set_alpha_to_one=False,
+            timestep_spacing="trailing" if trailing else "leading",
+            steps_offset=0 if trailing else given.get("steps_offset", 0),
+        )
+        scheduler.alphas_cumprod = self.schedule.alphas_cumprod
+        lowest = "initial_alpha_cumprod" if kind is DDIMInverseScheduler else "final_alpha_cumprod"
+        setattr(scheduler, lowest, self.schedule.alphas_cumprod[0])
+        return scheduler
 
     def generate(
         self,
@@ -332,6 +413,17 @@ class StableDiffusionBackbone:
             yield
         finally:
             self.pipeline.set_progress_bar_config(**before)
+
+
+def _told(on_step: Callable[[float], None]) -> Callable[..., dict[str, Tensor]]:
+    """A pipeline's callback that tells the share of its steps that is done. Some schedulers take more steps than they
+    were asked for."""
+
+    def callback(pipeline: Any, step: int, timestep: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_step((step + 1) / pipeline.num_timesteps)
+        return {}
+
+    return callback
 
 
 def _refuse_other_inputs(unet: nn.Module, vae: nn.Module | None) -> None:

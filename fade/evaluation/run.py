@@ -5,9 +5,10 @@ DigitCanvas has its own judges and two crossed domains; any other pipeline is ju
 choice.
 """
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,42 @@ def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequen
     )
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Who tells what images show: one head per domain, float images [n, 3, H, W] in [0, 1] -> int64 [n]."""
+
+    name: str
+    heads: dict[str, Callable[[Tensor], Tensor]]
+    answers: Callable[[Sequence[int]], AnswerSet]
+    """What to draw for it, given the seeds."""
+
+
+def judge_for(
+    pipeline: Any, concept: dict[str, Any], model: str | None, classes: Sequence[str], device: torch.device
+) -> Judge:
+    """The pipeline's own judge, or the CLIP `model` with `classes`, for a concept as an adapter's metadata names it.
+
+    Raises FadeError where there is none, and where it does not know the concept.
+    """
+    if model is None and not is_digitcanvas(pipeline):
+        raise FadeError(
+            "this pipeline has no judge of its own (only DigitCanvas has); name a CLIP model and the words it should "
+            "tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
+        )
+    if model is None:
+        answers = functools.partial(digitcanvas_answers, concept["forget"], concept.get("surrogate"))
+        answers(SEEDS)  # knows the concept
+        from fade.digitcanvas import load_judges
+
+        judges = load_judges()
+        return Judge("DigitCanvas classifiers", {"digit": judges.digit, "style": judges.style}, answers)
+    from fade.evaluation.clip_judge import ClipJudge
+
+    answers = functools.partial(class_answers, concept, classes)
+    clip = ClipJudge(model, answers(SEEDS).classes["class"], device)
+    return Judge(f"CLIP zero-shot, {model}", {"class": clip}, answers)
+
+
 def evaluate(
     pipeline: Any,
     adapter: Any,
@@ -250,23 +287,8 @@ def evaluate(
         raise FadeError("evaluation needs at least one seed")
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
-    digitcanvas = judge is None and is_digitcanvas(pipeline)
-    if judge is None and not digitcanvas:
-        raise FadeError(
-            "this pipeline has no judge of its own (only DigitCanvas has); name a CLIP model and the words it should "
-            "tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
-        )
-    if digitcanvas:
-        answers = digitcanvas_answers(concept["forget"], concept.get("surrogate"), seeds)
-        from fade.digitcanvas import load_judges
-
-        judges = load_judges()
-        ask = {"digit": judges.digit, "style": judges.style}
-    else:
-        from fade.evaluation.clip_judge import ClipJudge
-
-        answers = class_answers(concept, classes, seeds)
-        ask = {"class": ClipJudge(judge, answers.classes["class"], backbone.device)}
+    chosen = judge_for(pipeline, concept, judge, classes, backbone.device)
+    answers = chosen.answers(seeds)
     if baseline is not None and len(baseline) != len(answers.prompts):
         raise FadeError(f"the baseline has {len(baseline)} images, but these seeds ask for {len(answers.prompts)}")
 
@@ -284,7 +306,7 @@ def evaluate(
     adapter.enable()
     images = draw("drawing with the adapter")
     settings = {
-        "judge": "DigitCanvas classifiers" if digitcanvas else f"CLIP zero-shot, {judge}",
+        "judge": chosen.name,
         "images": len(answers.prompts),
         "seeds": list(seeds),
         "steps": steps,
@@ -292,8 +314,8 @@ def evaluate(
     }
     return _summarise(
         answers,
-        {domain: head(baseline) for domain, head in ask.items()},
-        {domain: head(images) for domain, head in ask.items()},
+        {domain: head(baseline) for domain, head in chosen.heads.items()},
+        {domain: head(images) for domain, head in chosen.heads.items()},
         baseline,
         images,
         settings,
