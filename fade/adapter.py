@@ -4,7 +4,6 @@ It is an ordinary PEFT adapter whose layers are masked (`fade.layers`, `fade.tun
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import math
 import warnings
@@ -700,7 +699,7 @@ def versions() -> dict[str, str]:
 def new_metadata(concept: Any, config: Any, base: str, digests: Mapping[str, str], scale: float) -> dict[str, Any]:
     """Metadata of an adapter to be trained; the run record joins it at the end."""
     return {
-        "concept": dataclasses.asdict(concept),
+        "concept": concept.to_dict(),
         "config": config.to_dict(),
         "base": base,
         "fingerprint": dict(digests),

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fade.concept import pairs_in
 from fade.errors import AdapterFileError
 from fade.files import atomic_write
 from fade_kernels import BitMask, masked_factor_values
@@ -250,6 +251,9 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
     require(_is_name(concept["surrogate"]), "surrogate has no words")
     for kind in prompts:
         require(_is_list(concept[kind], lambda prompt: isinstance(prompt, str)), f"{kind} are no text")
+    for pair in pairs_in(concept):
+        require(_is_name(pair.forget) and bool(pair.forget.strip()), "one of the concepts has no words")
+        require(_is_name(pair.surrogate), "one of the surrogates has no words")
     for name in ("base", "created"):
         require(_is_name(metadata.get(name, "")), f"{name} is no name")
 
