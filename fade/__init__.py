@@ -24,8 +24,10 @@ _HOME = {
     "LocateConfig": "fade.config",
     "OverwriteConfig": "fade.config",
     "FadeError": "fade.errors",
+    "combine_adapters": "fade.combine",
     "evaluate": "fade.evaluation",
     "unlearn": "fade.unlearning",
+    "unlearn_each": "fade.unlearning",
 }
 
 __all__ = [
@@ -39,19 +41,22 @@ __all__ = [
     "OverwriteConfig",
     "__version__",
     "adapters",
+    "combine_adapters",
     "evaluate",
     "load_adapter",
     "status",
     "unlearn",
+    "unlearn_each",
 ]
 
 if TYPE_CHECKING:
     from fade.adapter import Adapter, adapters, load_adapter, status
+    from fade.combine import combine_adapters
     from fade.concept import Concept
     from fade.config import ClosedFormConfig, Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError
     from fade.evaluation import evaluate
-    from fade.unlearning import unlearn
+    from fade.unlearning import unlearn, unlearn_each
 
 
 def __getattr__(name: str) -> Any:

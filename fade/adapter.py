@@ -682,9 +682,11 @@ def load_adapter(
             return tensors.factors or (tensors.values,)
 
         masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
+        # What a file was combined from stays in the file: on the pipeline there is the sum alone.
+        metadata = {key: value for key, value in file.metadata.items() if key != "parts"}
         alpha = float(file.metadata["scale"]) * rank
         return _attach(
-            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned, scale
+            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, metadata, pinned, scale
         )
 
 

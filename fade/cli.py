@@ -476,6 +476,40 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files of the same base model.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="X,Y,...", help="A weight for each of the files. Default 1 each.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART", help="Take a part out again: its concept in words, or its file; repeat for several."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add adapters up into one file, which costs as much as one of them; or take one out of it. Needs no model.
+
+    Example: [bold]fade combine no-three.safetensors no-neon.safetensors --output both.safetensors[/bold]
+    """
+    from fade.combine import combine_adapters
+    from fade.report import human_bytes
+
+    if len(adapters) == 1 and not without:
+        raise FadeError("one adapter is no sum: give two files or more, or one that was combined and --without PART")
+    try:
+        factors = None if weights is None else [float(word) for word in weights.split(",")]
+    except ValueError:
+        raise FadeError(f"--weights must be numbers with commas between them, not {weights!r}") from None
+    made = combine_adapters(adapters, output, factors, without or (), overwrite)
+    _say(f"forgets: {', '.join(made.concepts)}")
+    size = f"{human_bytes(made.bytes)}; {made.selected:,} weights, {100 * made.density:.3g} % of its layers"
+    _say(f"adapter: {output} ({size})")
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -516,6 +550,11 @@ def inspect(
                 ],
                 "changes": f"{content.selected:,} of {content.total:,} weights "
                 f"({100 * content.selected / max(1, content.total):.3g} %) in {len(layers)} layers",
+                **(
+                    {"parts": "; ".join(f"{part['concept']['forget']} × {part['weight']:g}" for part in parts)}
+                    if (parts := metadata.get("parts"))
+                    else {}
+                ),
                 "sits in": where_it_sits(run.get("path")),
                 "size": human_bytes(content.bytes),
                 **{

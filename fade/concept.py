@@ -64,16 +64,7 @@ class Concept:
     def to_dict(self) -> dict[str, Any]:
         """As adapter files hold it, for JSON; `pairs_in` reads it. Of several concepts, `pairs` gives the words of
         each and how many of the prompts are its own, in order."""
-        record: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("forget", "surrogate", "forget_prompts", "surrogate_prompts", "retain_prompts")
-        }
-        if self.several:
-            record["pairs"] = [
-                {"forget": pair.forget, "surrogate": pair.surrogate, "prompts": len(pair.forget_prompts)}
-                for pair in self.several
-            ]
-        return record
+        return record_of(self.pairs, self.retain_prompts)
 
     def named_in(self, text: str, plurals: bool = False) -> bool:
         """Whether a text `mentions` what is to be forgotten."""
@@ -157,6 +148,22 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
 # --- several concepts ------------------------------------------------------------------------------------------------
 
 
+def record_of(pairs: Sequence[Pair], retain_prompts: Sequence[str]) -> dict[str, Any]:
+    """What adapter files hold of concepts that are forgotten together; `pairs_in` reads it."""
+    record: dict[str, Any] = {
+        "forget": ", ".join(pair.forget for pair in pairs),
+        "surrogate": ", ".join(pair.surrogate for pair in pairs),
+        "forget_prompts": tuple(prompt for pair in pairs for prompt in pair.forget_prompts),
+        "surrogate_prompts": tuple(prompt for pair in pairs for prompt in pair.surrogate_prompts),
+        "retain_prompts": tuple(retain_prompts),
+    }
+    if len(pairs) > 1:
+        record["pairs"] = [
+            {"forget": pair.forget, "surrogate": pair.surrogate, "prompts": len(pair.forget_prompts)} for pair in pairs
+        ]
+    return record
+
+
 def pairs_in(record: Mapping[str, Any]) -> tuple[Pair, ...]:
     """The concepts that an adapter's metadata names under `concept`: one, or all that were forgotten together.
 
@@ -168,7 +175,7 @@ def pairs_in(record: Mapping[str, Any]) -> tuple[Pair, ...]:
     pairs, start = [], 0
     for pair in record["pairs"]:
         many = pair["prompts"]
-        if type(many) is not int or not 0 < many <= len(forget) - start:
+        if type(many) is not int or not 0 <= many <= len(forget) - start:
             raise ValueError("the concepts have other prompts than they say")
         own = slice(start, start := start + many)
         pairs.append(Pair(pair["forget"], pair["surrogate"], forget[own], surrogate[own]))
@@ -182,7 +189,7 @@ def check_together(pairs: Sequence[Pair], plurals: bool = False) -> None:
     one is itself to be forgotten."""
     seen = set()
     for pair in pairs:
-        if (word := _plain(pair.forget)) in seen:
+        if (word := plain_words(pair.forget)) in seen:
             raise FadeError(f"{pair.forget!r} is to be forgotten twice; name each concept once")
         seen.add(word)
     for pair in pairs:
@@ -219,14 +226,9 @@ def together(concepts: Sequence[Concept], plurals: bool = False) -> Concept:
     ]
     answers = [prompt for pair in pairs for prompt in pair.surrogate_prompts]
     kept = dict.fromkeys([*(prompt for concept in concepts for prompt in concept.retain_prompts), *answers])
-    return Concept(
-        forget=", ".join(pair.forget for pair in pairs),
-        surrogate=", ".join(pair.surrogate for pair in pairs),
-        forget_prompts=tuple(prompt for pair in pairs for prompt in pair.forget_prompts),
-        surrogate_prompts=tuple(answers),
-        retain_prompts=_without(kept, pairs, plurals),
-        several=tuple(pairs),
-    )
+    record = record_of(pairs, without_mention(kept, pairs, plurals))
+    record.pop("pairs")
+    return Concept(**record, several=tuple(pairs))
 
 
 def beside(concept: Concept, others: Sequence[Pair], plurals: bool = False) -> Concept:
@@ -240,7 +242,7 @@ def beside(concept: Concept, others: Sequence[Pair], plurals: bool = False) -> C
     check_together([*concept.pairs, *others], plurals)
     theirs = [p for pair in others for p in (*pair.forget_prompts, *pair.surrogate_prompts)]
     kept = dict.fromkeys([*concept.retain_prompts, *theirs])
-    return replace(concept, retain_prompts=_without(kept, concept.pairs, plurals))
+    return replace(concept, retain_prompts=without_mention(kept, concept.pairs, plurals))
 
 
 def _answered(text: str, pairs: Sequence[Pair], plurals: bool) -> str:
@@ -250,11 +252,13 @@ def _answered(text: str, pairs: Sequence[Pair], plurals: bool) -> str:
     return text
 
 
-def _without(prompts: Iterable[str], pairs: Sequence[Pair], plurals: bool) -> tuple[str, ...]:
+def without_mention(prompts: Iterable[str], pairs: Sequence[Pair], plurals: bool = False) -> tuple[str, ...]:
+    """The prompts that name none of the concepts."""
     return tuple(p for p in prompts if not any(mentions(p, pair.forget, plurals) for pair in pairs))
 
 
-def _plain(words: str) -> str:
+def plain_words(words: str) -> str:
+    """Words without what makes no difference between two names: case, form of accents, number of spaces."""
     return " ".join(unicodedata.normalize("NFC", words).casefold().split())
 
 
