@@ -76,7 +76,7 @@ class LocateConfig:
     scaling: Scaling = "module"
     """`module` divides a layer's saliency by its mean, so that no layer wins by the size of its gradients alone."""
     keep: float = 0.01
-    """Fraction of the target weights that may change, in (0, 1]."""
+    """Fraction of the target weights that may change, in (0, 1]; for each concept, where several are forgotten."""
     granularity: Granularity = "element"
     """What is kept or dropped as a whole; `none` keeps everything, which is ordinary dense LoRA."""
     tile: int = 32
