@@ -736,10 +736,11 @@ class MaskedLoraLayer:
             or type(base) not in MASKED_LAYERS
         ):
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         values = [lora_a[name]._parameters["weight"] for name in names]
         if (
-            type(x) is not Tensor
+            weight is None  # computed, by weight norm or a parametrisation
+            or type(x) is not Tensor
             or x.dtype != torch.float32
             or weight.dtype != torch.float32
             or weight.device.type != "cpu"
