@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,8 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
 def record_of(pairs: Sequence[Pair], retain_prompts: Sequence[str]) -> dict[str, Any]:
     """What adapter files hold of concepts that are forgotten together; `pairs_in` reads it."""
     record: dict[str, Any] = {
-        "forget": ", ".join(pair.forget for pair in pairs),
-        "surrogate": ", ".join(pair.surrogate for pair in pairs),
+        "forget": _in_short([pair.forget for pair in pairs]),
+        "surrogate": _in_short([pair.surrogate for pair in pairs]),
         "forget_prompts": tuple(prompt for pair in pairs for prompt in pair.forget_prompts),
         "surrogate_prompts": tuple(prompt for pair in pairs for prompt in pair.surrogate_prompts),
         "retain_prompts": tuple(retain_prompts),
@@ -162,6 +163,14 @@ def record_of(pairs: Sequence[Pair], retain_prompts: Sequence[str]) -> dict[str,
             {"forget": pair.forget, "surrogate": pair.surrogate, "prompts": len(pair.forget_prompts)} for pair in pairs
         ]
     return record
+
+
+def _in_short(words: Sequence[str], most: int = 400) -> str:
+    """The words as one name; of very many, the first and how many more there are."""
+    shown = [word for end, word in zip(accumulate(len(word) + 2 for word in words), words, strict=True) if end <= most]
+    if len(shown) == len(words) or not shown:
+        return ", ".join(words[: len(shown) or 1])
+    return f"{', '.join(shown)} and {len(words) - len(shown)} more"
 
 
 def pairs_in(record: Mapping[str, Any]) -> tuple[Pair, ...]:

@@ -479,10 +479,10 @@ def _concepts(
 ) -> list[Concept]:
     """Each concept that the arguments name, in prompts. Raises FadeError where they do not fit together."""
     if concept is not None:
-        concepts = [concept] if isinstance(concept, Concept) or not isinstance(concept, Sequence) else list(concept)
+        concepts = list(concept) if isinstance(concept, list | tuple) else [concept]
         for one in concepts:
             if not isinstance(one, Concept):
-                raise FadeError(f"concept must be a fade.Concept, or a list of them, not a {type(one).__name__}")
+                raise FadeError(f"concept must be a fade.Concept, not a {type(one).__name__}; or a list of them")
         given = {"forget": forget, "surrogate": surrogate, "templates": templates, "retain": retain}
         if ignored := [name for name, value in given.items() if value is not None]:
             names = ", ".join(ignored)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fade
-from fade.adapter_file import read_adapter_file
+from fade.adapter_file import LayerTensors, read_adapter_file, write_adapter_file
 from fade.cli import main
 from fade.concept import Concept, beside, concept_from_words, digitcanvas_concept, pairs_in, record_of, together
 from fade.config import Config
@@ -19,6 +19,7 @@ from fade.errors import FadeError
 from fade.evaluation.run import class_answers, digitcanvas_answers
 from fade.evaluation.unlearncanvas import Target, intervals_of_several, metrics_of_several, unlearncanvas_metrics
 from fade.unlearning import slugs
+from fade_kernels import BitMask
 
 TEMPLATES = ("{}", "a photo of {}")  # the tiny pipeline has DigitCanvas's words, whose own prompts these are not
 QUICK = Config().replace(overwrite__method="closed-form", locate__keep=0.05)
@@ -45,6 +46,16 @@ def test_one_request_for_several_concepts_answers_all_of_them_in_every_prompt() 
     single = digitcanvas_concept("three", "eight")
     assert "pairs" not in single.to_dict() and pairs_in(single.to_dict()) == single.pairs == (single.pairs[0],)
     assert together([single]) is single
+
+
+def test_a_hundred_concepts_have_a_short_name_and_all_their_pairs(tmp_path: Path) -> None:
+    many = [concept_from_words(f"concept number {index} of many", "dust", ["{}"], ["x"]) for index in range(100)]
+    record = together(many).to_dict()
+    assert record["forget"].startswith("concept number 0 of many, ") and record["forget"].endswith(" more")
+    assert len(record["forget"]) < 500 and [pair.forget for pair in pairs_in(record)] == [one.forget for one in many]
+    metadata = {"concept": record, "fingerprint": {"float32": "x"}, "scale": 1.0}
+    write_adapter_file(tmp_path / "a", metadata, {"a": LayerTensors(BitMask.full((3, 4)), values=torch.randn(12))})
+    assert len(pairs_in(read_adapter_file(tmp_path / "a").metadata["concept"])) == 100
 
 
 def test_a_record_without_pairs_is_one_concept_and_a_wrong_one_is_refused() -> None:
@@ -149,7 +160,7 @@ def test_one_more_adapter_beside_files(pipeline: Any, tmp_path: Path) -> None:
         ({"forget": {"cat": 3}}, "surrogate must be a text"),
         ({"forget": {"cat": "dog", "dog": "cow"}, "templates": TEMPLATES}, "is itself to be forgotten"),
         ({"concept": []}, "there is no concept to forget"),
-        ({"concept": ["cat"]}, "concept must be a fade.Concept, or a list of them, not a str"),
+        ({"concept": ["cat"]}, "concept must be a fade.Concept, not a str; or a list of them"),
         ({"concept": [concept_from_words("cat", "dog")], "forget": {"a": "b"}}, "forget would be ignored"),
     ],
 )
