@@ -167,10 +167,10 @@ def record_of(pairs: Sequence[Pair], retain_prompts: Sequence[str]) -> dict[str,
 
 def _in_short(words: Sequence[str], most: int = 400) -> str:
     """The words as one name; of very many, the first and how many more there are."""
-    shown = [word for end, word in zip(accumulate(len(word) + 2 for word in words), words, strict=True) if end <= most]
-    if len(shown) == len(words) or not shown:
-        return ", ".join(words[: len(shown) or 1])
-    return f"{', '.join(shown)} and {len(words) - len(shown)} more"
+    ends = accumulate(len(word) + 2 for word in words)
+    shown = [word for end, word in zip(ends, words, strict=True) if end <= most] or words[:1]
+    more = len(words) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def pairs_in(record: Mapping[str, Any]) -> tuple[Pair, ...]:
