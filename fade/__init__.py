@@ -25,8 +25,10 @@ _HOME = {
     "OverwriteConfig": "fade.config",
     "FadeError": "fade.errors",
     "attack": "fade.evaluation",
+    "combine_adapters": "fade.combine",
     "evaluate": "fade.evaluation",
     "unlearn": "fade.unlearning",
+    "unlearn_each": "fade.unlearning",
 }
 
 __all__ = [
@@ -41,19 +43,22 @@ __all__ = [
     "__version__",
     "adapters",
     "attack",
+    "combine_adapters",
     "evaluate",
     "load_adapter",
     "status",
     "unlearn",
+    "unlearn_each",
 ]
 
 if TYPE_CHECKING:
     from fade.adapter import Adapter, adapters, load_adapter, status
+    from fade.combine import combine_adapters
     from fade.concept import Concept
     from fade.config import ClosedFormConfig, Config, DataConfig, LocateConfig, OverwriteConfig
     from fade.errors import FadeError
     from fade.evaluation import attack, evaluate
-    from fade.unlearning import unlearn
+    from fade.unlearning import unlearn, unlearn_each
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ It is an ordinary PEFT adapter whose layers are masked (`fade.layers`, `fade.tun
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import math
 import warnings
@@ -707,9 +706,11 @@ def load_adapter(
             return tensors.factors or (tensors.values,)
 
         masks = {layer: tensors.mask for layer, tensors in file.layers.items()}
+        # What a file was combined from stays in the file: on the pipeline there is the sum alone.
+        metadata = {key: value for key, value in file.metadata.items() if key != "parts"}
         alpha = float(file.metadata["scale"]) * rank
         return _attach(
-            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, file.metadata, pinned, scale
+            pipeline, name, masks, base_layers(denoiser), initial, rank, alpha, values, metadata, pinned, scale
         )
 
 
@@ -724,7 +725,7 @@ def versions() -> dict[str, str]:
 def new_metadata(concept: Any, config: Any, base: str, digests: Mapping[str, str], scale: float) -> dict[str, Any]:
     """Metadata of an adapter to be trained; the run record joins it at the end."""
     return {
-        "concept": dataclasses.asdict(concept),
+        "concept": concept.to_dict(),
         "config": config.to_dict(),
         "base": base,
         "fingerprint": dict(digests),

@@ -4,6 +4,9 @@ For every layer it holds either factors and packed mask or the masked values and
 for the whole file (FADE's authors store factors without the mask, which is another adapter than the one trained). The
 keys are not LoRA keys, so that a loader that knows no masks refuses the file instead of loading a dense adapter.
 
+A file that adapters were combined into also holds its parts (`fade.combine`): for each, which of the positions are its
+own and, where several parts share a position, its value there; elsewhere the sum is its value.
+
 A file may come from anywhere. It is read, never mapped, at most twice its size is held, and masks stay positions until
 a layer takes them (`BitMask.from_positions`), so that no size written in it makes anything as large as it says.
 """
@@ -11,8 +14,8 @@ a layer takes them (`BitMask.from_positions`), so that no size written in it mak
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fade.concept import pairs_in
 from fade.errors import AdapterFileError
 from fade.files import atomic_write
-from fade_kernels import BitMask, masked_factor_values
+from fade_kernels import BitMask, masked_factor_values, scatter_masked_
 
 FORMAT, FORMAT_VERSION = "fade-adapter", 1
-PREFIX = "fade.unet."
+VERSION_WITH_PARTS = 2
+"""Of files with parts, which releases that know none would take for damaged."""
+PREFIX, PART_PREFIX = "fade.unet.", "fade.part."
 MOST_WEIGHTS = 2**31
 """Weights of a layer; the largest of today's models have 6e8."""
 LEAST_SCALE, MOST_SCALE = 1e-6, 1e6
@@ -65,6 +71,8 @@ class AdapterFile:
     metadata: dict[str, Any]
     layers: dict[str, LayerTensors]
     bytes: int
+    part_tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the file holds of its parts, as it is there; `read_parts` makes layers of it."""
 
     @property
     def selected(self) -> int:
@@ -87,10 +95,16 @@ def _mask_tensors(mask: BitMask, key: str) -> dict[str, Tensor]:
     }
 
 
-def write_adapter_file(path: str | Path, metadata: dict[str, Any], layers: Mapping[str, LayerTensors]) -> int:
+def write_adapter_file(
+    path: str | Path,
+    metadata: dict[str, Any],
+    layers: Mapping[str, LayerTensors],
+    parts: Sequence[Mapping[str, LayerTensors]] = (),
+) -> int:
     """Writes the smaller of the two forms and returns the file's bytes. The old file survives any failure.
 
-    Layers with factors may be written as values M⊙(BA); layers with values stay values.
+    Layers with factors may be written as values M⊙(BA); layers with values stay values. Where `layers` are the sum of
+    `parts`, all in values form, `metadata["parts"]` has a record for each of them.
     """
     masks, as_values, as_factors = {}, {}, {}
     for name, layer in layers.items():
@@ -109,12 +123,13 @@ def write_adapter_file(path: str | Path, metadata: dict[str, Any], layers: Mappi
     complete = len(as_factors) == 2 * len(layers)
     form = "factors" if complete and size(as_factors) < size(as_values) else "values"
     shapes = {name: list(layer.mask.shape) for name, layer in layers.items()}
-    header = {**metadata, "format": FORMAT, "version": FORMAT_VERSION, "form": form, "shapes": shapes}
+    version = VERSION_WITH_PARTS if parts else FORMAT_VERSION
+    header = {**metadata, "format": FORMAT, "version": version, "form": form, "shapes": shapes}
     header.pop("kernels", None)
     if all(layer.kernel is not None for layer in layers.values()):
         header["kernels"] = {name: list(layer.kernel) for name, layer in layers.items() if layer.kernel}
+    tensors = masks | (as_factors if form == "factors" else as_values) | _part_tensors(parts)
     with atomic_write(path) as temporary:
-        tensors = masks | (as_factors if form == "factors" else as_values)
         save_file(tensors, temporary, metadata={"format": FORMAT, "fade": json.dumps(header, separators=(",", ":"))})
     return Path(path).stat().st_size
 
@@ -136,9 +151,9 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     try:
         metadata = _parse(header["fade"].encode())
         version = metadata["version"]
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, VERSION_WITH_PARTS):
             told = str(version)[:40]
-            raise AdapterFileError(f"{path} has format version {told}; this release reads {FORMAT_VERSION}")
+            raise AdapterFileError(f"{path} has format version {told}; this release reads up to {VERSION_WITH_PARTS}")
         kernels = metadata.get("kernels")
         layers = {
             name: read_layer(
@@ -151,9 +166,68 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
         raise
     except _DAMAGES as error:
         raise AdapterFileError(f"{path} is damaged or was not written by FADE: {error}") from error
+    parts = {}
+    if version == VERSION_WITH_PARTS:
+        parts = {key: tensors.pop(key) for key in list(tensors) if key.startswith(PART_PREFIX)}
     if tensors:
         raise AdapterFileError(f"{path} holds tensors that belong to no layer: {', '.join(sorted(tensors)[:3])[:300]}")
-    return AdapterFile(metadata, layers, size)
+    return AdapterFile(metadata, layers, size, parts)
+
+
+def _part_tensors(parts: Sequence[Mapping[str, LayerTensors]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer in dict.fromkeys(name for part in parts for name in part):
+        shared = _owners([part[layer].mask for part in parts if layer in part]) > 1
+        for index, part in enumerate(parts):
+            if layer in part:
+                key, mask = f"{PART_PREFIX}{index}.{layer}", part[layer].mask
+                own = part[layer].values[shared[mask.unpack()]]
+                tensors |= {**_mask_tensors(mask, key), f"{key}.values": own.contiguous()}
+    return tensors
+
+
+def _owners(masks: Sequence[BitMask]) -> Tensor:
+    """How many of the masks have each position: int16 [N, K]."""
+    return sum(mask.unpack().short() for mask in masks)
+
+
+def read_parts(file: AdapterFile) -> list[dict[str, LayerTensors]]:
+    """The parts that a file was combined from, in the order of `metadata["parts"]`, each with its layers in values
+    form; none where it was not combined. Raises AdapterFileError where they are not what the file is the sum of.
+    """
+    if not file.part_tensors:
+        return []
+    tensors = dict(file.part_tensors)
+    parts: list[dict[str, LayerTensors]] = [{} for _ in file.metadata["parts"]]
+    try:
+        for layer, total in file.layers.items():
+            masks = {}
+            for index in range(len(parts)):
+                key = f"{PART_PREFIX}{index}.{layer}"
+                if f"{key}.values" in tensors:
+                    masks[index] = _read_mask(key, total.mask.shape, tensors)
+            sums = torch.zeros(total.mask.shape, dtype=torch.float32)
+            dense = scatter_masked_(sums.clone(), total.values, total.mask)
+            shared = _owners(list(masks.values())) > 1 if masks else torch.zeros_like(dense, dtype=torch.bool)
+            for index, mask in masks.items():
+                at = mask.unpack()
+                values, several = dense[at], shared[at]
+                values[several] = _finite(tensors.pop(f"{PART_PREFIX}{index}.{layer}.values"), layer, several.sum())
+                parts[index][layer] = LayerTensors(mask, values=values, kernel=total.kernel)
+                sums[at] += values
+            if not torch.equal(sums, dense):
+                raise ValueError(f"the parts of {layer} do not add up to what it holds")
+        if tensors:
+            raise ValueError(f"it holds parts of no layer: {', '.join(sorted(tensors)[:3])[:300]}")
+    except _DAMAGES as error:
+        raise AdapterFileError(f"the file's parts are damaged: {error}") from error
+    return parts
+
+
+def _finite(values: Tensor, layer: str, count: Any) -> Tensor:
+    if values.dtype != torch.float32 or values.shape != (int(count),) or not math.isfinite(_largest(values)):
+        raise ValueError(f"a part's values of {layer} are not {int(count)} finite numbers")
+    return values
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -255,12 +329,12 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
     require(isinstance(digests, dict) and len(digests) > 0, "fingerprint is empty")
     require(all(_is_name(word) for pair in digests.items() for word in pair), "fingerprint is no text")
 
-    prompts = ("forget_prompts", "surrogate_prompts", "retain_prompts")
-    concept = metadata["concept"] = {"surrogate": "", **{kind: [] for kind in prompts}, **metadata["concept"]}
-    require(_is_name(concept["forget"]) and bool(concept["forget"].strip()), "concept has no words")
-    require(_is_name(concept["surrogate"]), "surrogate has no words")
-    for kind in prompts:
-        require(_is_list(concept[kind], lambda prompt: isinstance(prompt, str)), f"{kind} are no text")
+    metadata["concept"] = _checked_concept(metadata["concept"])
+    records = metadata.get("parts", [])
+    require(_is_list(records, lambda part: isinstance(part, dict)), "parts are no list of tables")
+    for part in records:
+        part["concept"] = _checked_concept(part["concept"])
+        require(_is_number(part["weight"]) and _is_name(part["digest"]), "a part has no weight or no digest")
     for name in ("base", "created"):
         require(_is_name(metadata.get(name, "")), f"{name} is no name")
 
@@ -290,6 +364,23 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
         require(strength <= torch.finfo(torch.float32).max, f"{name}: a change of {strength:.1g} is none of a weight")
 
 
+def _checked_concept(concept: dict[str, Any]) -> dict[str, Any]:
+    """The record of what is forgotten, with what may be left out. Raises ValueError where it is none."""
+    prompts = ("forget_prompts", "surrogate_prompts", "retain_prompts")
+    concept = {"surrogate": "", **{kind: [] for kind in prompts}, **concept}
+    if not _is_name(concept["forget"]) or not concept["forget"].strip():
+        raise ValueError("concept has no words")
+    if not _is_name(concept["surrogate"]):
+        raise ValueError("surrogate has no words")
+    for kind in prompts:
+        if not _is_list(concept[kind], lambda prompt: isinstance(prompt, str)):
+            raise ValueError(f"{kind} are no text")
+    for pair in pairs_in(concept):
+        if not _is_name(pair.forget) or not pair.forget.strip() or not _is_name(pair.surrogate):
+            raise ValueError("one of the concepts has no words")
+    return concept
+
+
 def _largest_delta(tensors: LayerTensors) -> float:
     """A bound of the delta's entries, without the scale."""
     if tensors.factors is None:
@@ -316,22 +407,7 @@ def read_layer(
             raise ValueError(f"{key[:100]} has the kernel {str(kernel)[:100]}")
         kernel = tuple(kernel)
 
-    def take(part: str, dtype: torch.dtype | None, shape: tuple[int, ...] | None) -> Tensor:
-        tensor = tensors.pop(f"{key}.{part}", None)
-        if tensor is None:
-            raise ValueError(f"tensor {key}.{part} is missing")
-        if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tensor.shape != shape):
-            raise ValueError(f"tensor {key}.{part} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}")
-        return tensor
-
-    if f"{key}.mask" in tensors:
-        mask = BitMask(take("mask", torch.int32, (n, -(-k // 32))), (n, k))
-    else:
-        counts, columns = take("row_counts", torch.int32, (n,)), take("columns", torch.uint16, None)
-        try:
-            mask = BitMask.from_positions(counts, columns, (n, k))
-        except ValueError as error:
-            raise ValueError(f"tensor {key}.{error}") from error
+    mask = _read_mask(key, (n, k), tensors)
 
     def finite(tensor: Tensor, part: str) -> Tensor:
         if tensor.dtype not in FLOATS or not math.isfinite(_largest(tensor)):
@@ -339,11 +415,37 @@ def read_layer(
         return tensor
 
     if form == "values":
-        return LayerTensors(mask, values=finite(take("values", torch.float32, (mask.count,)), "values"), kernel=kernel)
+        return LayerTensors(
+            mask, values=finite(_take(tensors, f"{key}.values", torch.float32, (mask.count,)), "values"), kernel=kernel
+        )
     if form != "factors":
         raise ValueError(f"unknown form {form!r}"[:100])
-    lora_a, lora_b = (finite(take(part, None, None), part) for part in ("a", "b"))
+    lora_a, lora_b = (finite(_take(tensors, f"{key}.{part}"), part) for part in ("a", "b"))
     rank = lora_a.shape[0]
     if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
         raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     return LayerTensors(mask, factors=(lora_a, lora_b), kernel=tuple(lora_a.shape[2:]))
+
+
+def _take(
+    tensors: dict[str, Tensor], key: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> Tensor:
+    tensor = tensors.pop(key, None)
+    if tensor is None:
+        raise ValueError(f"tensor {key} is missing")
+    if (dtype is not None and tensor.dtype != dtype) or (shape is not None and tensor.shape != shape):
+        raise ValueError(f"tensor {key} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _read_mask(key: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> BitMask:
+    """Takes a mask, as `_mask_tensors` makes it, out of `tensors`."""
+    n, k = shape
+    if f"{key}.mask" in tensors:
+        return BitMask(_take(tensors, f"{key}.mask", torch.int32, (n, -(-k // 32))), (n, k))
+    counts = _take(tensors, f"{key}.row_counts", torch.int32, (n,))
+    columns = _take(tensors, f"{key}.columns", torch.uint16)
+    try:
+        return BitMask.from_positions(counts, columns, (n, k))
+    except ValueError as error:
+        raise ValueError(f"tensor {key}.{error}") from error

@@ -131,9 +131,28 @@ def demo(
 @app.command()
 def unlearn(
     model: Model,
-    forget: Annotated[str, typer.Option(metavar="WORDS", help="The concept to forget, e.g. three or 'Van Gogh'.")],
-    surrogate: Annotated[str, typer.Option(metavar="WORDS", help="What takes its place, e.g. eight or 'a painter'.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for adapter.safetensors and run.json.")],
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="The concept to forget, e.g. three or 'Van Gogh'. Several: --forget three=eight --forget seven=one, "
+            "each with what takes its place.",
+        ),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="What takes the place of a single concept, e.g. eight or 'a painter'."),
+    ] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="An adapter for each concept, in DIR/CONCEPT, instead of one for all.")
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Adapter that the new one is to act beside (they add up); repeat for several."
+        ),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Prompt with one {} where the concept goes; repeat for several."),
@@ -242,8 +261,10 @@ def unlearn(
 
     Example: [bold]fade unlearn digitcanvas --forget three --surrogate eight --output no-three[/bold]
     """
+    words = _concept_words(forget or [], surrogate)
     chosen = _config(
         config,
+        concepts=words,
         data__forget_images=_text(forget_images),
         data__retain_images=_text(retain_images),
         data__plurals=plurals,
@@ -263,30 +284,60 @@ def unlearn(
         overwrite__parameters=parameters,
         seed=seed,
     )
+    if not chosen.concepts:
+        raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
     from fade.concept import read_prompts
     from fade.loading import load_model
-    from fade.report import where_it_sits
-    from fade.unlearning import ADAPTER_FILE
+    from fade.unlearning import ADAPTER_FILE, slugs, unlearn_each
     from fade.unlearning import unlearn as run
 
     kept = [*(retain or []), *(read_prompts(retain_file) if retain_file else [])]
-    adapter = run(
-        load_model(model, device, dtype),
-        forget,
-        surrogate,
-        templates=template or None,
-        retain=kept or None,
-        config=chosen,
-        output=output,
-        name=name,
-        overwrite=overwrite,
-        resume=resume,
-        progress=not quiet,
-    )
-    file, record = output / ADAPTER_FILE, adapter.run
+    given = {
+        "templates": template or None, "retain": kept or None, "beside": beside or (), "config": chosen,
+        "output": output, "name": name, "overwrite": overwrite, "resume": resume, "progress": not quiet,
+    }  # fmt: skip
+    if separate:
+        adapters = unlearn_each(load_model(model, device, dtype), **given)
+        files = [output / slug / ADAPTER_FILE for slug in slugs(list(adapters))]
+        for (concept, adapter), file in zip(adapters.items(), files, strict=True):
+            _say(f"{concept}:")
+            _tell_of_run(adapter.run, file)
+        together = shlex.join(["fade", "combine", *map(str, files), "--output", str(output / "all.safetensors")])
+        _say(f"next: {together}")
+        return
+    file = output / ADAPTER_FILE
+    _tell_of_run(run(load_model(model, device, dtype), **given).run, file)
+    _say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
+
+
+def _concept_words(forget: list[str], surrogate: str | None) -> "tuple[settings.ConceptWords, ...] | None":
+    """The concepts that --forget and --surrogate name; None where there is no --forget. Raises FadeError."""
+    forms = "--forget three --surrogate eight for one concept, --forget three=eight --forget seven=one for several"
+    if surrogate is not None:
+        if len(forget) != 1:
+            raise FadeError(f"--surrogate goes with a single --forget: give {forms}")
+        if "=" in forget[0]:
+            raise FadeError(
+                f"--forget {forget[0]} names what takes its place, and so does --surrogate {surrogate}: give {forms}; "
+                "a concept with = in it is named in a settings file (concepts)"
+            )
+        return (settings.ConceptWords(forget[0], surrogate),)
+    pairs = [tuple(part.strip() for part in text.partition("=")[::2]) for text in forget]
+    for text, (concept, answer) in zip(forget, pairs, strict=True):
+        if not (concept and answer):
+            raise FadeError(f"--forget {text!r} does not say what takes its place: give {forms}")
+    if len({concept for concept, _ in pairs}) < len(pairs):
+        twice = next(concept for i, (concept, _) in enumerate(pairs) if concept in [other for other, _ in pairs[:i]])
+        raise FadeError(f"--forget names {twice!r} twice; name each concept once")
+    return tuple(settings.ConceptWords(*pair) for pair in pairs) or None
+
+
+def _tell_of_run(record: dict[str, Any], file: Path) -> None:
+    """What an unlearning run did and cost, and the file it wrote."""
+    from fade.report import where_it_sits
+
     seconds, memory = record["seconds"], record["peak_memory_bytes"]
-    console = _console()
-    console.print(
+    _console().print(
         f"{record['selected']:,} of {record['total']:,} target weights changed "
         f"({100 * record['selected'] / record['total']:.3g} %); locate {seconds['locate']:.1f} s "
         f"(peak {memory['locate'] / 1e6:,.0f} MB), overwrite {seconds['overwrite']:.1f} s "
@@ -294,7 +345,6 @@ def unlearn(
     )
     _say(f"the edit sits in {where_it_sits(record['path'])}")
     _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
-    _say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
 
 
 @app.command()
@@ -411,6 +461,10 @@ def attack(
         list[str] | None,
         typer.Option("--attack", metavar="NAME", help="Attack to try; repeat for several. Default: all there are."),
     ] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="The concept to bring back, where the adapter forgets several."),
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -451,7 +505,7 @@ def attack(
     attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
     record = run(
         pipeline, attached, chosen, pictures=pictures, steps=steps, guidance_scale=guidance, batch_size=batch_size,
-        seed=seed or 0, judge=judge, classes=_listed(classes), record=json_file, overwrite=overwrite,
+        seed=seed or 0, forget=forget, judge=judge, classes=_listed(classes), record=json_file, overwrite=overwrite,
         progress=not quiet,
     )  # fmt: skip
     _console().print(record.table())
@@ -566,6 +620,40 @@ def _export(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files of the same base model.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="X,Y,...", help="A weight for each of the files. Default 1 each.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART", help="Take a part out again: its concept in words, or its file; repeat for several."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Add adapters up into one file, which costs as much as one of them; or take one out of it. Needs no model.
+
+    Example: [bold]fade combine no-three.safetensors no-neon.safetensors --output both.safetensors[/bold]
+    """
+    from fade.combine import combine_adapters
+    from fade.report import human_bytes
+
+    if len(adapters) == 1 and not without:
+        raise FadeError("one adapter is no sum: give two files or more, or one that was combined and --without PART")
+    try:
+        factors = None if weights is None else [float(word) for word in weights.split(",")]
+    except ValueError:
+        raise FadeError(f"--weights must be numbers with commas between them, not {weights!r}") from None
+    made = combine_adapters(adapters, output, factors, without or (), overwrite)
+    _say(f"forgets: {', '.join(made.concepts)}")
+    size = f"{human_bytes(made.bytes)}; {made.selected:,} weights, {100 * made.density:.3g} % of its layers"
+    _say(f"adapter: {output} ({size})")
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -574,6 +662,7 @@ def inspect(
 
     Example: [bold]fade inspect no-three/adapter.safetensors[/bold]
     """
+    from fade.concept import pairs_in
     from fade.peft_file import read_any_file
     from fade.report import human_bytes, short_layer_name, where_it_sits
 
@@ -587,7 +676,8 @@ def inspect(
         record = {**metadata, "bytes": content.bytes, "selected": content.selected, "total": content.total}
         print(_json({**record, "layers": layers}))
         return
-    concept, run, settings_used = metadata["concept"], metadata.get("run", {}), metadata.get("config", {})
+    concepts = pairs_in(metadata["concept"])
+    run, settings_used = metadata.get("run", {}), metadata.get("config", {})
     memory = run.get("peak_memory_bytes", {})
     digests = [f"{dtype} {digest[:16]}…" for dtype, digest in metadata["fingerprint"].items()]
     console = _console()
@@ -595,7 +685,7 @@ def inspect(
         _facts(
             f"{file.name}",
             {
-                "forgets": f"{concept['forget']}, as {concept.get('surrogate') or 'nothing'}",
+                "forgets": "; ".join(f"{pair.forget}, as {pair.surrogate or 'nothing'}" for pair in concepts),
                 "made": f"{metadata.get('created', 'unknown')} with "
                 + ", ".join(f"{package} {version}" for package, version in metadata.get("versions", {}).items()),
                 "base model": f"{metadata.get('base', 'unknown')} ({', '.join(digests)})",
@@ -604,6 +694,11 @@ def inspect(
                 ],
                 "changes": f"{content.selected:,} of {content.total:,} weights "
                 f"({100 * content.selected / max(1, content.total):.3g} %) in {len(layers)} layers",
+                **(
+                    {"parts": "; ".join(f"{part['concept']['forget']} × {part['weight']:g}" for part in parts)}
+                    if (parts := metadata.get("parts"))
+                    else {}
+                ),
                 "sits in": where_it_sits(run.get("path")),
                 "size": human_bytes(content.bytes),
                 **{

@@ -2,15 +2,18 @@
 
 A concept is put into several templates; the surrogate goes into the same ones, so that prompt i of the surrogate
 answers prompt i of the concept. The retain prompts span what the model should keep drawing. In texts that people wrote
-the concept is found as words: `man` is no part of `woman`.
+the concept is found as words: `man` is no part of `woman`. Several concepts are forgotten by one adapter (`together`),
+or by adapters that add up (`beside`).
 """
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from fade.errors import FadeError
 
@@ -29,11 +32,22 @@ RETAIN_PROMPTS = ("", *(manner.format(subject) for subject in _SUBJECTS for mann
 
 
 @dataclass(frozen=True)
+class Pair:
+    """One concept to forget and what takes its place, in words and in prompts that answer each other."""
+
+    forget: str
+    surrogate: str
+    forget_prompts: tuple[str, ...]
+    surrogate_prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Concept:
     """A forgetting request in prompts.
 
     `forget_prompts[i]` is to be answered as the frozen model answers `surrogate_prompts[i]`, and each of
-    `retain_prompts` as before.
+    `retain_prompts` as before. Where several concepts are forgotten together, `forget` and `surrogate` name all of
+    them, the prompts are those of all, and `several` says which belong to which; it is empty for a single one.
     """
 
     forget: str
@@ -41,6 +55,25 @@ class Concept:
     forget_prompts: tuple[str, ...]
     surrogate_prompts: tuple[str, ...]
     retain_prompts: tuple[str, ...]
+    several: tuple[Pair, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every concept of the request by itself; one at least."""
+        return self.several or (Pair(self.forget, self.surrogate, self.forget_prompts, self.surrogate_prompts),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As adapter files hold it, for JSON; `pairs_in` reads it. Of several concepts, `pairs` gives the words of
+        each and how many of the prompts are its own, in order."""
+        return record_of(self.pairs, self.retain_prompts)
+
+    def named_in(self, text: str, plurals: bool = False) -> bool:
+        """Whether a text `mentions` what is to be forgotten."""
+        return any(mentions(text, pair.forget, plurals) for pair in self.pairs)
+
+    def answer(self, text: str, plurals: bool = False) -> str:
+        """The text with each concept's surrogate in its place (`substitute`)."""
+        return _answered(text, self.pairs, plurals)
 
     def __post_init__(self) -> None:
         for text in (self.forget, self.surrogate, *self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
@@ -111,6 +144,131 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
     raise FadeError(
         f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"
     )
+
+
+# --- several concepts ------------------------------------------------------------------------------------------------
+
+
+def record_of(pairs: Sequence[Pair], retain_prompts: Sequence[str]) -> dict[str, Any]:
+    """What adapter files hold of concepts that are forgotten together; `pairs_in` reads it."""
+    record: dict[str, Any] = {
+        "forget": _in_short([pair.forget for pair in pairs]),
+        "surrogate": _in_short([pair.surrogate for pair in pairs]),
+        "forget_prompts": tuple(prompt for pair in pairs for prompt in pair.forget_prompts),
+        "surrogate_prompts": tuple(prompt for pair in pairs for prompt in pair.surrogate_prompts),
+        "retain_prompts": tuple(retain_prompts),
+    }
+    if len(pairs) > 1:
+        record["pairs"] = [
+            {"forget": pair.forget, "surrogate": pair.surrogate, "prompts": len(pair.forget_prompts)} for pair in pairs
+        ]
+    return record
+
+
+def _in_short(words: Sequence[str], most: int = 400) -> str:
+    """The words as one name; of very many, the first and how many more there are."""
+    ends = accumulate(len(word) + 2 for word in words)
+    shown = [word for end, word in zip(ends, words, strict=True) if end <= most] or words[:1]
+    more = len(words) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def pairs_in(record: Mapping[str, Any]) -> tuple[Pair, ...]:
+    """The concepts that an adapter's metadata names under `concept`: one, or all that were forgotten together.
+
+    The one reader of that record, whoever wrote it. Raises ValueError where its parts do not fit together.
+    """
+    forget, surrogate = tuple(record.get("forget_prompts", ())), tuple(record.get("surrogate_prompts", ()))
+    if "pairs" not in record:
+        return (Pair(record["forget"], record.get("surrogate") or "", forget, surrogate),)
+    pairs, start = [], 0
+    for pair in record["pairs"]:
+        many = pair["prompts"]
+        if type(many) is not int or not 0 <= many <= len(forget) - start:
+            raise ValueError("the concepts have other prompts than they say")
+        own = slice(start, start := start + many)
+        pairs.append(Pair(pair["forget"], pair["surrogate"], forget[own], surrogate[own]))
+    if not pairs or start != len(forget) or start != len(surrogate):
+        raise ValueError("the concepts have other prompts than they say")
+    return tuple(pairs)
+
+
+def check_together(pairs: Sequence[Pair], plurals: bool = False) -> None:
+    """Raises FadeError where concepts cannot be forgotten beside each other: one is there twice, or the surrogate of
+    one is itself to be forgotten."""
+    seen = set()
+    for pair in pairs:
+        if (word := plain_words(pair.forget)) in seen:
+            raise FadeError(f"{pair.forget!r} is to be forgotten twice; name each concept once")
+        seen.add(word)
+    for pair in pairs:
+        for other in pairs:
+            if other is not pair and mentions(pair.surrogate, other.forget, plurals):
+                raise FadeError(
+                    f"the surrogate {pair.surrogate!r} of {pair.forget!r} is itself to be forgotten ({other.forget!r}, "
+                    f"as {other.surrogate!r}); choose another surrogate"
+                )
+
+
+def together(concepts: Sequence[Concept], plurals: bool = False) -> Concept:
+    """One request for several concepts, to be forgotten by one adapter.
+
+    Where a surrogate prompt names another of the concepts, that one's surrogate takes its place, too. The retain
+    prompts are those of all, with the surrogates' own, but none that names any of the concepts: it would hold that one
+    in place. Raises FadeError where the concepts do not go together (`check_together`) or no retain prompt is left.
+    """
+    if not concepts:
+        raise FadeError("there is no concept to forget; name one at least")
+    if len(concepts) == 1:
+        return concepts[0]
+    pairs = [pair for concept in concepts for pair in concept.pairs]
+    check_together(pairs, plurals)
+    pairs = [
+        replace(
+            pair,
+            surrogate_prompts=tuple(
+                _answered(prompt, [other for other in pairs if other is not pair], plurals)
+                for prompt in pair.surrogate_prompts
+            ),
+        )
+        for pair in pairs
+    ]
+    answers = [prompt for pair in pairs for prompt in pair.surrogate_prompts]
+    kept = dict.fromkeys([*(prompt for concept in concepts for prompt in concept.retain_prompts), *answers])
+    record = record_of(pairs, without_mention(kept, pairs, plurals))
+    record.pop("pairs")
+    return Concept(**record, several=tuple(pairs))
+
+
+def beside(concept: Concept, others: Sequence[Pair], plurals: bool = False) -> Concept:
+    """The request for an adapter that acts beside those which forget `others`, so that their changes add up.
+
+    What the others forget is theirs to change, so that this adapter leaves it as it is: their prompts and their
+    surrogates' join the retain prompts, without those that name what this one forgets. Raises FadeError as `together`.
+    """
+    if not others:
+        return concept
+    check_together([*concept.pairs, *others], plurals)
+    theirs = [p for pair in others for p in (*pair.forget_prompts, *pair.surrogate_prompts)]
+    kept = dict.fromkeys([*concept.retain_prompts, *theirs])
+    return replace(concept, retain_prompts=without_mention(kept, concept.pairs, plurals))
+
+
+def _answered(text: str, pairs: Sequence[Pair], plurals: bool) -> str:
+    # The longest first: "black cat" is found before the "cat" in it.
+    for pair in sorted(pairs, key=lambda pair: -len(pair.forget)):
+        text = substitute(text, pair.forget, pair.surrogate, plurals)
+    return text
+
+
+def without_mention(prompts: Iterable[str], pairs: Sequence[Pair], plurals: bool = False) -> tuple[str, ...]:
+    """The prompts that name none of the concepts."""
+    return tuple(p for p in prompts if not any(mentions(p, pair.forget, plurals) for pair in pairs))
+
+
+def plain_words(words: str) -> str:
+    """Words without what makes no difference between two names: case, form of accents, number of spaces."""
+    return " ".join(unicodedata.normalize("NFC", words).casefold().split())
 
 
 def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:

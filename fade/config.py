@@ -76,7 +76,7 @@ class LocateConfig:
     scaling: Scaling = "module"
     """`module` divides a layer's saliency by its mean, so that no layer wins by the size of its gradients alone."""
     keep: float = 0.01
-    """Fraction of the target weights that may change, in (0, 1]."""
+    """Fraction of the target weights that may change, in (0, 1]; for each concept, where several are forgotten."""
     granularity: Granularity = "element"
     """What is kept or dropped as a whole; `none` keeps everything, which is ordinary dense LoRA."""
     tile: int = 32
@@ -150,8 +150,20 @@ class ClosedFormConfig:
 
 
 @dataclass(frozen=True)
+class ConceptWords:
+    """A concept to forget and what takes its place, in words."""
+
+    forget: str
+    surrogate: str
+
+
+@dataclass(frozen=True)
 class Config:
     """One unlearning run."""
+
+    concepts: tuple[ConceptWords, ...] = ()
+    """What to forget, where it is not given beside the settings: in TOML
+    `concepts = [{forget = "three", surrogate = "eight"}, …]`. Several are forgotten by one adapter."""
 
     data: DataConfig = field(default_factory=DataConfig)
     locate: LocateConfig = field(default_factory=LocateConfig)
@@ -213,7 +225,8 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
-        """Read a TOML file with tables [data], [locate], [overwrite], [closed_form] and `seed`. Raises FadeError."""
+        """Read a TOML file with tables [data], [locate], [overwrite], [closed_form], `seed` and `concepts`. Raises
+        FadeError."""
         path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -264,6 +277,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if len(value) != len(args):
             raise FadeError(f"setting '{where}' must have {len(args)} entries, not {len(value)}")
         return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        names = [f.name for f in dataclasses.fields(hint)]
+        if not isinstance(value, dict) or sorted(value) != sorted(names):
+            raise FadeError(f"each entry of '{where}' must be a table of {' and '.join(names)}, not {value!r}")
+        return hint(**{name: _coerce(value[name], str, f"{where}.{name}") for name in names})
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

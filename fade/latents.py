@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fade.backbones import Backbone
 from fade.cache_key import file_digest, library_versions, pipeline_digests, tensor_digest
-from fade.concept import Concept, mentions, substitute
+from fade.concept import Concept
 from fade.config import DataConfig
 from fade.errors import FadeError, printable
 from fade.files import atomic_write
@@ -82,7 +82,7 @@ def prepare_latents(
 
 def warn_of_retain_prompts(concept: Concept, config: DataConfig, stacklevel: int = 2) -> None:
     """Warns of retain prompts that name the concept."""
-    naming = [prompt for prompt in concept.retain_prompts if mentions(prompt, concept.forget, config.plurals)]
+    naming = [prompt for prompt in concept.retain_prompts if concept.named_in(prompt, config.plurals)]
     if naming:
         warnings.warn(
             f"{len(naming)} of {len(concept.retain_prompts)} retain prompts name {concept.forget!r}, which is to be "
@@ -116,8 +116,8 @@ def _forget_latents(
         return latents, forget_prompts, surrogate_prompts
 
     latents, captions = _read(backbone, folder, config.forget_samples, config, seed, progress)
-    named = [next((line for line in c if mentions(line, concept.forget, config.plurals)), None) for c in captions]
-    answers = {line: substitute(line, concept.forget, concept.surrogate, config.plurals) for line in named if line}
+    named = [next((line for line in c if concept.named_in(line, config.plurals)), None) for c in captions]
+    answers = {line: concept.answer(line, config.plurals) for line in named if line}
     cut_off = {line for line, same in zip(answers, _read_as_the_same(backbone, answers), strict=True) if same}
     chosen = [
         pair if line is None or line in cut_off else (line, answers[line])
@@ -156,7 +156,7 @@ def _retain_latents(
         return latents, tuple(prompts[i % len(prompts)] for i in range(len(latents)))
 
     def names_the_concept(picture: Picture) -> bool:
-        return any(mentions(line, concept.forget, config.plurals) for line in picture.caption)
+        return any(concept.named_in(line, config.plurals) for line in picture.caption)
 
     naming = [picture.name for picture in folder.pictures if names_the_concept(picture)]
     if naming:
@@ -277,7 +277,7 @@ def request_key(
         "dtype": str(backbone.dtype),
         "pipeline": pipeline_digests(backbone.pipeline),
         "libraries": library_versions(),
-        "concept": vars(concept),
+        "concept": concept.to_dict(),
         "settings": settings,
         "seed": seed,
         "forget": forget_folder and _contents(forget_folder, config.forget_samples),

@@ -10,6 +10,7 @@ pinned adapter is switched off only by a call that names it or that switches eve
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,9 +78,10 @@ def _lent(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _values(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """The values [nnz] that B [1, r] and A [r, nnz] make. r is 1, but where PEFT has padded it with zeros: hot-swapping
     a neighbour of another rank does so with every adapter."""
+    if len(lora_a) == 1:
+        return (lora_b * lora_a).view(-1)
     lora_a, lora_b = lora_a.flatten(1), lora_b.flatten(1)
-    row = lora_b[0, 0] * lora_a[0]
-    return row if len(lora_a) == 1 else row + lora_b[0, 1:] @ lora_a[1:]
+    return lora_b[0, 0] * lora_a[0] + lora_b[0, 1:] @ lora_a[1:]
 
 
 class MaskBuffer(nn.Module):
@@ -172,6 +174,44 @@ class Merged:
     name: str
     scale: float
     held: bool
+
+
+DENSE_FROM = 1 / 16
+"""Density of the masks from which Δ is kept dense where nothing is trained; below, it takes less memory as it is."""
+
+
+@dataclass(frozen=True)
+class _DenseDelta:
+    """Σ s_i Δ_i of adapters in the values form as a dense tensor, and copies of all that it was made of.
+
+    Copies, because no version counter sees what is written through `.data`, as PEFT, EMA and tests write: comparing
+    them costs a small part of making the sum anew. The frozen weight is no part of it and is read at every product.
+    """
+
+    made_of: tuple[tuple[Tensor, Tensor, Tensor, float], ...]
+    delta: Tensor
+
+    @staticmethod
+    def of(parts: Sequence[tuple[BitMask, Tensor, Tensor, float]], shape: torch.Size) -> "_DenseDelta":
+        delta = torch.zeros(shape, dtype=torch.float32, device=parts[0][1].device)
+        for mask, lora_a, lora_b, scale in parts:
+            delta += scatter_masked_(torch.zeros_like(delta), _values(lora_a, lora_b).float() * scale, mask)
+        copies = tuple((mask.words.clone(), a.clone(), b.clone(), scale) for mask, a, b, scale in parts)
+        return _DenseDelta(copies, delta)
+
+    def fits(self, parts: Sequence[tuple[BitMask, Tensor, Tensor, float]]) -> bool:
+        return len(parts) == len(self.made_of) and all(
+            scale == then
+            and lora_a.dtype == a.dtype
+            and torch.equal(lora_a, a)
+            and torch.equal(lora_b, b)
+            and torch.equal(mask.words, words)
+            for (mask, lora_a, lora_b, scale), (words, a, b, then) in zip(parts, self.made_of, strict=True)
+        )
+
+
+# Beside the layers and not in them, so that copies and pickles of a model stay as small as its adapters are.
+_dense_deltas: weakref.WeakKeyDictionary[nn.Module, _DenseDelta] = weakref.WeakKeyDictionary()
 
 
 # --- the layers ------------------------------------------------------------------------------------------------------
@@ -597,6 +637,8 @@ class MaskedLoraLayer:
     # --- the product ---
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (torch.is_grad_enabled() or args or kwargs) and (drawn := self._drawn(x)) is not None:
+            return drawn
         if not self.lora_mask and not self._overwritten:
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
@@ -673,6 +715,54 @@ class MaskedLoraLayer:
             results |= zip(rows, self._adapted(list(acting), part, args, kwargs, given).split(1), strict=True)
         return torch.cat([results[row] for row in range(len(adapter_names))])
 
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """The output in one product with W + Σ s_i Δ_i, whose second part is kept from one call to the next; None where
+        that cannot be done.
+
+        For drawing on a CPU with many positions, as adapters have that were combined of many: made anew each time, Δ
+        costs more than the product. Where anything is trained, traced, compiled or offloaded, where other adapters act,
+        and in 16 bits (which would round Δ away), nothing is kept. Looked up without `nn.Module.__getattr__`, because
+        in a small model these lookups cost more than the product, too.
+        """
+        own, modules = self.__dict__, self._modules
+        masks, lora_a, lora_b = modules["lora_mask"]._modules, modules["lora_A"]._modules, modules["lora_B"]._modules
+        base, merged, in_values = modules["base_layer"], own["merged_adapters"], own["values_form"]
+        names = [name for name in self.active_adapters if name in lora_a and name not in merged]
+        if (
+            own["_disable_adapters"]
+            or not names
+            or not all(name in in_values for name in names)
+            or (own["training"] and any(map(self._drops_out, names)))
+            or type(base) not in MASKED_LAYERS
+        ):
+            return None
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        values = [lora_a[name]._parameters["weight"] for name in names]
+        if (
+            weight is None  # computed, by weight norm or a parametrisation
+            or type(x) is not Tensor
+            or x.dtype != torch.float32
+            or weight.dtype != torch.float32
+            or weight.device.type != "cpu"
+            or sum(map(Tensor.numel, values)) < DENSE_FROM * weight.numel()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or is_hooked(base)
+            or any(is_hooked(part[name]) for name in names for part in (masks, lora_a, lora_b))
+            or any(lora_b[name]._parameters.get("bias") is not None for name in names)
+        ):
+            return None
+        scales = self.scaling
+        parts = [
+            (masks[name].mask, row, lora_b[name]._parameters["weight"], scales[name])
+            for name, row in zip(names, values, strict=True)
+        ]
+        kept = _dense_deltas.get(self)
+        if kept is None or not kept.fits(parts):
+            kept = _dense_deltas[self] = _DenseDelta.of(parts, weight.shape)
+        return self._base_product(x, weight + kept.delta, bias)
+
     def _drops_out(self, name: str) -> bool:
         return self.training and not isinstance(self.lora_dropout[name], nn.Identity)
 
@@ -695,6 +785,9 @@ class MaskedLoraLayer:
 class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
     """Masked LoRA on an `nn.Linear`; factors A [r, K] and B [N, r], mask [N, K]."""
 
+    def _base_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
     def _values_product(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
     ) -> Tensor:
@@ -714,6 +807,9 @@ class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
         if self.get_base_layer().groups > 1:
             raise FadeError("masked adapters do not support grouped convolutions; do not target this layer")
         super().set_mask(adapter_name, mask)
+
+    def _base_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.get_base_layer()._conv_forward(x, weight, bias)
 
     def _values_product(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
@@ -753,13 +849,14 @@ MASKED_LAYERS: dict[type[nn.Module], type[MaskedLoraLayer]] = {
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something happens around the module's forward, so that its weight must not be used past it."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or getattr(module, "_hf_hook", None) is not None
-        or getattr(module, "_diffusers_hook", None) is not None
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_hf_hook") is not None
+        or own.get("_diffusers_hook") is not None
         or _has_any_global_hook()
     )
 

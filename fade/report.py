@@ -142,15 +142,21 @@ def where_it_sits(path: str | None) -> str:
 
 def outcome(evaluation: Evaluation) -> str:
     """What happened, in one sentence with its numbers."""
+    kept = [f"{evaluation.metrics['IRA']:.1f} % of the other {_domains(evaluation)}"]
+    if (other := _other_domain(evaluation)) is not None:
+        kept.append(f"{evaluation.metrics['CRA']:.1f} % of the {_plural(other)}")
+    rest = f"{' and '.join(kept)} are still drawn right."
+    if len(evaluation.concepts) > 1:
+        gone = sum(concept["UA"] >= 99 for concept in evaluation.concepts)
+        return (
+            f"Of {len(evaluation.concepts)} concepts, {gone} are forgotten (UA of 99 % or more), and on average "
+            f"{evaluation.metrics['UA']:.1f} % of the images asked to show one no longer do; {rest}"
+        )
     forgotten = int(evaluation.answers.forgotten.sum())
     left, before = (round((100 - m["UA"]) * forgotten / 100) for m in (evaluation.metrics, evaluation.base))
-    kept = [f"{evaluation.metrics['IRA']:.1f} % of the other {_plural(evaluation.answers.domain)}"]
-    if evaluation.metrics["CRA"] is not None:
-        (other,) = evaluation.answers.classes.keys() - {evaluation.answers.domain}
-        kept.append(f"{evaluation.metrics['CRA']:.1f} % of the {_plural(other)}")
     return (
         f"Of {forgotten} images asked to show “{evaluation.forget}”, {left or 'none'} still "
-        f"{'does' if left == 1 else 'do'} ({before} before); {' and '.join(kept)} are still drawn right."
+        f"{'does' if left == 1 else 'do'} ({before} before); {rest}"
     )
 
 
@@ -165,6 +171,17 @@ def attack_outcome(attacks: "AttackRecord") -> str:
         f"{asked}; the strongest attack, {strongest.attack} ({strongest.setting}), gets it in "
         f"{strongest.recognised} of {strongest.pictures}."
     )
+
+
+def _domains(evaluation: Evaluation) -> str:
+    """The domains that have something to forget, in words: `digits and styles`."""
+    return " and ".join(map(_plural, evaluation.answers.domains))
+
+
+def _other_domain(evaluation: Evaluation) -> str | None:
+    """The domain that has nothing to forget, if there is one."""
+    others = evaluation.answers.classes.keys() - set(evaluation.answers.domains)
+    return next(iter(others), None)
 
 
 def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
@@ -203,57 +220,76 @@ def _both(evaluation: Evaluation) -> tuple["Tensor", "Tensor"]:
 
 
 def _retained_classes(evaluation: Evaluation) -> list[int]:
-    answers = evaluation.answers
-    return [i for i in range(len(answers.classes[answers.domain])) if i != answers.forget]
+    return evaluation.answers.retained(evaluation.answers.domain)
 
 
-def _pick(evaluation: Evaluation, images: "Tensor", word: int, seed_index: int) -> "Tensor":
-    """Images of one class of the concept's domain at one seed, in the order of their prompts."""
-    return images[_indices(evaluation, word, seed_index)]
+def _pick(evaluation: Evaluation, images: "Tensor", word: int, seed_index: int, domain: str | None = None) -> "Tensor":
+    """Images of one class of a domain (by default the first concept's) at one seed, in the order of their prompts."""
+    return images[_indices(evaluation, word, seed_index, domain)]
 
 
-def _indices(evaluation: Evaluation, word: int, seed_index: int) -> list[int]:
+def _indices(evaluation: Evaluation, word: int, seed_index: int, domain: str | None = None) -> list[int]:
     answers = evaluation.answers
     seed = list(dict.fromkeys(answers.seeds))[seed_index]
-    labels = answers.prompted[answers.domain].tolist()
+    labels = answers.prompted[domain or answers.domain].tolist()
     return [i for i, label in enumerate(labels) if label == word and answers.seeds[i] == seed]
 
 
 def _grids(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The forgotten concept at every seed, then every retained class at the first seed: rows of before and after."""
+    """What was to be forgotten and what was to be kept, domain by domain: rows of before and after.
+
+    A single concept is shown at every seed; several, and the retained classes, at the first.
+    """
     answers = evaluation.answers
-    words = answers.classes[answers.domain]
     seeds = list(dict.fromkeys(answers.seeds))
-    crossed = [domain for domain in answers.classes if domain != answers.domain]
-    first = _indices(evaluation, answers.forget, 0)
+    grids = []
+    for domain in answers.domains:
+        words, kind = answers.classes[domain], {"columns": _columns(evaluation, domain)}
+        gone = [target.forget for target in answers.targets if target.domain == domain]
+        rows = [(words[word], word, 0) for word in gone]
+        if len(answers.targets) == 1:
+            rows = [(f"seed {seed}", gone[0], index) for index, seed in enumerate(seeds)]
+        kept = [(words[word], word, 0) for word in answers.retained(domain)]
+        first = f" (seed {seeds[0]})" if len(answers.targets) > 1 else ""
+        grids += [
+            {
+                "title": f"Forgotten: {', '.join(words[word] for word in gone)}{first}", "forgotten": True,
+                "rows": [_grid_row(evaluation, domain, *row) for row in rows], **kind,
+            },
+            {
+                "title": f"Kept: every other {domain} (seed {seeds[0]})", "forgotten": False,
+                "rows": [_grid_row(evaluation, domain, *row) for row in kept], **kind,
+            },
+        ]  # fmt: skip
+    return grids
+
+
+def _columns(evaluation: Evaluation, domain: str) -> list[str]:
+    """What the images of a class of the domain differ in: the other domain's classes, or the prompts."""
+    answers = evaluation.answers
+    target = next(target for target in answers.targets if target.domain == domain)
+    first = _indices(evaluation, target.forget, 0, domain)
+    crossed = [other for other in answers.classes if other != domain]
     if crossed:
-        columns = [answers.classes[crossed[0]][answers.prompted[crossed[0]][i]] for i in first]
-    else:
-        columns = [answers.prompts[i].replace(evaluation.forget, "…") for i in first]
+        return [answers.classes[crossed[0]][answers.prompted[crossed[0]][i]] for i in first]
+    return [answers.prompts[i].replace(answers.words(target)[0], "…") for i in first]
 
-    def row(label: str, word: int, seed_index: int) -> dict[str, str]:
-        before, after = (
-            data_uri(strip(_pick(evaluation, images, word, seed_index)), exact=images.shape[-1] <= TILE)
-            for images in _both(evaluation)
-        )
-        place = f"“{words[word]}” ({', '.join(columns)}), seed {seeds[seed_index]}"
-        return {
-            "label": label,
-            "before": before,
-            "after": after,
-            "before_alt": f"Base model: {place}",
-            "after_alt": f"Adapted model: {place}",
-        }
 
-    forgotten = [row(f"seed {seed}", answers.forget, index) for index, seed in enumerate(seeds)]
-    retained = [row(words[word], word, 0) for word in _retained_classes(evaluation)]
-    return [
-        {"title": f"Forgotten: {words[answers.forget]}", "columns": columns, "rows": forgotten, "forgotten": True},
-        {
-            "title": f"Kept: every other {answers.domain} (seed {seeds[0]})", "columns": columns, "rows": retained,
-            "forgotten": False,
-        },
-    ]  # fmt: skip
+def _grid_row(evaluation: Evaluation, domain: str, label: str, word: int, seed_index: int) -> dict[str, str]:
+    before, after = (
+        data_uri(strip(_pick(evaluation, images, word, seed_index, domain)), exact=images.shape[-1] <= TILE)
+        for images in _both(evaluation)
+    )
+    answers = evaluation.answers
+    seed = list(dict.fromkeys(answers.seeds))[seed_index]
+    place = f"“{answers.classes[domain][word]}” ({', '.join(_columns(evaluation, domain))}), seed {seed}"
+    return {
+        "label": label,
+        "before": before,
+        "after": after,
+        "before_alt": f"Base model: {place}",
+        "after_alt": f"Adapted model: {place}",
+    }
 
 
 def _figure(width: float, height: float, draw: Callable[[Any], None], label: str, columns: int = 1) -> dict[str, str]:
@@ -457,10 +493,9 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
     metrics = evaluation.metrics
     figures = [
         (f"{metrics['UA']:.1f} %", "forgotten (UA)"),
-        (f"{metrics['IRA']:.1f} %", f"other {_plural(evaluation.answers.domain)} kept (IRA)"),
+        (f"{metrics['IRA']:.1f} %", f"other {_domains(evaluation)} kept (IRA)"),
     ]
-    if metrics["CRA"] is not None:
-        (other,) = evaluation.answers.classes.keys() - {evaluation.answers.domain}
+    if (other := _other_domain(evaluation)) is not None:
         figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
     if run.get("total"):
         figures.append((f"{100 * run.get('selected', 0) / run['total']:.3g} %", "of the target weights changed"))
@@ -491,6 +526,14 @@ def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
                 "images": str(span["images"]) if span else "–",
             }
         )
+    if len(evaluation.concepts) > 1:
+        rows += [
+            {
+                "name": "UA", "meaning": f"of “{concept['forget']}” alone", "before": "–", "interval": "–",
+                "after": f"{concept['UA']:.1f}", "images": "–",
+            }
+            for concept in evaluation.concepts
+        ]  # fmt: skip
     return rows
 
 

@@ -17,13 +17,16 @@ from torch import Tensor
 
 from fade.backbones import backbone_for
 from fade.base_model import is_digitcanvas
+from fade.concept import Pair, pairs_in
 from fade.errors import FadeError
 from fade.evaluation.drift import rms_difference
 from fade.evaluation.unlearncanvas import (
+    Target,
     cell_accuracy,
+    intervals_of_several,
+    metrics_of_several,
+    named_by_any,
     receiver_accuracy,
-    unlearncanvas_intervals,
-    unlearncanvas_metrics,
 )
 
 if TYPE_CHECKING:
@@ -38,22 +41,47 @@ SEEDS = _UNLEARNCANVAS_SEEDS[:3]
 class AnswerSet:
     """The prompts that are drawn, one image per prompt and seed, and the classes they ask for.
 
-    `classes[d]` are the words of domain d, `prompted[d]` (int64 [n]) the class that image i's prompt names; `rows` and
-    `columns` name the two crossed domains, or are None where there is one domain only.
+    `classes[d]` are the words of domain d, `prompted[d]` (int64 [n]) the class that image i's prompt names. `targets`
+    are the classes to forget, one at least; `domain`, `forget` and `surrogate` are the first one's.
     """
 
-    domain: str
-    forget: int
-    surrogate: int | None
+    targets: tuple[Target, ...]
     classes: dict[str, tuple[str, ...]]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     prompted: dict[str, Tensor]
 
     @property
+    def domain(self) -> str:
+        return self.targets[0].domain
+
+    @property
+    def forget(self) -> int:
+        return self.targets[0].forget
+
+    @property
+    def surrogate(self) -> int | None:
+        return self.targets[0].surrogate
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that have something to forget."""
+        return tuple(dict.fromkeys(target.domain for target in self.targets))
+
+    @property
     def forgotten(self) -> Tensor:
-        """bool [n]: the prompt names the concept to forget."""
-        return self.prompted[self.domain] == self.forget
+        """bool [n]: the prompt names something to forget."""
+        return named_by_any(self.prompted, self.targets)
+
+    def retained(self, domain: str) -> list[int]:
+        """The classes of a domain that are not to be forgotten."""
+        gone = {target.forget for target in self.targets if target.domain == domain}
+        return [index for index in range(len(self.classes[domain])) if index not in gone]
+
+    def words(self, target: Target) -> tuple[str, str | None]:
+        """A target and its surrogate in words."""
+        words = self.classes[target.domain]
+        return words[target.forget], None if target.surrogate is None else words[target.surrogate]
 
 
 @dataclass
@@ -74,19 +102,23 @@ class Evaluation:
     matrix: dict[str, dict[str, list[list[float]]]]
     """Accuracy in percent per digit (row) and style (column): judged domain -> {"before", "after"}. Empty for CLIP."""
     forgotten_as: dict[str, float]
-    """What the judge calls the forgotten concept's images now: class -> percent."""
+    """What the judge calls the forgotten concepts' images now: class -> percent."""
+    concepts: list[dict[str, Any]]
+    """Of each concept: forget, surrogate, domain, UA and redirected (None without a surrogate class)."""
     settings: dict[str, Any]
     images: Tensor = field(repr=False)
     baseline: Tensor = field(repr=False)
 
     @property
     def forget(self) -> str:
-        return self.answers.classes[self.answers.domain][self.answers.forget]
+        """The concept in words; several are listed."""
+        return ", ".join(self._forgotten())
 
     @property
     def surrogate(self) -> str | None:
-        index = self.answers.surrogate
-        return None if index is None else self.answers.classes[self.answers.domain][index]
+        """What takes its place, likewise; None where nothing does."""
+        words = [self.answers.words(target)[1] for target in self.answers.targets]
+        return ", ".join(word or "nothing" for word in words) if any(words) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, ready for JSON; the metrics are at the top level."""
@@ -94,7 +126,8 @@ class Evaluation:
             **self.metrics,
             "forget": self.forget,
             "surrogate": self.surrogate,
-            "domain": self.answers.domain,
+            "domain": ", ".join(self.answers.domains),
+            "concepts": self.concepts,
             "base": self.base,
             "interval_95": self.intervals,
             "forgotten_as": self.forgotten_as,
@@ -111,7 +144,7 @@ class Evaluation:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape(f"forgetting {self.forget!r}"), title_justify="left")
+        table = Table(title=escape("forgetting " + ", ".join(map(repr, self._forgotten()))), title_justify="left")
         for name, justify in (("metric", "left"), ("base model", "right"), ("adapted", "right"), ("95 %", "right")):
             table.add_column(name, justify=justify)
         for name, meaning in METRICS.items():
@@ -127,7 +160,15 @@ class Evaluation:
                 f"{after:.{digits}f}",
                 f"{span['low']:.1f}–{span['high']:.1f} (n={span['images']})" if span else "",
             )
+        if len(self.concepts) > 1:
+            for concept in self.concepts:
+                table.add_row(
+                    f"UA  [dim]of {escape(repr(concept['forget']))} alone[/dim]", "", f"{concept['UA']:.1f}", ""
+                )
         return table
+
+    def _forgotten(self) -> list[str]:
+        return [self.answers.words(target)[0] for target in self.answers.targets]
 
 
 METRICS = {
@@ -170,23 +211,32 @@ def full_record(
     }
 
 
-def digitcanvas_answers(forget: str, surrogate: str | None, seeds: Sequence[int]) -> AnswerSet:
-    """Every digit in every style, once per seed. Raises FadeError for a word that is neither digit nor style."""
+def digitcanvas_answers(
+    forget: str | Sequence[str], surrogate: str | Sequence[str | None] | None, seeds: Sequence[int]
+) -> AnswerSet:
+    """Every digit in every style, once per seed; `forget` and `surrogate` are words, or lists of them.
+
+    Raises FadeError for a word to forget that is neither digit nor style.
+    """
     from fade.digitcanvas import DIGITS, STYLES, prompt
 
     classes = {"digit": DIGITS, "style": STYLES}
-    domain = next((name for name, words in classes.items() if forget in words), None)
-    if domain is None:
-        raise FadeError(
-            f"the adapter forgets {forget!r}, which the judges do not know; they know the digits {', '.join(DIGITS)} "
-            f"and the styles {', '.join(STYLES)}. Use a CLIP judge instead: --judge MODEL --classes A,B,C"
-        )
-    words = classes[domain]
+    forgets, surrogates = ([forget], [surrogate]) if isinstance(forget, str) else (forget, surrogate)
+
+    def target(forget: str, surrogate: str | None) -> Target:
+        domain = next((name for name, words in classes.items() if forget in words), None)
+        if domain is None:
+            raise FadeError(
+                f"the adapter forgets {forget!r}, which the judges do not know; they know the digits "
+                f"{', '.join(DIGITS)} and the styles {', '.join(STYLES)}. Use a CLIP judge instead: "
+                "--judge MODEL --classes A,B,C"
+            )
+        words = classes[domain]
+        return Target(domain, words.index(forget), words.index(surrogate) if surrogate in words else None)
+
     cells = [(d, s) for _ in seeds for d in range(len(DIGITS)) for s in range(len(STYLES))]
     return AnswerSet(
-        domain=domain,
-        forget=words.index(forget),
-        surrogate=words.index(surrogate) if surrogate in words else None,
+        targets=tuple(target(*words) for words in zip(forgets, surrogates, strict=True)),
         classes=classes,
         prompts=tuple(prompt(DIGITS[d], STYLES[s]) for d, s in cells),
         seeds=tuple(seed for seed in seeds for _ in range(len(DIGITS) * len(STYLES))),
@@ -197,25 +247,36 @@ def digitcanvas_answers(forget: str, surrogate: str | None, seeds: Sequence[int]
 def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int]) -> AnswerSet:
     """The forget prompts, and the same prompts with every other class in the concept's place, once per seed.
 
-    The classes are the concept, its surrogate and `classes`, in this order. Raises FadeError where the forget prompts
-    do not contain the concept's words, so that nothing can take their place.
+    The classes are the concepts, their surrogates and `classes`, in this order. Raises FadeError where the forget
+    prompts of a concept do not contain its words, so that nothing can take their place.
     """
-    forget, surrogate = concept["forget"], concept.get("surrogate") or None
-    words = tuple(dict.fromkeys(word.strip() for word in (forget, *([surrogate] if surrogate else []), *classes)))
-    words = tuple(word for word in words if word)
-    templates = [p.replace(forget, "{}") for p in concept["forget_prompts"] if forget in p]
-    if not templates:
-        raise FadeError(f"no forget prompt of the adapter contains {forget!r}, so it cannot be compared with others")
+    pairs = pairs_in(concept)
+    given = (*(pair.forget for pair in pairs), *(pair.surrogate for pair in pairs), *classes)
+    words = tuple(dict.fromkeys(word.strip() for word in given if word.strip()))
+    templates = list(dict.fromkeys(template for pair in pairs for template in _templates(pair)))
     cells = [(c, t) for _ in seeds for c in range(len(words)) for t in range(len(templates))]
     return AnswerSet(
-        domain="class",
-        forget=0,
-        surrogate=1 if surrogate else None,
+        targets=tuple(
+            Target(
+                "class", words.index(pair.forget.strip()),
+                words.index(pair.surrogate.strip()) if pair.surrogate.strip() else None,
+            )
+            for pair in pairs
+        ),
         classes={"class": words},
         prompts=tuple(templates[t].replace("{}", words[c]) for c, t in cells),
         seeds=tuple(seed for seed in seeds for _ in range(len(words) * len(templates))),
         prompted={"class": torch.tensor([c for c, _ in cells])},
-    )
+    )  # fmt: skip
+
+
+def _templates(pair: Pair) -> list[str]:
+    templates = [prompt.replace(pair.forget, "{}") for prompt in pair.forget_prompts if pair.forget in prompt]
+    if not templates:
+        raise FadeError(
+            f"no forget prompt of the adapter contains {pair.forget!r}, so it cannot be compared with others"
+        )
+    return templates
 
 
 @dataclass(frozen=True)
@@ -241,7 +302,10 @@ def judge_for(
             "tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
         )
     if model is None:
-        answers = functools.partial(digitcanvas_answers, concept["forget"], concept.get("surrogate"))
+        pairs = pairs_in(concept)
+        answers = functools.partial(
+            digitcanvas_answers, [pair.forget for pair in pairs], [pair.surrogate for pair in pairs]
+        )
         answers(SEEDS)  # knows the concept
         from fade.digitcanvas import load_judges
 
@@ -335,9 +399,7 @@ def _summarise(
     forgotten = answers.forgotten
 
     def measure(judged: dict[str, Tensor]) -> dict[str, float | None]:
-        return unlearncanvas_metrics(
-            answers.prompted, judged, sizes, answers.domain, answers.forget, answers.surrogate
-        )  # fmt: skip
+        return metrics_of_several(answers.prompted, judged, sizes, answers.targets)
 
     def rows(judged: dict[str, Tensor]) -> dict[str, list[float]]:
         return {d: (100 * receiver_accuracy(answers.prompted[d], judged[d], sizes[d])).tolist() for d in sizes}
@@ -352,13 +414,37 @@ def _summarise(
     metrics["drift"] = rms_difference(images[kept], baseline[kept]) if bool(kept.any()) else None
     metrics["drift_forget"] = rms_difference(images[forgotten], baseline[forgotten])
     before, after = rows(judged_before), rows(judged_after)
-    shown = torch.bincount(judged_after[answers.domain][forgotten], minlength=sizes[answers.domain]).double()
-    shares = (100 * shown / shown.sum()).tolist()
+    shown = {
+        domain: torch.cat(
+            [judged_after[domain][t.named(answers.prompted)] for t in answers.targets if t.domain == domain]
+        ).bincount(minlength=sizes[domain])
+        for domain in answers.domains
+    }
+    asked = sum(int(counts.sum()) for counts in shown.values())
+    forgotten_as = {
+        word: 100 * int(count) / asked
+        for domain, counts in shown.items()
+        for word, count in zip(answers.classes[domain], counts, strict=True)
+        if count
+    }
+    concepts = []
+    for target in answers.targets:
+        alone = metrics_of_several(answers.prompted, judged_after, sizes, [target])
+        forget, surrogate = answers.words(target)
+        concepts.append(
+            {
+                "forget": forget,
+                "surrogate": surrogate,
+                "domain": target.domain,
+                "UA": alone["UA"],
+                "redirected": alone["redirected"],
+            }
+        )
     return Evaluation(
         answers=answers,
         metrics=metrics,
         base=measure(judged_before),
-        intervals=unlearncanvas_intervals(answers.prompted, judged_after, answers.domain, answers.forget),
+        intervals=intervals_of_several(answers.prompted, judged_after, answers.targets),
         receivers={
             domain: {
                 word: {"before": before[domain][i], "after": after[domain][i]}
@@ -372,7 +458,8 @@ def _summarise(
         }
         if len(sizes) == 2
         else {},
-        forgotten_as={word: shares[i] for i, word in enumerate(answers.classes[answers.domain]) if shares[i]},
+        forgotten_as=forgotten_as,
+        concepts=concepts,
         settings=settings,
         images=images,
         baseline=baseline,

@@ -5,7 +5,8 @@ denominators are spelled out here; per-receiver accuracies count as its `accurac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,6 +44,24 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
     return low, high
 
 
+@dataclass(frozen=True)
+class Target:
+    """A class that is to be forgotten, by its domain and index, and the class that takes its place, if that is one."""
+
+    domain: str
+    forget: int
+    surrogate: int | None = None
+
+    def named(self, prompted: Mapping[str, Tensor]) -> Tensor:
+        """bool [n]: the image's prompt names the class."""
+        return prompted[self.domain] == self.forget
+
+
+def named_by_any(prompted: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
+    """bool [n]: the image's prompt names something that is to be forgotten."""
+    return torch.stack([target.named(prompted) for target in targets]).any(0)
+
+
 def unlearncanvas_metrics(
     prompted: Mapping[str, Tensor],
     judged: Mapping[str, Tensor],
@@ -65,29 +84,60 @@ def unlearncanvas_metrics(
 
     Means are over receivers, each with the same weight. Raises ValueError for labels that do not fit together.
     """
-    if domain not in classes or len(classes) > 2 or set(prompted) != set(classes) or set(judged) != set(classes):
-        raise ValueError(f"need labels of the domain {domain!r} and at most one other, got {sorted(prompted)}")
-    accuracy = receiver_accuracy(prompted[domain], judged[domain], classes[domain])
-    forgotten = prompted[domain] == forget
-    if not bool(forgotten.any()):
-        raise ValueError(f"no image was prompted as class {forget} of {domain!r}: UA is undefined")
-    others = torch.cat([accuracy[:forget], accuracy[forget + 1 :]])
-    others = others[~others.isnan()]
-    metrics: dict[str, float | None] = {
-        "UA": 100.0 * (1.0 - accuracy[forget].item()),
-        "IRA": 100.0 * others.mean().item() if len(others) else None,
-        "CRA": None,
-        "CRA_retained": None,
-        "redirected": None,
+    return metrics_of_several(prompted, judged, classes, [Target(domain, forget, surrogate)])
+
+
+def metrics_of_several(
+    prompted: Mapping[str, Tensor],
+    judged: Mapping[str, Tensor],
+    classes: Mapping[str, int],
+    targets: Sequence[Target],
+) -> dict[str, float | None]:
+    """`unlearncanvas_metrics` for several emitters, of one domain or of both; for one it is the same.
+
+    - `UA` and `redirected` are means over the emitters (those with a surrogate class), each on its own images.
+    - `IRA`: the receivers are the classes, other than emitters, of every domain that has an emitter, on the images
+      whose prompts name no emitter.
+    - `CRA`: the receivers are the classes, other than emitters, of every domain beside that of an emitter, on all of
+      their images; where both domains have emitters, both are beside one.
+    - `CRA_retained`: the same on the images whose prompts name no emitter.
+    """
+    of_emitters = list(dict.fromkeys(target.domain for target in targets))
+    unknown = not targets or any(domain not in classes for domain in of_emitters)
+    if unknown or len(classes) > 2 or set(prompted) != set(classes) or set(judged) != set(classes):
+        named = " and ".join(map(repr, of_emitters)) or "an emitter"
+        raise ValueError(f"need labels of the domain {named} and at most one other, got {sorted(prompted)}")
+    for domain, size in classes.items():
+        _check(prompted[domain], judged[domain], size)
+    kept = ~named_by_any(prompted, targets)
+
+    def accuracies(domains: Sequence[str], counted: Tensor) -> float | None:
+        """Mean over the receivers of these domains."""
+        found = []
+        for domain in domains:
+            own = receiver_accuracy(prompted[domain][counted], judged[domain][counted], classes[domain])
+            own[[target.forget for target in targets if target.domain == domain]] = math.nan
+            found.append(own[~own.isnan()])
+        receivers = torch.cat(found) if found else torch.empty(0)
+        return 100.0 * receivers.mean().item() if len(receivers) else None
+
+    unlearned, redirected = [], []
+    for target in targets:
+        own = target.named(prompted)
+        if not bool(own.any()):
+            raise ValueError(f"no image was prompted as class {target.forget} of {target.domain!r}: UA is undefined")
+        answers = judged[target.domain][own]
+        unlearned.append(100.0 * (1.0 - (answers == target.forget).double().mean().item()))
+        if target.surrogate is not None:
+            redirected.append(100.0 * (answers == target.surrogate).double().mean().item())
+    beside = [domain for domain in classes if any(target.domain != domain for target in targets)]
+    return {
+        "UA": _mean(unlearned),
+        "IRA": accuracies(of_emitters, kept),
+        "CRA": accuracies(beside, torch.ones_like(kept)),
+        "CRA_retained": accuracies(beside, kept),
+        "redirected": _mean(redirected) if redirected else None,
     }
-    if surrogate is not None:
-        metrics["redirected"] = 100.0 * (judged[domain][forgotten] == surrogate).double().mean().item()
-    for other in classes.keys() - {domain}:
-        across = receiver_accuracy(prompted[other], judged[other], classes[other])
-        metrics["CRA"] = 100.0 * across.nanmean().item()
-        kept = receiver_accuracy(prompted[other][~forgotten], judged[other][~forgotten], classes[other])
-        metrics["CRA_retained"] = 100.0 * kept.nanmean().item() if not bool(kept.isnan().all()) else None
-    return metrics
 
 
 def unlearncanvas_intervals(
@@ -97,15 +147,39 @@ def unlearncanvas_intervals(
 
     The interval treats images as independent draws and pools the receivers; `images` is the pooled denominator.
     """
-    forgotten = prompted[domain] == forget
-    counted = {"UA": (judged[domain] != forget)[forgotten], "IRA": (judged[domain] == prompted[domain])[~forgotten]}
-    for other in prompted.keys() - {domain}:
-        counted["CRA"] = judged[other] == prompted[other]
+    return intervals_of_several(prompted, judged, [Target(domain, forget)])
+
+
+def intervals_of_several(
+    prompted: Mapping[str, Tensor], judged: Mapping[str, Tensor], targets: Sequence[Target]
+) -> dict[str, dict[str, float | int]]:
+    """`unlearncanvas_intervals` of `metrics_of_several`: emitters are pooled like receivers, and an image counts once
+    for each of them that its prompt names."""
+    kept = ~named_by_any(prompted, targets)
+    right = {domain: judged[domain] == prompted[domain] for domain in prompted}
+    own = {
+        domain: torch.isin(
+            prompted[domain], torch.tensor([t.forget for t in targets if t.domain == domain], dtype=torch.int64)
+        )
+        for domain in prompted
+    }
+    beside = [domain for domain in prompted if any(target.domain != domain for target in targets)]
+    counted = {
+        "UA": [~right[target.domain][target.named(prompted)] for target in targets],
+        "IRA": [right[domain][kept] for domain in dict.fromkeys(target.domain for target in targets)],
+        "CRA": [right[domain][~own[domain]] for domain in beside],
+    }
     intervals = {}
-    for name, hits in counted.items():
-        low, high = wilson_interval(int(hits.sum()), len(hits))
-        intervals[name] = {"images": len(hits), "low": 100.0 * low, "high": 100.0 * high}
+    for name, parts in counted.items():
+        if parts:
+            hits = torch.cat(parts)
+            low, high = wilson_interval(int(hits.sum()), len(hits))
+            intervals[name] = {"images": len(hits), "low": 100.0 * low, "high": 100.0 * high}
     return intervals
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def _check(prompted: Tensor, judged: Tensor, classes: int) -> None:

@@ -19,9 +19,10 @@ from fade.cache_key import module_digest, pipeline_digests
 from fade.errors import FadeError, printable
 from fade.evaluation.attacks.registry import chosen_attacks
 from fade.evaluation.attacks.subject import Attack, Drawn, Subject
-from fade.evaluation.run import first_seeds, judge_for
-from fade.evaluation.unlearncanvas import wilson_interval
+from fade.evaluation.run import AnswerSet, first_seeds, judge_for
+from fade.evaluation.unlearncanvas import Target, wilson_interval
 from fade.files import atomic_write, check_writable, remove_parts
+from fade.images import listed
 from fade.modes import plain_mode
 from fade.pictures import TILE, data_uri, strip
 
@@ -162,6 +163,7 @@ def attack(
     adapter: Adapter,
     attacks: Sequence[str | Attack] | None = None,
     *,
+    forget: str | None = None,
     pictures: int = 24,
     steps: int = 20,
     guidance_scale: float = 3.0,
@@ -178,6 +180,7 @@ def attack(
     Args:
         adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
         attacks: names of `ATTACKS`, or attacks with settings of your own; all of `ATTACKS` by default.
+        forget: which concept to bring back, where the adapter forgets several.
         pictures: that each attack draws: every forget prompt in turn, then again with the next seed.
         steps: denoising steps per picture, where an attack has no number of its own.
         guidance_scale: classifier-free guidance, where an attack uses any.
@@ -201,16 +204,16 @@ def attack(
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     asked = judge_for(pipeline, concept, judge, classes, backbone.device)
-    prompts = int(asked.answers(first_seeds(1)).forgotten.sum())
+    target = _target(asked.answers(first_seeds(1)), forget)
+    prompts = int(target.named(asked.answers(first_seeds(1)).prompted).sum())
     answers = asked.answers(first_seeds(math.ceil(pictures / prompts)))
-    rows = answers.forgotten.nonzero().flatten()[:pictures]
-    expected = answers.prompted[answers.domain][rows]
+    rows = target.named(answers.prompted).nonzero().flatten()[:pictures]
     subject = Subject(
         backbone=backbone,
         adapter=adapter.enable(),
         prompts=tuple(answers.prompts[row] for row in rows.tolist()),
         seeds=tuple(answers.seeds[row] for row in rows.tolist()),
-        recognised=lambda images: asked.heads[answers.domain](images) == expected,
+        recognised=lambda images: asked.heads[target.domain](images) == target.forget,
         steps=steps,
         guidance_scale=guidance_scale,
         batch_size=batch_size,
@@ -224,7 +227,7 @@ def attack(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scale": sorted(set(adapter.scales.values())),
-        "classes": list(answers.classes[answers.domain]),
+        "classes": list(answers.classes[target.domain]),
         "prompts": list(dict.fromkeys(subject.prompts)),
     }
     digests = {"denoiser": module_digest(backbone.denoiser), **pipeline_digests(backbone.pipeline)}
@@ -266,9 +269,10 @@ def attack(
         def adapted() -> Drawn:
             return Drawn(subject.decode(subject.sample(subject.prompts, subject.seeds, "drawing with the adapter")))
 
+        word, surrogate = answers.words(target)
         found = AttackRecord(
-            forget=answers.classes[answers.domain][answers.forget],
-            surrogate=None if answers.surrogate is None else answers.classes[answers.domain][answers.surrogate],
+            forget=word,
+            surrogate=surrogate,
             path=adapter.run.get("path"),
             settings=settings,
             model=model,
@@ -284,6 +288,18 @@ def attack(
             )
             save()
     return found
+
+
+def _target(answers: AnswerSet, forget: str | None) -> Target:
+    """The concept to attack. Raises FadeError where there are several and none of them is named."""
+    by_word = {answers.words(target)[0]: target for target in answers.targets}
+    if forget is None and len(by_word) > 1:
+        raise FadeError(
+            f"the adapter forgets {listed(list(by_word))}; name the one to bring back: --forget {next(iter(by_word))}"
+        )
+    if forget is not None and forget not in by_word:
+        raise FadeError(f"the adapter does not forget {forget!r}, but {listed(list(by_word))}")
+    return answers.targets[0] if forget is None else by_word[forget]
 
 
 def _earlier(path: Path, model: str, settings: dict[str, Any]) -> AttackRecord | None:
