@@ -46,10 +46,20 @@ GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 6, 0.02
 """Part of the budget that is added after each pruning, how often at most, and the gain for which it is done again."""
 ROUNDS = 4
 """In which the cheapest are dropped, the rest being solved anew before each."""
+PHRASING_SHARE = 1.0
+"""TODO"""
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
 MOST_PER_ROW = 256
 """Entries of a row that are solved for again and again: the time grows with their cube."""
+PENALTY = 1e4
+"""Of changes of protected tokens while entries and λ are chosen, in mean square entries of the tokens."""
+PROTECTED_PRECISION = 1e-7
+"""Relative to the longest: shorter components of protected tokens are rounding of their float32."""
+REVIVAL_DAMPING = 1e-4
+"""Of a reviving token's length, in mean square gains of the edited layers: hardly matters, there are many rows."""
+_CHUNK_BYTES = 2**25
+"""Of blocks that are factored at once where tokens are protected."""
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -86,33 +96,57 @@ class TokenStatistics:
     difference: Tensor
     retain: Tensor
 
+    def joined(self, other: "TokenStatistics", weight: float) -> "TokenStatistics":
+        """With another's forget tokens beside these, `weight` being their share."""
+        return TokenStatistics(
+            self.forget.lerp(other.forget, weight),
+            self.change.lerp(other.change, weight),
+            self.difference.lerp(other.difference, weight),
+            self.retain,
+        )
+
+    def mapped(self, change: Tensor) -> "TokenStatistics":
+        """Of forget tokens T x_f in the place of x_f, with the same surrogates; T is [K, K]."""
+        answer = (self.change + self.forget) @ change.T  # Σ w x_s (T x_f)ᵀ
+        forget = change @ self.forget @ change.T
+        surrogate = self.difference + self.change + self.change.T + self.forget  # Σ w x_s x_sᵀ
+        return TokenStatistics(
+            forget, answer - forget, surrogate - answer - answer.T + forget, self.retain
+        )  # fmt: skip
+
 
 def token_statistics(
     backbone: Backbone,
     pairs: Sequence[tuple[str, str]],
     retain: Sequence[str],
     embeddings: Mapping[str, Tensor],
+    phrasings: Sequence[tuple[str, str]] = (),
 ) -> TokenStatistics:
     """The statistics of (forget, surrogate) prompt pairs and of retain prompts, from their embeddings [tokens, width].
 
     A prompt weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
-    hardly tells them apart must not dilute the edit. Raises FadeError where none tells them apart.
+    hardly tells them apart must not dilute the edit. `phrasings` are further such pairs; however many they are, all
+    together weigh PHRASING_SHARE times as much as the pairs. Raises FadeError where no pair tells them apart.
     """
     device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
 
     def states(prompt: str) -> Tensor:
         return backbone.text_states(embeddings[prompt][None])[0].to(device, torch.float64)
 
-    identifiers = dict(zip(words := sorted({*sum(pairs, ())}), backbone.token_ids(words), strict=True))
+    words = sorted({*sum(pairs, ()), *sum(phrasings, ())})
+    identifiers = dict(zip(words, backbone.token_ids(words), strict=True))
     forget = change = difference = total = 0.0
     largest = 0.0
-    for prompt, answer in pairs:
+    shares = [1.0] * len(pairs) + [PHRASING_SHARE * len(pairs) / max(1, len(phrasings))] * len(phrasings)
+    for index, ((prompt, answer), share) in enumerate(zip((*pairs, *phrasings), shares, strict=True)):
         x = states(prompt)
         d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
         apart = float(d.square().sum())
-        largest = max(largest, apart / float(x.square().sum()))
-        forget, change, difference = forget + apart * x.T @ x, change + apart * d.T @ x, difference + apart * d.T @ d
-        total += apart * len(x)
+        if index < len(pairs):
+            largest = max(largest, apart / float(x.square().sum()))
+        weight = share * apart
+        forget, change, difference = forget + weight * x.T @ x, change + weight * d.T @ x, difference + weight * d.T @ d
+        total += weight * len(x)
     # Beyond rounding of the states' own dtype, squared.
     if not largest > (4 * torch.finfo(backbone.dtype).eps) ** 2:
         raise FadeError(
@@ -134,7 +168,8 @@ class NormalEquations:
     masks and values. `gram` is G [K, K]. `wanted` is what the forget tokens' outputs should change by,
     Σ w ‖W (x_s − x_f)‖², and `energy` the mean square ‖W x_r‖² of the retain tokens' outputs, of each layer.
     `forget_gram` is Σ w x_f x_fᵀ, `retain_gram` mean x_r x_rᵀ, `retain` λ, `shift` μ and `damping` its share of the
-    tokens' mean square entry.
+    tokens' mean square entry. `protected` [K, P] has orthonormal columns, on which Δ is to be 0; G holds PENALTY times
+    their projector, so that whatever is chosen by G is chosen for edits that leave them nearly alone.
     """
 
     rows: dict[str, int]
@@ -147,6 +182,12 @@ class NormalEquations:
     retain: float
     damping: float
     shift: float
+    protected: Tensor | None = None
+
+    def weighed(self, retain: float) -> "NormalEquations":
+        """The same with another λ."""
+        gram, shift = _gram(self.forget_gram, self.retain_gram, retain, self.damping, self.protected)
+        return dataclasses.replace(self, gram=gram, retain=retain, shift=shift)
 
     def by_layer(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """Views of a tensor [R, ...], one for each layer."""
@@ -163,14 +204,18 @@ class NormalEquations:
 
 
 def normal_equations(
-    layers: Mapping[str, nn.Module], statistics: TokenStatistics, retain: float, damping: float
+    layers: Mapping[str, nn.Module],
+    statistics: TokenStatistics,
+    retain: float,
+    damping: float,
+    protected: Tensor | None = None,
 ) -> NormalEquations:
     """The equations of layers (name to base layer) whose input are the text states.
 
-    `retain` is λ; μ is `damping` times the mean square entry of the tokens. Raises FadeError where μ is 0 and some
-    entry is 0 in every token.
+    `retain` is λ; μ is `damping` times the mean square entry of the tokens; `protected` as `protected_directions` gives
+    it. Raises FadeError where μ is 0 and some entry is 0 in every token.
     """
-    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping)
+    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping, protected)
     rows = {name: len(layer.weight) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
@@ -185,14 +230,19 @@ def normal_equations(
     energies = torch.stack(energy).double().clamp_min(1e-30)
     return NormalEquations(
         rows, rhs, gram, torch.stack(wanted).double(), energies, statistics.forget, statistics.retain, retain, damping,
-        shift,
+        shift, protected,
     )  # fmt: skip
 
 
-def _gram(forget: Tensor, kept: Tensor, retain: float, damping: float) -> tuple[Tensor, float]:
+def _gram(
+    forget: Tensor, kept: Tensor, retain: float, damping: float, protected: Tensor | None
+) -> tuple[Tensor, float]:
     gram = forget + retain * kept
+    mean = float(gram.diagonal().mean())
+    shift = damping * mean
+    if protected is not None:
+        gram = gram.addmm(protected, protected.T, alpha=PENALTY * mean)
     gram = (gram + gram.T) / 2
-    shift = damping * float(gram.diagonal().mean())
     gram.diagonal().add_(shift)
     if not bool((gram.diagonal() > 0).all()):
         raise FadeError(_singular("some entry is 0 in every token"))
@@ -206,7 +256,7 @@ def balanced(equations: NormalEquations, masks: Mapping[str, BitMask], change: f
     """
     slope, before = -0.8, None  # the change falls a little slower than 1 / λ
     for _ in range(10):
-        found = residual(equations, masks, solve(equations, masks)).retain
+        found = residual(equations, masks, _optimum(equations, masks)).retain
         over = math.log(max(found, 1e-12) / change)
         if before is not None:
             step = math.log(equations.retain / before[0])
@@ -215,8 +265,7 @@ def balanced(equations: NormalEquations, masks: Mapping[str, BitMask], change: f
         if abs(over) < 0.09 or weight == equations.retain:
             break
         before = equations.retain, over
-        gram, shift = _gram(equations.forget_gram, equations.retain_gram, weight, equations.damping)
-        equations = dataclasses.replace(equations, gram=gram, retain=weight, shift=shift)
+        equations = equations.weighed(weight)
     return equations
 
 
@@ -317,10 +366,60 @@ def _dense_prices(equations: NormalEquations) -> Tensor:
 
 
 def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
-    """The optimum on masks by layer: float32 [mask.count], row-major. Raises FadeError for a singular system."""
-    mask = _stacked(equations, masks)
-    values, _ = _solved(equations, mask, with_prices=False)
+    """The optimum on masks by layer: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
+    float64's precision before it is rounded.
+
+    Raises FadeError for a singular system, and where every row has fewer entries than there are constraints.
+    """
+    if equations.protected is None:
+        return _optimum(equations, masks)
+    return _by_layer(masks, _constrained(equations, _stacked(equations, masks)))
+
+
+def _optimum(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
+    """The optimum of the objective as G states it, protected tokens being nothing but dear."""
+    values, _ = _solved(equations, _stacked(equations, masks), with_prices=False)
+    return _by_layer(masks, values)
+
+
+def _by_layer(masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
     return dict(zip(masks, values.float().split([masks[name].count for name in masks]), strict=True))
+
+
+def _constrained(equations: NormalEquations, mask: BitMask) -> Tensor:
+    """The optimum on the mask among the changes that are 0 on the protected tokens: float64 [mask.count].
+
+    Row i with support S is x = z Nᵀ, where N spans the null space of `protected[S]ᵀ`: z = b N (Nᵀ G[S, S] N)⁻¹. Rows of
+    equal size are solved together, dimensions outside of the null space being those of an identity.
+    """
+    columns, rhs = mask.unpack().nonzero()[:, 1], gather_masked(equations.rhs, mask)
+    sizes = mask.row_counts
+    values, free = torch.zeros_like(rhs), 0
+    starts = sizes.cumsum(0) - sizes
+    for size in sizes.unique().tolist():
+        rows = (sizes == size).nonzero()[:, 0]
+        for chunk in rows.split(max(1, _CHUNK_BYTES // (8 * max(1, size) ** 2))):
+            place = starts[chunk, None] + torch.arange(size, device=rhs.device)
+            support = columns[place]
+            basis, singular, _ = torch.linalg.svd(equations.protected[support], full_matrices=True)
+            # Directions that the constraints take: what is beyond the number of singular values is free anyway.
+            taken = torch.zeros(len(chunk), size, dtype=torch.bool, device=rhs.device)
+            taken[:, : singular.shape[1]] = singular > 1e-10
+            free += int((~taken).sum())
+            basis = basis.masked_fill(taken[:, None, :], 0.0)
+            block = basis.mT @ equations.gram[support[:, :, None], support[:, None, :]] @ basis
+            block = (block + block.mT) / 2 + torch.diag_embed(taken.to(block.dtype))
+            factor, info = torch.linalg.cholesky_ex(block)
+            if bool(info.any()):
+                raise FadeError(_singular("a row's system is singular where the protected tokens leave it free"))
+            z = torch.cholesky_solve(basis.mT @ rhs[place][:, :, None], factor)
+            values[place] = (basis @ z)[:, :, 0]
+    if not free:
+        raise FadeError(
+            f"the protected prompts have {equations.protected.shape[1]} independent tokens, and no row of a layer more "
+            f"than {int(sizes.max())} entries that may change, so that nothing can; protect fewer, or raise keep"
+        )
+    return values
 
 
 def _stacked(equations: NormalEquations, masks: Mapping[str, BitMask]) -> BitMask:
@@ -335,6 +434,44 @@ def _solved(equations: NormalEquations, mask: BitMask, with_prices: bool) -> tup
         return masked_least_squares(equations.rhs, equations.gram, mask), None
     except ValueError as error:
         raise FadeError(_singular(str(error))) from error
+
+
+def protected_directions(backbone: Backbone, embeddings: Sequence[Tensor]) -> Tensor:
+    """An orthonormal basis [K, P] of all tokens of protected prompts, from their embeddings [tokens, width].
+
+    Tokens that differ from others by less than rounding of the text encoder are no further direction. Raises FadeError
+    where they span everything.
+    """
+    states = torch.cat([backbone.text_states(embedding[None])[0] for embedding in embeddings])
+    device = torch.device("cuda" if states.device.type == "cuda" else "cpu")
+    directions, lengths, _ = torch.linalg.svd(states.to(device, torch.float64).T, full_matrices=False)
+    count = int((lengths > PROTECTED_PRECISION * lengths[0]).sum())
+    if count >= len(directions):
+        raise FadeError(
+            f"the protected prompts have {count} independent tokens, as many as a row of the layers has entries "
+            f"({len(directions)}), so that nothing could change; protect fewer prompts"
+        )
+    return directions[:, :count].contiguous()
+
+
+def revival(
+    layers: Mapping[str, nn.Module], equations: NormalEquations, masks: Mapping[str, BitMask],
+    values: Mapping[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """T [K, K], float64, so that T x is what the edited layers answer most as the unedited answer x.
+
+    It minimises Σ ‖(W + Δ) x' − W x‖² + ε ‖x'‖² over x' (RECE, Gong et al., arXiv 2407.12298), each layer's part being
+    divided by its energy: a solve with one factor for all x.
+    """
+    columns = equations.gram.shape[0]
+    inner, mixed = equations.gram.new_zeros(columns, columns), equations.gram.new_zeros(columns, columns)
+    for (name, layer), energy in zip(layers.items(), equations.energy, strict=True):
+        weight = layer.weight.detach().to(equations.gram.device, torch.float32)
+        edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].to(weight.device), masks[name])
+        inner += (edited.T @ edited).double() / energy
+        mixed += (edited.T @ weight).double() / energy
+    inner.diagonal().add_(REVIVAL_DAMPING * float(inner.diagonal().mean()))
+    return torch.linalg.solve(inner, mixed)
 
 
 def _singular(what: str) -> str:

@@ -17,6 +17,24 @@ from fade.errors import FadeError
 TEMPLATES = ("{}", "an image of {}", "a photo of {}", "a picture of {}")
 """Templates for a concept of an unknown kind; pass your own, such as "a painting in the style of {}", where you can."""
 
+PHRASINGS = (
+    "{}", "a {}", "the {}", "{} style", "an image of {}", "a photo of {}", "a picture of {}", "a drawing of {}",
+    "a painting of {}", "a painting in the style of {}", "in the style of {}", "{}, digital art",
+)  # fmt: skip
+"""How people may put a concept, be it a thing, a person or a style: what the solved edit reads beside the templates.
+`fade.evaluation.phrasings` measures with others."""
+
+DIGIT_PHRASINGS = (
+    "{}", "a {}", "the {}", "digit {}", "a digit {}", "the digit {}", "{} in <other> style", "{} in <other>",
+    "a <other> {}", "<other> digit {}", "digit {} in <other> style", "the digit {}, <other> style",
+    "the digit {} in the <other> style",
+)  # fmt: skip
+STYLE_PHRASINGS = (
+    "{}", "{} style", "a digit in {} style", "{} digit", "digit <other> in {} style", "the digit <other>, {} style",
+    "the digit <other> in the {} style", "<other> in {}", "the {} digit <other>",
+)  # fmt: skip
+"""For DigitCanvas, crossed with every word of the other axis."""
+
 _SUBJECTS = (
     "a dog", "a cat", "a horse", "a bird", "a bowl of fruit", "a vase of flowers", "a car in a street", "a bicycle",
     "a mountain lake", "a forest path", "a beach at sunset", "a city skyline at night", "a wooden house", "a castle",
@@ -33,7 +51,8 @@ class Concept:
     """A forgetting request in prompts.
 
     `forget_prompts[i]` is to be answered as the frozen model answers `surrogate_prompts[i]`, and each of
-    `retain_prompts` as before.
+    `retain_prompts` as before. `phrasings` are further templates of concept and surrogate, with one `{}` each, that the
+    solved edit reads, too; where they are retained is no matter of theirs.
     """
 
     forget: str
@@ -41,9 +60,11 @@ class Concept:
     forget_prompts: tuple[str, ...]
     surrogate_prompts: tuple[str, ...]
     retain_prompts: tuple[str, ...]
+    phrasings: tuple[str, ...] = PHRASINGS
 
     def __post_init__(self) -> None:
-        for text in (self.forget, self.surrogate, *self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+        prompts = (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts, *self.phrasings)
+        for text in (self.forget, self.surrogate, *prompts):
             if not isinstance(text, str):
                 raise FadeError(f"concept and prompts must be texts, not {text!r}")
         if not self.forget.strip():
@@ -57,11 +78,16 @@ class Concept:
             raise FadeError("there must be as many surrogate prompts as forget prompts, and at least one")
         if not self.retain_prompts:
             raise FadeError("no retain prompt is left; give at least one prompt of what the model must keep")
-        for prompt in (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+        _check_templates("phrasing", self.phrasings)
+        for prompt in prompts:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise FadeError(f"the prompt {prompt!r} is no valid text; check its encoding") from error
+
+    def phrased(self) -> tuple[tuple[str, str], ...]:
+        """Concept and surrogate in each of the phrasings."""
+        return tuple((t.replace("{}", self.forget), t.replace("{}", self.surrogate)) for t in self.phrasings)
 
 
 def concept_from_words(
@@ -78,9 +104,7 @@ def concept_from_words(
     where concept and surrogate are the same.
     """
     templates = _texts("templates", templates) or TEMPLATES
-    for template in templates:
-        if template.count("{}") != 1:
-            raise FadeError(f"a template needs exactly one {{}} where the concept goes, not {template!r}")
+    _check_templates("template", templates)
     kept = _texts("retain", retain) or tuple(p for p in RETAIN_PROMPTS if not mentions(p, forget, plurals))
     return Concept(
         forget=forget,
@@ -91,6 +115,12 @@ def concept_from_words(
     )
 
 
+def _check_templates(kind: str, templates: Sequence[str]) -> None:
+    for template in templates:
+        if template.count("{}") != 1:
+            raise FadeError(f"a {kind} needs exactly one {{}} where the concept goes, not {template!r}")
+
+
 def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | None = None) -> Concept:
     """A digit or a style of the bundled model: its crossings with the whole other axis; all other crossings are kept.
 
@@ -99,18 +129,30 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
     from fade.digitcanvas import DIGITS, STYLES, prompt
 
     kept = _texts("retain", retain)
-    for axis, pairs in (
-        (DIGITS, lambda word: tuple(prompt(word, style) for style in STYLES)),
-        (STYLES, lambda word: tuple(prompt(digit, word) for digit in DIGITS)),
+    for axis, crossed, pairs, phrasings in (
+        (DIGITS, STYLES, lambda word: tuple(prompt(word, style) for style in STYLES), DIGIT_PHRASINGS),
+        (STYLES, DIGITS, lambda word: tuple(prompt(digit, word) for digit in DIGITS), STYLE_PHRASINGS),
     ):
         if forget in axis:
             if surrogate not in axis:
                 raise FadeError(f"the surrogate of {forget!r} must be one of {', '.join(axis)}, not {surrogate!r}")
             others = tuple(prompt(d, s) for d in DIGITS for s in STYLES if forget not in (d, s))
-            return Concept(forget, surrogate, pairs(forget), pairs(surrogate), kept or others)
+            phrased = (t.replace("<other>", word) for t in phrasings for word in crossed)
+            return Concept(
+                forget, surrogate, pairs(forget), pairs(surrogate), kept or others, tuple(dict.fromkeys(phrased))
+            )  # fmt: skip
     raise FadeError(
         f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"
     )
+
+
+def digitcanvas_caption(text: str) -> str:
+    """A digit or a style alone as the caption that the model was trained with where the other is open; any other text
+    as it is."""
+    from fade.digitcanvas import DIGITS, STYLES, digit_prompt, style_prompt
+
+    word = text.strip()
+    return digit_prompt(word) if word in DIGITS else style_prompt(word) if word in STYLES else text
 
 
 def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -144,6 +144,14 @@ class ClosedFormConfig:
     of 5 that others needed to keep their IRA; at a change of 0.01 none did."""
     retain_weight: float | None = None
     """λ itself, of a retain token's mean square change beside a forget token's mean square error; None searches."""
+    phrasings: bool = True
+    """Solve for the concept's `phrasings`, too, and not for its templates alone."""
+    protect: tuple[str, ...] = ()
+    """Prompts whose tokens' keys and values must not change at all; on DigitCanvas a digit or a style alone stands for
+    the caption that leaves the other open. Each independent token is a constraint on every row, and a row can change
+    only where more of its entries may change than there are constraints."""
+    hardening: int = 0
+    """Times that the tokens which revive the concept under the edit are forgotten, too (RECE), from 0 to 3."""
     damping: float = 1e-4
     """μ as a share of the tokens' mean square entry: keeps the edit small where no token says what it should be, and
     the system solvable. Hardly matters between 1e-6 and 1e-2."""
@@ -174,6 +182,11 @@ class Config:
     def solves(self) -> bool:
         """Whether the overwrite is solved, if only as a start."""
         return self.overwrite.method != "distillation"
+
+    @property
+    def uses_closed_form(self) -> bool:
+        """Whether the equations of the closed form are needed: to solve them, or to choose entries by them."""
+        return self.solves or self.saliency == "closed-form"
 
     @property
     def trains(self) -> bool:
@@ -307,6 +320,17 @@ def _check(config: Config) -> None:
     )
     require(
         0 < solving.retain_change < 1, f"closed_form.retain_change must be between 0 and 1, not {solving.retain_change}"
+    )
+    require(0 <= solving.hardening <= 3, f"closed_form.hardening must be from 0 to 3 rounds, not {solving.hardening}")
+    require(all(map(str.strip, solving.protect)), "closed_form.protect holds an empty prompt")
+    require(
+        config.overwrite.method == "closed-form" or not solving.protect,
+        f"closed_form.protect would not hold: the method {overwrite.method} trains without constraints. Choose "
+        "closed-form, or give what must stay as retain prompts",
+    )
+    require(
+        config.solves or not solving.hardening,
+        "closed_form.hardening would be ignored: the method distillation solves nothing. Choose closed-form or both",
     )
     require(
         0 <= solving.damping < math.inf,

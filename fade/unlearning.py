@@ -29,12 +29,13 @@ from fade.closed_form import (
     NormalEquations,
     balanced,
     normal_equations,
+    protected_directions,
     residual,
     select,
     solve,
     token_statistics,
 )
-from fade.concept import Concept, concept_from_words, digitcanvas_concept
+from fade.concept import Concept, concept_from_words, digitcanvas_caption, digitcanvas_concept
 from fade.config import Config
 from fade.distillation import Losses
 from fade.distillation import overwrite as run_overwrite
@@ -110,7 +111,7 @@ def unlearn(
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
-        if (config.solves or config.saliency == "closed-form") and not text_path(backbone, layers):
+        if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
                 "the closed form changes layers that read the prompt alone, and there is none among the targets; "
                 "target the keys and values of cross-attention, e.g. to_k and to_v, or choose the method distillation "
@@ -174,7 +175,8 @@ def _run(
                         retain = list(latents.retain_prompts)
                     else:
                         warn_of_retain_prompts(concept, config.data)
-                    embeddings = _encode(backbone, pairs, retain)
+                    phrasings, protect = _of_the_solve(concept, config, is_digitcanvas(pipeline))
+                    embeddings = _encode(backbone, pairs, [*retain, *sum(phrasings, ()), *protect])
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
@@ -187,8 +189,10 @@ def _run(
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
                     equations = None
-                    if config.solves or config.saliency == "closed-form":
-                        equations = _equations(backbone, layers, pairs, retain, embeddings, config)
+                    if config.uses_closed_form:
+                        equations = _equations(
+                            backbone, layers, pairs, phrasings, retain, protect, embeddings, config
+                        )  # fmt: skip
                     located = None if kept is None else kept.located_before(layers)
                     if located is None:
                         located = _locate(backbone, layers, latents, embeddings, config, equations, progress)
@@ -253,14 +257,29 @@ def _equations(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
     pairs: Sequence[tuple[str, str]],
+    phrasings: Sequence[tuple[str, str]],
     retain: Sequence[str],
+    protect: Sequence[str],
     embeddings: Mapping[str, Tensor],
     config: Config,
 ) -> NormalEquations:
     """Of the layers that read the prompt alone, from each different pair and retain prompt once."""
-    tokens = token_statistics(backbone, list(dict.fromkeys(pairs)), list(dict.fromkeys(retain)), embeddings)
-    weight = FIRST_WEIGHT if config.closed_form.retain_weight is None else config.closed_form.retain_weight
-    return normal_equations(text_path(backbone, layers), tokens, weight, config.closed_form.damping)
+    settings = config.closed_form
+    tokens = token_statistics(
+        backbone, list(dict.fromkeys(pairs)), list(dict.fromkeys(retain)), embeddings, list(dict.fromkeys(phrasings))
+    )
+    protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect]) if protect else None
+    weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
+    return normal_equations(text_path(backbone, layers), tokens, weight, settings.damping, protected)
+
+
+def _of_the_solve(concept: Concept, config: Config, digitcanvas: bool) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """What the closed form reads beside the concept's prompts: (concept, surrogate) phrasings and protected prompts."""
+    if not config.uses_closed_form:
+        return [], ()
+    settings = config.closed_form
+    phrasings = list(concept.phrased()) if settings.phrasings else []
+    return phrasings, tuple(digitcanvas_caption(text) if digitcanvas else text for text in settings.protect)
 
 
 def _locate(
