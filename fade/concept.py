@@ -51,8 +51,8 @@ class Concept:
     """A forgetting request in prompts.
 
     `forget_prompts[i]` is to be answered as the frozen model answers `surrogate_prompts[i]`, and each of
-    `retain_prompts` as before. `phrasings` are further templates of concept and surrogate, with one `{}` each, that the
-    solved edit reads, too; where they are retained is no matter of theirs.
+    `retain_prompts` as before. The solved edit reads more: `phrasings` are further templates, with one `{}` each, in
+    which the concept is to be answered as the surrogate, and each of `neighbours`, words of what must stay, as before.
     """
 
     forget: str
@@ -61,10 +61,11 @@ class Concept:
     surrogate_prompts: tuple[str, ...]
     retain_prompts: tuple[str, ...]
     phrasings: tuple[str, ...] = PHRASINGS
+    neighbours: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         prompts = (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts, *self.phrasings)
-        for text in (self.forget, self.surrogate, *prompts):
+        for text in (self.forget, self.surrogate, *self.neighbours, *prompts):
             if not isinstance(text, str):
                 raise FadeError(f"concept and prompts must be texts, not {text!r}")
         if not self.forget.strip():
@@ -85,9 +86,9 @@ class Concept:
             except UnicodeEncodeError as error:
                 raise FadeError(f"the prompt {prompt!r} is no valid text; check its encoding") from error
 
-    def phrased(self) -> tuple[tuple[str, str], ...]:
-        """Concept and surrogate in each of the phrasings."""
-        return tuple((t.replace("{}", self.forget), t.replace("{}", self.surrogate)) for t in self.phrasings)
+    def phrased(self, word: str) -> tuple[str, ...]:
+        """A word in each of the phrasings."""
+        return tuple(template.replace("{}", word) for template in self.phrasings)
 
 
 def concept_from_words(
@@ -112,6 +113,7 @@ def concept_from_words(
         forget_prompts=tuple(t.replace("{}", forget) for t in templates),
         surrogate_prompts=tuple(t.replace("{}", surrogate) for t in templates),
         retain_prompts=kept,
+        neighbours=(surrogate,),
     )
 
 
@@ -138,8 +140,10 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
                 raise FadeError(f"the surrogate of {forget!r} must be one of {', '.join(axis)}, not {surrogate!r}")
             others = tuple(prompt(d, s) for d in DIGITS for s in STYLES if forget not in (d, s))
             phrased = (t.replace("<other>", word) for t in phrasings for word in crossed)
+            neighbours = tuple(word for word in axis if word != forget)
             return Concept(
-                forget, surrogate, pairs(forget), pairs(surrogate), kept or others, tuple(dict.fromkeys(phrased))
+                forget, surrogate, pairs(forget), pairs(surrogate), kept or others, tuple(dict.fromkeys(phrased)),
+                neighbours,
             )  # fmt: skip
     raise FadeError(
         f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"

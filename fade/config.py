@@ -156,6 +156,11 @@ class ClosedFormConfig:
     """μ as a share of the tokens' mean square entry: keeps the edit small where no token says what it should be, and
     the system solvable. Hardly matters between 1e-6 and 1e-2."""
 
+    @property
+    def change(self) -> float | None:
+        """What λ is searched for; None where it is given."""
+        return self.retain_change if self.retain_weight is None else None
+
 
 @dataclass(frozen=True)
 class Config:

@@ -27,12 +27,13 @@ from fade.base_model import (
 from fade.closed_form import (
     FIRST_WEIGHT,
     NormalEquations,
-    balanced,
+    TextPrompts,
+    TokenStatistics,
     normal_equations,
     protected_directions,
     residual,
     select,
-    solve,
+    solution,
     token_statistics,
 )
 from fade.concept import Concept, concept_from_words, digitcanvas_caption, digitcanvas_concept
@@ -175,8 +176,8 @@ def _run(
                         retain = list(latents.retain_prompts)
                     else:
                         warn_of_retain_prompts(concept, config.data)
-                    phrasings, protect = _of_the_solve(concept, config, is_digitcanvas(pipeline))
-                    embeddings = _encode(backbone, pairs, [*retain, *sum(phrasings, ()), *protect])
+                    text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
+                    embeddings = _encode(backbone, pairs, [*retain, *text.all()])
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
@@ -188,11 +189,10 @@ def _run(
                 kept.begin_with(latents, embeddings, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
-                    equations = None
+                    tokens, equations = None, None
                     if config.uses_closed_form:
-                        equations = _equations(
-                            backbone, layers, pairs, phrasings, retain, protect, embeddings, config
-                        )  # fmt: skip
+                        tokens = token_statistics(backbone, text, embeddings)
+                        equations = _equations(backbone, layers, tokens, text.protect, embeddings, config)
                     located = None if kept is None else kept.located_before(layers)
                     if located is None:
                         located = _locate(backbone, layers, latents, embeddings, config, equations, progress)
@@ -201,9 +201,10 @@ def _run(
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
-                        if config.closed_form.retain_weight is None:
-                            equations = balanced(equations, located.masks, config.closed_form.retain_change)
-                        solved = solve(equations, located.masks)
+                        equations, solved = solution(
+                            text_path(backbone, layers), tokens, equations, located.masks, config.closed_form.change,
+                            config.closed_form.hardening,
+                        )  # fmt: skip
                         left = {
                             "retain_weight": equations.retain,
                             **vars(residual(equations, located.masks, solved)),
@@ -253,33 +254,36 @@ def edit_path(masks: Mapping[str, BitMask], readers: Collection[str]) -> str:
     return "both" if len(places) == 2 else "text path" if places == {True} else "denoiser"
 
 
+def _text_prompts(
+    concept: Concept, pairs: Sequence[tuple[str, str]], retain: Sequence[str], config: Config, digitcanvas: bool
+) -> TextPrompts:
+    """What the closed form reads: each different prompt once, whatever it was trained with how often."""
+    if not config.uses_closed_form:
+        return TextPrompts((), ())
+    settings, phrased, kept = config.closed_form, {}, {}
+    if settings.phrasings:
+        phrased = dict.fromkeys(zip(concept.phrased(concept.forget), concept.phrased(concept.surrogate), strict=True))
+        kept = dict.fromkeys(prompt for word in concept.neighbours for prompt in concept.phrased(word))
+    protect = (digitcanvas_caption(text) if digitcanvas else text for text in settings.protect)
+    return TextPrompts(
+        tuple(dict.fromkeys(pairs)), tuple(dict.fromkeys(retain)), tuple(phrased), tuple(kept), tuple(protect)
+    )
+
+
 def _equations(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
-    pairs: Sequence[tuple[str, str]],
-    phrasings: Sequence[tuple[str, str]],
-    retain: Sequence[str],
+    tokens: TokenStatistics,
     protect: Sequence[str],
     embeddings: Mapping[str, Tensor],
     config: Config,
 ) -> NormalEquations:
-    """Of the layers that read the prompt alone, from each different pair and retain prompt once."""
-    settings = config.closed_form
-    tokens = token_statistics(
-        backbone, list(dict.fromkeys(pairs)), list(dict.fromkeys(retain)), embeddings, list(dict.fromkeys(phrasings))
-    )
-    protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect]) if protect else None
+    """Of the layers that read the prompt alone."""
+    settings, protected = config.closed_form, None
+    if protect:
+        protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect])
     weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
     return normal_equations(text_path(backbone, layers), tokens, weight, settings.damping, protected)
-
-
-def _of_the_solve(concept: Concept, config: Config, digitcanvas: bool) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
-    """What the closed form reads beside the concept's prompts: (concept, surrogate) phrasings and protected prompts."""
-    if not config.uses_closed_form:
-        return [], ()
-    settings = config.closed_form
-    phrasings = list(concept.phrased()) if settings.phrasings else []
-    return phrasings, tuple(digitcanvas_caption(text) if digitcanvas else text for text in settings.protect)
 
 
 def _locate(
@@ -298,7 +302,9 @@ def _locate(
         return locate(backbone, layers, latents, embeddings, locating, config.seed, progress, within)
     most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
     units = min(kept_units(layers, locating), most)
-    chosen = select(equations, units, locating.granularity, locating.tile, progress)
+    chosen = select(
+        equations, units, locating.granularity, locating.tile, progress, config.closed_form.change
+    )  # fmt: skip
     return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
 
 

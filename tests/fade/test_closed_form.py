@@ -1,6 +1,7 @@
 """The solved overwrite: tokens at aligned positions, equations against a direct minimisation, the selection against
 random masks and exhaustive search."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 import fade
+import fade.closed_form
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.backbones import backbone_for
@@ -19,6 +21,7 @@ from fade.base_model import target_layers
 from fade.cli import main
 from fade.closed_form import (
     NormalEquations,
+    TextPrompts,
     TokenStatistics,
     align,
     balanced,
@@ -206,6 +209,110 @@ def test_a_system_without_a_solution_says_so() -> None:
         normal_equations(layers, nothing, 1.0, 0.0)
 
 
+def constrained(
+    seed: int, protected: int, **shape: object
+) -> tuple[NormalEquations, dict[str, nn.Module], torch.Tensor]:
+    """Random equations with so many protected directions; and the directions, [K, P]."""
+    equations, layers, _ = random_equations(seed, **shape)
+    generator = torch.Generator().manual_seed(seed + 100)
+    columns = equations.gram.shape[0]
+    basis = torch.linalg.qr(torch.randn(columns, protected, generator=generator, dtype=torch.float64)).Q
+    shifted = dataclasses.replace(equations, protected=basis)
+    return shifted.weighed(equations.retain), layers, basis
+
+
+def test_the_constrained_solution_is_the_optimum_that_leaves_the_protected_alone() -> None:
+    """Against the multipliers' system of each row, solved densely, on random masks with rows of every size."""
+    equations, layers, basis = constrained(21, 3, rows=(17, 8), columns=14)
+    generator = torch.Generator().manual_seed(22)
+    density = torch.rand(25, 1, generator=generator)
+    mask = (torch.rand(25, 14, generator=generator) < density) | (torch.arange(25) == 3)[:, None]
+    mask[4] = False
+    masks = dict(zip(layers, map(BitMask.pack, mask.split([17, 8])), strict=True))
+    found = fade.closed_form._constrained(equations, BitMask.pack(mask))
+    rows = found.split(mask.sum(1).tolist())
+    plain = equations.gram - fade.closed_form.PENALTY * float(
+        (equations.forget_gram + equations.retain * equations.retain_gram).diagonal().mean()
+    ) * (basis @ basis.T)  # fmt: skip
+    solved = 0
+    for row, values in enumerate(rows):
+        support = mask[row].nonzero()[:, 0]
+        if len(support) <= 3:
+            assert not values.any()
+            continue
+        solved += 1
+        edge = basis[support]
+        system = torch.cat(
+            [torch.cat([plain[support][:, support], edge], 1), torch.cat([edge.T, torch.zeros(3, 3).double()], 1)]
+        )
+        answer = torch.linalg.solve(system, torch.cat([equations.rhs[row, support], torch.zeros(3).double()]))
+        assert torch.allclose(values, answer[: len(support)], rtol=1e-9, atol=1e-12 * float(values.abs().max()))
+        assert float((values @ edge).norm()) < 1e-13 * float(values.norm())
+    assert solved > 10
+    rounded = torch.cat([solve(equations, masks)[name] for name in layers])
+    assert torch.equal(rounded, found.float())
+
+
+def test_the_selection_knows_of_the_protected() -> None:
+    """Rows that it chooses have more entries than there are constraints; at random most would be lost."""
+    equations, layers, _ = constrained(23, 4, rows=(30, 30), columns=16)
+    chosen = select(equations, 150)
+    values = solve(equations, chosen.masks)
+    counts = torch.cat([mask.row_counts for mask in chosen.masks.values()])
+    assert int(counts[counts > 4].sum()) > 0.9 * 150
+    random = torch.zeros(60 * 16, dtype=torch.bool)
+    random[torch.randperm(960, generator=torch.Generator().manual_seed(24))[:150]] = True
+    control = dict(zip(layers, map(BitMask.pack, random.reshape(60, 16).split([30, 30])), strict=True))
+    assert residual(equations, chosen.masks, values).forget < residual(
+        equations, control, solve(equations, control)
+    ).forget - 0.1  # fmt: skip
+
+
+def test_more_constraints_than_positions_are_refused() -> None:
+    equations, layers, _ = constrained(25, 6, columns=12)
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(26)).argsort(1) < 5
+    masks = dict(zip(layers, map(BitMask.pack, mask.split([7, 5])), strict=True))
+    with pytest.raises(FadeError, match="6 independent tokens, and no row .*more than 5 entries .*or raise keep"):
+        solve(equations, masks)
+
+
+def test_statistics_of_mapped_tokens() -> None:
+    generator = torch.Generator().manual_seed(27)
+    forget, surrogate, kept = (torch.randn(20, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    weights = torch.rand(20, 1, generator=generator, dtype=torch.float64)
+    change = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+
+    def statistics(x: torch.Tensor) -> TokenStatistics:
+        d = surrogate - x
+        return TokenStatistics(x.T @ (weights * x), d.T @ (weights * x), d.T @ (weights * d), kept.T @ kept)
+
+    found, expected = statistics(forget).mapped(change), statistics(forget @ change.T)
+    for field in dataclasses.fields(expected):
+        assert torch.allclose(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+def test_the_revival_gives_back_what_the_edit_took() -> None:
+    """Edited layers answer T x as the unedited answer x, better than any x' near it."""
+    equations, layers, tokens = random_equations(28, rows=(20, 30), columns=10)
+    masks = select(equations, 200).masks
+    values = solve(equations, masks)
+    revived = tokens[0] @ fade.closed_form.revival(layers, equations, masks, values).T
+
+    def distance(x: torch.Tensor) -> float:
+        total = 0.0
+        for (name, layer), energy in zip(layers.items(), equations.energy / equations.weights, strict=True):
+            weight = layer.weight.detach().double()
+            edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].double(), masks[name])
+            total += float((x @ edited.T - tokens[0] @ weight.T).square().sum() / energy)
+        return total
+
+    assert distance(revived) < 0.3 * distance(tokens[0])
+    generator = torch.Generator().manual_seed(29)
+    for _ in range(5):
+        step = 0.02 * torch.randn(revived.shape, generator=generator, dtype=torch.float64) * revived.std()
+        assert distance(revived) < distance(revived + step)
+
+
 # --- on a pipeline ---------------------------------------------------------------------------------------------------
 
 
@@ -222,17 +329,23 @@ def test_the_layers_that_read_the_prompt(pipeline: StableDiffusionPipeline) -> N
 def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiffusionPipeline) -> None:
     backbone = backbone_for(pipeline)
     pairs = [("cat", "dog"), ("a picture of cat", "a picture of dog")]
-    prompts = [*pairs[0], *pairs[1], "a house", ""]
-    embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
-    found = token_statistics(backbone, pairs, ["a house", ""], embeddings)
-    x = [embeddings[forget].double() for forget, _ in pairs]
-    d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in pairs]
-    apart = [part.square().sum() for part in d]
+    phrased = [("the cat", "the dog"), ("see cat", "see dog"), ("cat here", "dog here")]
+    read = TextPrompts(pairs, ["a house", ""], phrased, ["the dog"], ["a horse"])
+    assert read.all() == (
+        "cat", "dog", "a picture of cat", "a picture of dog", "the cat", "the dog", "see cat", "see dog", "cat here",
+        "dog here", "a house", "", "a horse",
+    )  # fmt: skip
+    embeddings = dict(zip(read.all(), backbone.encode_prompts(read.all()), strict=True))
+    found = token_statistics(backbone, read, embeddings)
+    x = [embeddings[forget].double() for forget, _ in (*pairs, *phrased)]
+    d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in (*pairs, *phrased)]
+    # The three phrasings together count as much as the two pairs.
+    apart = [part.square().sum() / count for part, count in zip(d, [2, 2, 3, 3, 3], strict=True)]
     weights = [a / sum(apart) / len(x[0]) for a in apart]
     for name, left, right in (("forget", x, x), ("change", d, x), ("difference", d, d)):
         expected = sum(w * a.T @ b for w, a, b in zip(weights, left, right, strict=True))
         assert torch.allclose(getattr(found, name), expected)
-    kept = torch.cat([embeddings["a house"], embeddings[""]]).double()
+    kept = torch.cat([embeddings[p] for p in ("a house", "", "the dog", "the dog")]).double()
     assert torch.allclose(found.retain, kept.T @ kept / len(kept))
 
 
@@ -241,7 +354,7 @@ def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipe
     states = backbone.encode_prompts(["cat"])[0]
     embeddings = {"cat": states, "dog": states * (1 + 1e-7), "": backbone.encode_prompts([""])[0]}
     with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
-        token_statistics(backbone, [("cat", "dog")], [""], embeddings)
+        token_statistics(backbone, TextPrompts([("cat", "dog")], [""]), embeddings)
 
 
 TEMPLATES = ("{}", "an image of {}", "a picture of {}")
@@ -296,7 +409,9 @@ def test_the_solved_edit_puts_the_surrogate_in_the_concepts_place(
     pipeline: StableDiffusionPipeline, quick: Config
 ) -> None:
     before = answers(pipeline)
-    config = solved(quick, locate__granularity="none", closed_form__retain_weight=1.0)
+    config = solved(
+        quick, locate__granularity="none", closed_form__retain_weight=1.0, closed_form__phrasings=False
+    )  # fmt: skip
     fade.unlearn(pipeline, **WORDS, config=config)
     after = answers(pipeline)
     gap = (before[0] - before[1]).norm()
@@ -359,7 +474,7 @@ def test_an_interrupted_solve_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fade.unlearning, "solve", interrupted)
+        patch.setattr(fade.unlearning, "solution", interrupted)
         fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
     assert not getattr(pipeline.unet, "peft_config", {})
     with pytest.raises(FadeError, match="in use; pass --overwrite to replace it or --resume"):
