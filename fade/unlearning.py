@@ -281,7 +281,7 @@ def _equations(
     """Of the layers that read the prompt alone."""
     settings, protected = config.closed_form, None
     if protect:
-        protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect])
+        protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect], tokens)
     weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
     return normal_equations(text_path(backbone, layers), tokens, weight, settings.damping, protected)
 
