@@ -53,6 +53,8 @@ others. For four DigitCanvas concepts each, the dense edit of the values alone f
 alone nothing (UA 0); at keep 0.3 % and equal drift, UA is 100/100/100/70 with 0.1 or 0, but 62/88/100/40 with 1."""
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
+MOST_RELAXED = 2.0
+"""Times the change of retain tokens that small masks may make."""
 MOST_PER_ROW = 256
 """Entries of a row that are solved for again and again: the time grows with their cube."""
 PENALTY = 1e4
@@ -272,16 +274,33 @@ def _gram(
 
 
 def balanced(
-    equations: NormalEquations, masks: Mapping[str, BitMask], change: float, tolerance: float = 0.09
+    equations: NormalEquations,
+    masks: Mapping[str, BitMask],
+    change: float,
+    most_left: float = 1.0,
+    tolerance: float = 0.09,
 ) -> NormalEquations:
     """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
 
-    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a part `tolerance` of the change.
+    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a part `tolerance` of the change. Where
+    that leaves more than `most_left` of the wanted change undone, the change may be larger, by the square of the ratio
+    and up to MOST_RELAXED times: small masks would forget too little.
     """
+    equations, left = _balanced(equations, masks, change, tolerance)
+    if left > most_left:
+        relaxed = change * min(MOST_RELAXED, (left / most_left) ** 2)
+        equations, _ = _balanced(equations, masks, relaxed, tolerance)
+    return equations
+
+
+def _balanced(
+    equations: NormalEquations, masks: Mapping[str, BitMask], change: float, tolerance: float
+) -> tuple[NormalEquations, float]:
+    """With the λ found, and the forget residual with the one that was tried last."""
     slope, before = -0.8, None  # the change falls a little slower than 1 / λ
     for _ in range(10):
-        found = residual(equations, masks, _optimum(equations, masks)).retain
-        over = math.log(max(found, 1e-12) / change)
+        found = residual(equations, masks, _optimum(equations, masks))
+        over = math.log(max(found.retain, 1e-12) / change)
         if before is not None:
             step = math.log(equations.retain / before[0])
             slope = min(-0.2, max(-3.0, (over - before[1]) / step))
@@ -290,7 +309,7 @@ def balanced(
             break
         before = equations.retain, over
         equations = equations.weighed(weight)
-    return equations
+    return equations, found.forget
 
 
 @dataclass(frozen=True)
@@ -309,12 +328,13 @@ def select(
     tile: int = 32,
     progress: bool = False,
     change: float | None = None,
+    most_left: float = 1.0,
 ) -> Selected:
     """Masks of `units` entries (tiles, …: `granularity`) over all layers at once, grown and pruned in turns.
 
-    A unit's score is the sum or mean of its entries' (`select_top_fraction`). With `change`, λ is `balanced` to it
-    after the first turn: entries are best for the λ that they are solved with. Raises FadeError where a row's system
-    is singular.
+    A unit's score is the sum or mean of its entries' (`select_top_fraction`). With `change`, λ is `balanced` to it and
+    to `most_left` after the first turn: entries are best for the λ that they are solved with. Raises FadeError where a
+    row's system is singular.
     """
     shape = tuple(equations.rhs.shape)
     total = sum(unit_count((rows, shape[1]), granularity, tile) for rows in equations.rows.values())
@@ -343,7 +363,7 @@ def select(
             if many == units or turn == MOST_REGROWN:
                 break
             if turn == 0 and change is not None:
-                equations = balanced(equations, _split(equations, mask), change, tolerance=0.3)
+                equations = balanced(equations, _split(equations, mask), change, most_left, tolerance=0.3)
             values, _ = _solved(equations, mask, with_prices=False)
             before, gained = gained, float(torch.dot(*_gained(equations, mask, values)))
             if gained < (1 + WORTH_IT) * before:
@@ -515,17 +535,19 @@ def solution(
     equations: NormalEquations,
     masks: Mapping[str, BitMask],
     change: float | None,
+    most_left: float = 1.0,
     hardening: int = 0,
 ) -> tuple[NormalEquations, dict[str, Tensor]]:
     """The equations that were solved last, and their `solve` on the masks.
 
-    With `change`, λ is `balanced` to it. In each round of `hardening` the tokens that revive the concept under the last
-    edit join the forget tokens, with the same answers, and everything is solved anew. Raises what `solve` raises.
+    With `change`, λ is `balanced` to it and to `most_left`. In each round of `hardening` the tokens that revive the
+    concept under the last edit join the forget tokens, with the same answers, and everything is solved anew. Raises
+    what `solve` raises.
     """
 
     def solved(equations: NormalEquations) -> tuple[NormalEquations, dict[str, Tensor]]:
         if change is not None:
-            equations = balanced(equations, masks, change)
+            equations = balanced(equations, masks, change, most_left)
         return equations, solve(equations, masks)
 
     equations, values = solved(equations)

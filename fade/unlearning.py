@@ -201,9 +201,10 @@ def _run(
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
+                        settings = config.closed_form
                         equations, solved = solution(
-                            text_path(backbone, layers), tokens, equations, located.masks, config.closed_form.change,
-                            config.closed_form.hardening,
+                            text_path(backbone, layers), tokens, equations, located.masks, settings.change,
+                            settings.most_left, settings.hardening,
                         )  # fmt: skip
                         left = {
                             "retain_weight": equations.retain,
@@ -302,8 +303,9 @@ def _locate(
         return locate(backbone, layers, latents, embeddings, locating, config.seed, progress, within)
     most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
     units = min(kept_units(layers, locating), most)
+    settings = config.closed_form
     chosen = select(
-        equations, units, locating.granularity, locating.tile, progress, config.closed_form.change
+        equations, units, locating.granularity, locating.tile, progress, settings.change, settings.most_left
     )  # fmt: skip
     return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
 
