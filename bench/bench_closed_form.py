@@ -61,9 +61,9 @@ def run(keep: float) -> dict[str, float]:
         statistics = TokenStatistics(x.T @ x / len(x), d.T @ x / len(x), d.T @ d / len(x), kept.T @ kept / len(kept))
         equations = normal_equations(layers, statistics, FIRST_WEIGHT, settings.damping)
         seconds["equations"] = time.perf_counter() - start
-        masks = select(equations, units, change=settings.change, most_left=settings.most_left).masks
+        masks = select(equations, units, change=settings.change, left=settings.left).masks
         seconds["selection"] = time.perf_counter() - start - seconds["equations"]
-        equations, values = solution(layers, statistics, equations, masks, settings.change, settings.most_left)
+        equations, values = solution(layers, statistics, equations, masks, settings.change, settings.left)
         left = residual(equations, masks, values)
         seconds["solve"] = time.perf_counter() - start - seconds["equations"] - seconds["selection"]
         busy = time.process_time() - busy

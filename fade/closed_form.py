@@ -53,8 +53,8 @@ others. For four DigitCanvas concepts each, the dense edit of the values alone f
 alone nothing (UA 0); at keep 0.3 % and equal drift, UA is 100/100/100/70 with 0.1 or 0, but 62/88/100/40 with 1."""
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
-MOST_RELAXED = 2.0
-"""Times the change of retain tokens that small masks may make."""
+MOST_SHIFT = 2.0
+"""Times that the change of retain tokens may become larger or smaller for the sake of forgetting."""
 MOST_PER_ROW = 256
 """Entries of a row that are solved for again and again: the time grows with their cube."""
 PENALTY = 1e4
@@ -277,19 +277,19 @@ def balanced(
     equations: NormalEquations,
     masks: Mapping[str, BitMask],
     change: float,
-    most_left: float = 1.0,
+    left: float | None = None,
     tolerance: float = 0.09,
 ) -> NormalEquations:
     """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
 
     Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a part `tolerance` of the change. Where
-    that leaves more than `most_left` of the wanted change undone, the change may be larger, by the square of the ratio
-    and up to MOST_RELAXED times: small masks would forget too little.
+    the forget residual is then another than `left`, the change becomes larger or smaller by the square of their ratio,
+    up to MOST_SHIFT times: small masks would forget too little, and what is forgotten easily need not disturb so much.
     """
-    equations, left = _balanced(equations, masks, change, tolerance)
-    if left > most_left:
-        relaxed = change * min(MOST_RELAXED, (left / most_left) ** 2)
-        equations, _ = _balanced(equations, masks, relaxed, tolerance)
+    equations, found = _balanced(equations, masks, change, tolerance)
+    if left is not None:
+        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, (found / left) ** 2))
+        equations, _ = _balanced(equations, masks, change * shift, tolerance)
     return equations
 
 
@@ -328,12 +328,12 @@ def select(
     tile: int = 32,
     progress: bool = False,
     change: float | None = None,
-    most_left: float = 1.0,
+    left: float | None = None,
 ) -> Selected:
     """Masks of `units` entries (tiles, …: `granularity`) over all layers at once, grown and pruned in turns.
 
     A unit's score is the sum or mean of its entries' (`select_top_fraction`). With `change`, λ is `balanced` to it and
-    to `most_left` after the first turn: entries are best for the λ that they are solved with. Raises FadeError where a
+    to `left` after the first turn: entries are best for the λ that they are solved with. Raises FadeError where a
     row's system is singular.
     """
     shape = tuple(equations.rhs.shape)
@@ -363,7 +363,7 @@ def select(
             if many == units or turn == MOST_REGROWN:
                 break
             if turn == 0 and change is not None:
-                equations = balanced(equations, _split(equations, mask), change, most_left, tolerance=0.3)
+                equations = balanced(equations, _split(equations, mask), change, left, tolerance=0.3)
             values, _ = _solved(equations, mask, with_prices=False)
             before, gained = gained, float(torch.dot(*_gained(equations, mask, values)))
             if gained < (1 + WORTH_IT) * before:
@@ -535,19 +535,19 @@ def solution(
     equations: NormalEquations,
     masks: Mapping[str, BitMask],
     change: float | None,
-    most_left: float = 1.0,
+    left: float | None = None,
     hardening: int = 0,
 ) -> tuple[NormalEquations, dict[str, Tensor]]:
     """The equations that were solved last, and their `solve` on the masks.
 
-    With `change`, λ is `balanced` to it and to `most_left`. In each round of `hardening` the tokens that revive the
+    With `change`, λ is `balanced` to it and to `left`. In each round of `hardening` the tokens that revive the
     concept under the last edit join the forget tokens, with the same answers, and everything is solved anew. Raises
     what `solve` raises.
     """
 
     def solved(equations: NormalEquations) -> tuple[NormalEquations, dict[str, Tensor]]:
         if change is not None:
-            equations = balanced(equations, masks, change, most_left)
+            equations = balanced(equations, masks, change, left)
         return equations, solve(equations, masks)
 
     equations, values = solved(equations)

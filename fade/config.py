@@ -141,12 +141,13 @@ class ClosedFormConfig:
     retain_change: float = 0.02
     """How much of the retain tokens' output energy may change, in (0, 1): the weight λ is searched for until it is so
     much. Larger forgets more and disturbs more. On DigitCanvas at keep 1 %, of six concepts 0.01 left one at UA 69 and
-    0.02 none below 100, at a drift of 0.008 to 0.028 instead of 0.006 to 0.016; IRA and CRA were the base model's."""
-    most_left: float = 0.12
-    """Share of the wanted change of the concept's tokens that may be left undone, in (0, 1], before `retain_change`
-    gives way to forgetting, up to twice of it; 1 holds it whatever happens. At keep 1 % it hardly acts. At 0.3 %, UA of
-    six DigitCanvas concepts was 31 to 100 (mean 81) at a change of 0.02, 81 to 100 (mean 95) at 0.03, with the base
-    model's IRA; at 0.05 one lost 6 points of IRA."""
+    0.02 none below 100, at a drift of 0.008 to 0.028 instead of 0.006 to 0.016."""
+    left: float | None = 0.1
+    """Share of the wanted change of the concept's tokens that is meant to be left undone, in (0, 1]: the retain change
+    becomes up to twice as large or half as large where more or less is left; None holds it. At keep 1 % and a change of
+    0.02, pictures of 18 DigitCanvas concepts were forgotten where less than 0.1 was left (drift up to 0.046, and up to
+    6 points of IRA lost, where it was 0.08); at 0.3 % about 0.27 was left and UA 31 to 100 (mean 81), 81 to 100 (mean
+    95) at a change of 0.03 with the base model's IRA."""
     retain_weight: float | None = None
     """λ itself, of a retain token's mean square change beside a forget token's mean square error; None searches."""
     phrasings: bool = True
@@ -333,7 +334,7 @@ def _check(config: Config) -> None:
     require(
         0 < solving.retain_change < 1, f"closed_form.retain_change must be between 0 and 1, not {solving.retain_change}"
     )
-    require(0 < solving.most_left <= 1, f"closed_form.most_left must be in (0, 1], not {solving.most_left}")
+    require(solving.left is None or 0 < solving.left <= 1, f"closed_form.left must be in (0, 1], not {solving.left}")
     require(0 <= solving.hardening <= 3, f"closed_form.hardening must be from 0 to 3 rounds, not {solving.hardening}")
     require(all(map(str.strip, solving.protect)), "closed_form.protect holds an empty prompt")
     require(

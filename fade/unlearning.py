@@ -204,7 +204,7 @@ def _run(
                         settings = config.closed_form
                         equations, solved = solution(
                             text_path(backbone, layers), tokens, equations, located.masks, settings.change,
-                            settings.most_left, settings.hardening,
+                            settings.left, settings.hardening,
                         )  # fmt: skip
                         left = {
                             "retain_weight": equations.retain,
@@ -305,7 +305,7 @@ def _locate(
     units = min(kept_units(layers, locating), most)
     settings = config.closed_form
     chosen = select(
-        equations, units, locating.granularity, locating.tile, progress, settings.change, settings.most_left
+        equations, units, locating.granularity, locating.tile, progress, settings.change, settings.left
     )  # fmt: skip
     return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
 
