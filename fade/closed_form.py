@@ -283,12 +283,12 @@ def balanced(
     """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
 
     Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a part `tolerance` of the change. Where
-    the forget residual is then another than `left`, the change becomes larger or smaller by the square of their ratio,
-    up to MOST_SHIFT times: small masks would forget too little, and what is forgotten easily need not disturb so much.
+    the forget residual is then another than `left`, the change becomes larger or smaller by their ratio, up to
+    MOST_SHIFT times: small masks would forget too little, and what is forgotten easily need not disturb so much.
     """
     equations, found = _balanced(equations, masks, change, tolerance)
     if left is not None:
-        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, (found / left) ** 2))
+        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, found / left))
         equations, _ = _balanced(equations, masks, change * shift, tolerance)
     return equations
 
