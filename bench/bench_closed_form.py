@@ -32,7 +32,7 @@ def run(keep: float) -> dict[str, float]:
     import torch
     from torch import nn
 
-    from fade.closed_form import FIRST_WEIGHT, TokenStatistics, balanced, normal_equations, residual, select, solve
+    from fade.closed_form import FIRST_WEIGHT, TokenStatistics, normal_equations, residual, select, solution
     from fade.config import ClosedFormConfig
     from fade.measure import measured
     from fade_kernels import scatter_masked_
@@ -61,10 +61,9 @@ def run(keep: float) -> dict[str, float]:
         statistics = TokenStatistics(x.T @ x / len(x), d.T @ x / len(x), d.T @ d / len(x), kept.T @ kept / len(kept))
         equations = normal_equations(layers, statistics, FIRST_WEIGHT, settings.damping)
         seconds["equations"] = time.perf_counter() - start
-        masks = select(equations, units).masks
+        masks = select(equations, units, change=settings.change, left=settings.left).masks
         seconds["selection"] = time.perf_counter() - start - seconds["equations"]
-        equations = balanced(equations, masks, settings.retain_change)
-        values = solve(equations, masks)
+        equations, values = solution(layers, statistics, equations, masks, settings.change, settings.left)
         left = residual(equations, masks, values)
         seconds["solve"] = time.perf_counter() - start - seconds["equations"] - seconds["selection"]
         busy = time.process_time() - busy

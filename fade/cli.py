@@ -182,6 +182,22 @@ def unlearn(
         ),
     ] = None,
     method: OverwriteMethod = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="Prompt whose meaning to the model must not change at all, with the method closed-form; repeat for "
+            "several.",
+        ),
+    ] = None,
+    hardening: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rounds in which the closed form forgets what revives the concept, too, 0 to 3. "
+            f"Default {settings.ClosedFormConfig().hardening}.",
+        ),
+    ] = None,
     keep: Keep = None,
     saliency: Annotated[
         str | None,
@@ -282,6 +298,8 @@ def unlearn(
         overwrite__retain_weight=retain_weight,
         overwrite__timesteps=timesteps,
         overwrite__parameters=parameters,
+        closed_form__protect=protect or None,
+        closed_form__hardening=hardening,
         seed=seed,
     )
     if not chosen.concepts:
@@ -407,6 +425,9 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
     judge: JudgeModel = None,
     classes: Classes = None,
+    phrasings: Annotated[
+        bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
+    ] = False,
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
     steps: DrawSteps = 20,
     guidance: Guidance = 3.0,
@@ -422,7 +443,7 @@ def evaluate(
     """
     from fade.adapter import load_adapter
     from fade.evaluation import evaluate as run
-    from fade.evaluation import first_seeds, full_record
+    from fade.evaluation import first_seeds, full_record, held_out
     from fade.files import atomic_write, check_writable
     from fade.loading import load_model
     from fade.measure import measured
@@ -433,18 +454,25 @@ def evaluate(
             check_writable(wanted)
     pipeline = load_model(model, device, dtype)
     attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    drawing = {
+        "seeds": first_seeds(seeds), "steps": steps, "guidance_scale": guidance, "batch_size": batch_size,
+        "judge": judge, "classes": _listed(classes),
+        "progress": not quiet,
+    }  # fmt: skip
     with measured(pipeline.device) as cost:
-        evaluation = run(
-            pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            judge=judge, classes=_listed(classes), progress=not quiet,
-        )  # fmt: skip
+        evaluation = run(pipeline, attached, **drawing)
+    otherwise = held_out(pipeline, attached, **drawing) if phrasings else None
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size
     console = _console()
     console.print(evaluation.table())
+    if otherwise is not None:
+        console.print(otherwise.table())
     _say(f"the edit sits in {where_it_sits(attached.run.get('path'))}")
     if json_file is not None:
         record = full_record(evaluation, attached.metadata, size, cost.seconds)
+        if otherwise is not None:
+            record["held_out_phrasings"] = otherwise.to_dict()
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
         _say(f"numbers: {json_file}")

@@ -13,13 +13,13 @@ Which entries: those that gain most alone are taken first, more than the budget 
 in a few geometric rounds with the rest solved anew, as in optimal brain surgeon (Hassibi and Stork, 1993); then the
 best missing ones are added and the cheapest dropped again, a few times, as in subspace pursuit (Dai and Milenkovic,
 arXiv 0803.0811). Gains and prices are changes of the objective above, divided by the layer's mean output energy on the
-retain tokens, so that all layers share one budget. No denoiser pass and no latent is needed. The edit changes what the
-text means to the denoiser, not what the denoiser can draw.
+retain tokens, so that all layers share one budget, of which keys get less than values. No denoiser pass and no latent
+is needed. The edit changes what the text means to the denoiser, not what the denoiser can draw.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +39,32 @@ from fade_kernels import (
 )
 
 # Of the objective at Δ = 0, averaged over three DigitCanvas concepts at keep 1 % and 0.3 %, dropping from the dense
-# edit leaves 0.43 in 8 rounds and 0.40 in 50; growing, pruning and growing again three times 0.36, in less time.
-FIRST_GROWTH = 2.5
+# edit leaves 0.43 in 8 rounds and 0.40 in 50; growing, pruning and growing again three times 0.36, in less time. Of the
+# forget residual, a growth of 2.5 and 4 rounds leave 3 % less at a third more arithmetic.
+FIRST_GROWTH = 2.0
 """Times the budget that the best single entries make up at the start."""
-GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 6, 0.02
+GROWTH, MOST_REGROWN, WORTH_IT = 0.5, 4, 0.02
 """Part of the budget that is added after each pruning, how often at most, and the gain for which it is done again."""
-ROUNDS = 4
+ROUNDS = 3
 """In which the cheapest are dropped, the rest being solved anew before each."""
+KEYS, KEY_WEIGHT = ("to_k", "add_k_proj"), 0.1
+"""Ends of the names of layers that say where attention looks, not what it finds there, and what they count beside
+others. For four DigitCanvas concepts each, the dense edit of the values alone forgets all (UA 100), that of the keys
+alone nothing (UA 0); at keep 0.3 % and equal drift, UA is 100/100/100/70 with 0.1 or 0, but 62/88/100/40 with 1."""
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
+MOST_SHIFT = 2.0
+"""Times that the change of retain tokens may become larger or smaller for the sake of forgetting."""
 MOST_PER_ROW = 256
 """Entries of a row that are solved for again and again: the time grows with their cube."""
+PENALTY = 1e4
+"""Of changes of protected tokens while entries and λ are chosen, in mean square entries of the tokens."""
+PROTECTED_PRECISION = 1e-7
+"""Relative to the longest: shorter components of protected tokens are rounding of their float32."""
+REVIVAL_DAMPING = 1e-4
+"""Of a reviving token's length, in mean square gains of the edited layers: hardly matters, there are many rows."""
+_CHUNK_BYTES = 2**25
+"""Of blocks that are factored at once where tokens are protected."""
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -74,6 +89,31 @@ def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[
 
 
 @dataclass(frozen=True)
+class TextPairs:
+    """What is to be answered otherwise of one concept: (concept, surrogate) prompts, and the same in further
+    phrasings."""
+
+    pairs: Sequence[tuple[str, str]]
+    phrased: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class TextPrompts:
+    """What the solve reads: the pairs of each concept, prompts to retain, of which some in further phrasings, and
+    prompts that must not change at all."""
+
+    concepts: Sequence[TextPairs]
+    retain: Sequence[str]
+    phrased_retain: Sequence[str] = ()
+    protect: Sequence[str] = ()
+
+    def all(self) -> tuple[str, ...]:
+        """Every prompt once."""
+        asked = (prompt for one in self.concepts for pair in (*one.pairs, *one.phrased) for prompt in pair)
+        return tuple(dict.fromkeys((*asked, *self.retain, *self.phrased_retain, *self.protect)))
+
+
+@dataclass(frozen=True)
 class TokenStatistics:
     """What the solve needs of all tokens, float64 [K, K] each; x are columns.
 
@@ -86,41 +126,77 @@ class TokenStatistics:
     difference: Tensor
     retain: Tensor
 
+    def joined(self, other: "TokenStatistics", weight: float) -> "TokenStatistics":
+        """With another's forget tokens beside these, `weight` being their share."""
+        return TokenStatistics(
+            self.forget.lerp(other.forget, weight),
+            self.change.lerp(other.change, weight),
+            self.difference.lerp(other.difference, weight),
+            self.retain,
+        )
 
-def token_statistics(
-    backbone: Backbone,
-    pairs: Sequence[tuple[str, str]],
-    retain: Sequence[str],
-    embeddings: Mapping[str, Tensor],
-) -> TokenStatistics:
-    """The statistics of (forget, surrogate) prompt pairs and of retain prompts, from their embeddings [tokens, width].
+    def mapped(self, change: Tensor) -> "TokenStatistics":
+        """Of forget tokens T x_f in the place of x_f, with the same surrogates; T is [K, K]."""
+        answer = (self.change + self.forget) @ change.T  # Σ w x_s (T x_f)ᵀ
+        forget = change @ self.forget @ change.T
+        surrogate = self.difference + self.change + self.change.T + self.forget  # Σ w x_s x_sᵀ
+        return TokenStatistics(
+            forget, answer - forget, surrogate - answer - answer.T + forget, self.retain
+        )  # fmt: skip
 
-    A prompt weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
-    hardly tells them apart must not dilute the edit. Raises FadeError where none tells them apart.
+
+def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mapping[str, Tensor]) -> TokenStatistics:
+    """The statistics of prompts, from their embeddings [tokens, width].
+
+    A pair weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
+    hardly tells them apart must not dilute the edit. However many the phrasings are, all together weigh as much as the
+    prompts proper. Of several concepts each counts the same, divided by how far its tokens are to be moved: else a
+    digit beside a style would hardly be forgotten. Raises FadeError where no pair tells concept and surrogate apart.
     """
     device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
 
     def states(prompt: str) -> Tensor:
         return backbone.text_states(embeddings[prompt][None])[0].to(device, torch.float64)
 
-    identifiers = dict(zip(words := sorted({*sum(pairs, ())}), backbone.token_ids(words), strict=True))
-    forget = change = difference = total = 0.0
-    largest = 0.0
-    for prompt, answer in pairs:
-        x = states(prompt)
-        d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
-        apart = float(d.square().sum())
-        largest = max(largest, apart / float(x.square().sum()))
-        forget, change, difference = forget + apart * x.T @ x, change + apart * d.T @ x, difference + apart * d.T @ d
-        total += apart * len(x)
+    kept, parts = 0.0, [part for part in (prompts.retain, prompts.phrased_retain) if part]
+    for part in parts:
+        for prompt in part:
+            x = states(prompt)
+            kept = kept + x.T @ x / (len(x) * len(part) * len(parts))
+    each = [_forget_statistics(backbone, one, states) for one in prompts.concepts]
+    shares = [1 / float(difference.trace()) for _, _, difference in each]
+    forget, change, difference = (
+        sum(share * one[part] for share, one in zip(shares, each, strict=True)) / sum(shares) for part in range(3)
+    )
+    return TokenStatistics(forget, change, difference, kept)
+
+
+def _forget_statistics(
+    backbone: Backbone, concept: TextPairs, states: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`TokenStatistics`' forget, change and difference of one concept."""
+    words = sorted({word for pair in (*concept.pairs, *concept.phrased) for word in pair})
+    identifiers = dict(zip(words, backbone.token_ids(words), strict=True))
+    forget = change = difference = total = largest = 0.0
+    for pairs in (concept.pairs, concept.phrased):
+        for prompt, answer in pairs:
+            x = states(prompt)
+            d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
+            apart = float(d.square().sum())
+            weight = apart / len(pairs)
+            weighted = weight * x.T
+            forget, change = forget + weighted @ x, change + d.T @ weighted.T
+            difference, total = difference + weight * d.T @ d, total + weight * len(x)
+            if pairs is concept.pairs:
+                largest = max(largest, apart / float(x.square().sum()))
     # Beyond rounding of the states' own dtype, squared.
     if not largest > (4 * torch.finfo(backbone.dtype).eps) ** 2:
+        first = concept.pairs[0]
         raise FadeError(
-            f"the text encoder reads the concept and its surrogate alike ({pairs[0][0]!r}, {pairs[0][1]!r}); choose a "
+            f"the text encoder reads the concept and its surrogate alike ({first[0]!r}, {first[1]!r}); choose a "
             "surrogate, or templates, that it tells apart"
         )
-    kept = sum((x := states(prompt)).T @ x / (len(x) * len(retain)) for prompt in retain)
-    return TokenStatistics(forget / total, change / total, difference / total, kept)
+    return forget / total, change / total, difference / total
 
 
 # --- the solve -------------------------------------------------------------------------------------------------------
@@ -132,9 +208,11 @@ class NormalEquations:
 
     `rows` has the number of rows of each layer; stacked in that order they are the [R, K] of `rhs`, which is B, and of
     masks and values. `gram` is G [K, K]. `wanted` is what the forget tokens' outputs should change by,
-    Σ w ‖W (x_s − x_f)‖², and `energy` the mean square ‖W x_r‖² of the retain tokens' outputs, of each layer.
+    Σ w ‖W (x_s − x_f)‖², and `energy` the mean square ‖W x_r‖² of the retain tokens' outputs, of each layer; `weights`
+    are the layers' shares in what is gained and changed, of sum 1 (`KEYS`).
     `forget_gram` is Σ w x_f x_fᵀ, `retain_gram` mean x_r x_rᵀ, `retain` λ, `shift` μ and `damping` its share of the
-    tokens' mean square entry.
+    tokens' mean square entry. `protected` [K, P] has orthonormal columns, on which Δ is to be 0; G holds PENALTY times
+    their projector, so that whatever is chosen by G is chosen for edits that leave them nearly alone.
     """
 
     rows: dict[str, int]
@@ -142,35 +220,46 @@ class NormalEquations:
     gram: Tensor
     wanted: Tensor
     energy: Tensor
+    weights: Tensor
     forget_gram: Tensor
     retain_gram: Tensor
     retain: float
     damping: float
     shift: float
+    protected: Tensor | None = None
+
+    def weighed(self, retain: float) -> "NormalEquations":
+        """The same with another λ."""
+        gram, shift = _gram(self.forget_gram, self.retain_gram, retain, self.damping, self.protected)
+        return dataclasses.replace(self, gram=gram, retain=retain, shift=shift)
 
     def by_layer(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """Views of a tensor [R, ...], one for each layer."""
         return stacked.split(list(self.rows.values()))
 
-    def row_energy(self) -> Tensor:
-        """`energy` of each row's layer, [R]."""
+    def row_scale(self) -> Tensor:
+        """What the outputs' squares of each row count, [R]: its layer's weight, divided by the layer's energy."""
         counts = torch.tensor(list(self.rows.values()), device=self.energy.device)
-        return self.energy.repeat_interleave(counts)
+        return (self.weights / self.energy).repeat_interleave(counts)
 
     def relative(self, values: Tensor, mask: BitMask) -> Tensor:
-        """Values [nnz] at a mask's positions, divided by the energy of their layers."""
-        return values / self.row_energy().repeat_interleave(mask.row_counts)
+        """Values [nnz] at a mask's positions, times the scale of their rows."""
+        return values * self.row_scale().repeat_interleave(mask.row_counts)
 
 
 def normal_equations(
-    layers: Mapping[str, nn.Module], statistics: TokenStatistics, retain: float, damping: float
+    layers: Mapping[str, nn.Module],
+    statistics: TokenStatistics,
+    retain: float,
+    damping: float,
+    protected: Tensor | None = None,
 ) -> NormalEquations:
     """The equations of layers (name to base layer) whose input are the text states.
 
-    `retain` is λ; μ is `damping` times the mean square entry of the tokens. Raises FadeError where μ is 0 and some
-    entry is 0 in every token.
+    `retain` is λ; μ is `damping` times the mean square entry of the tokens; `protected` as `protected_directions` gives
+    it. Raises FadeError where μ is 0 and some entry is 0 in every token.
     """
-    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping)
+    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping, protected)
     rows = {name: len(layer.weight) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
@@ -183,41 +272,65 @@ def normal_equations(
         energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
     # A layer of zeros has no output to disturb, and no change to make either.
     energies = torch.stack(energy).double().clamp_min(1e-30)
+    weights = torch.tensor([KEY_WEIGHT if name.endswith(KEYS) else 1.0 for name in layers]).to(energies)
     return NormalEquations(
-        rows, rhs, gram, torch.stack(wanted).double(), energies, statistics.forget, statistics.retain, retain, damping,
-        shift,
+        rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), statistics.forget,
+        statistics.retain, retain, damping, shift, protected,
     )  # fmt: skip
 
 
-def _gram(forget: Tensor, kept: Tensor, retain: float, damping: float) -> tuple[Tensor, float]:
+def _gram(
+    forget: Tensor, kept: Tensor, retain: float, damping: float, protected: Tensor | None
+) -> tuple[Tensor, float]:
     gram = forget + retain * kept
+    mean = float(gram.diagonal().mean())
+    shift = damping * mean
+    if protected is not None:
+        gram = gram.addmm(protected, protected.T, alpha=PENALTY * mean)
     gram = (gram + gram.T) / 2
-    shift = damping * float(gram.diagonal().mean())
     gram.diagonal().add_(shift)
     if not bool((gram.diagonal() > 0).all()):
         raise FadeError(_singular("some entry is 0 in every token"))
     return gram, shift
 
 
-def balanced(equations: NormalEquations, masks: Mapping[str, BitMask], change: float) -> NormalEquations:
+def balanced(
+    equations: NormalEquations,
+    masks: Mapping[str, BitMask],
+    change: float,
+    left: float | None = None,
+    tolerance: float = 0.09,
+) -> NormalEquations:
     """The equations with the λ whose optimum on these masks changes `change` of the retain tokens' output energy.
 
-    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a tenth of the change.
+    Found by secants of the logarithms, within LEAST_WEIGHT and MOST_WEIGHT, to a part `tolerance` of the change. Where
+    the forget residual is then another than `left`, the change becomes larger or smaller by their ratio, up to
+    MOST_SHIFT times: small masks would forget too little, and what is forgotten easily need not disturb so much.
     """
+    equations, found = _balanced(equations, masks, change, tolerance)
+    if left is not None:
+        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, found / left))
+        equations, _ = _balanced(equations, masks, change * shift, tolerance)
+    return equations
+
+
+def _balanced(
+    equations: NormalEquations, masks: Mapping[str, BitMask], change: float, tolerance: float
+) -> tuple[NormalEquations, float]:
+    """With the λ found, and the forget residual with the one that was tried last."""
     slope, before = -0.8, None  # the change falls a little slower than 1 / λ
     for _ in range(10):
-        found = residual(equations, masks, solve(equations, masks)).retain
-        over = math.log(max(found, 1e-12) / change)
+        found = residual(equations, masks, _optimum(equations, masks))
+        over = math.log(max(found.retain, 1e-12) / change)
         if before is not None:
             step = math.log(equations.retain / before[0])
             slope = min(-0.2, max(-3.0, (over - before[1]) / step))
         weight = min(max(equations.retain * math.exp(-over / slope), LEAST_WEIGHT), MOST_WEIGHT)
-        if abs(over) < 0.09 or weight == equations.retain:
+        if abs(over) < tolerance or weight == equations.retain:
             break
         before = equations.retain, over
-        gram, shift = _gram(equations.forget_gram, equations.retain_gram, weight, equations.damping)
-        equations = dataclasses.replace(equations, gram=gram, retain=weight, shift=shift)
-    return equations
+        equations = equations.weighed(weight)
+    return equations, found.forget
 
 
 @dataclass(frozen=True)
@@ -230,12 +343,19 @@ class Selected:
 
 
 def select(
-    equations: NormalEquations, units: int, granularity: str = "element", tile: int = 32, progress: bool = False
+    equations: NormalEquations,
+    units: int,
+    granularity: str = "element",
+    tile: int = 32,
+    progress: bool = False,
+    change: float | None = None,
+    left: float | None = None,
 ) -> Selected:
     """Masks of `units` entries (tiles, …: `granularity`) over all layers at once, grown and pruned in turns.
 
-    A unit's score is the sum or mean of its entries' (`select_top_fraction`). Raises FadeError where a row's system is
-    singular.
+    A unit's score is the sum or mean of its entries' (`select_top_fraction`). With `change`, λ is `balanced` to it and
+    to `left` after the first turn: entries are best for the λ that they are solved with. Raises FadeError where a
+    row's system is singular.
     """
     shape = tuple(equations.rhs.shape)
     total = sum(unit_count((rows, shape[1]), granularity, tile) for rows in equations.rows.values())
@@ -263,6 +383,8 @@ def select(
                 advance()
             if many == units or turn == MOST_REGROWN:
                 break
+            if turn == 0 and change is not None:
+                equations = balanced(equations, _split(equations, mask), change, left, tolerance=0.3)
             values, _ = _solved(equations, mask, with_prices=False)
             before, gained = gained, float(torch.dot(*_gained(equations, mask, values)))
             if gained < (1 + WORTH_IT) * before:
@@ -276,26 +398,29 @@ def select(
 def _selected(
     equations: NormalEquations, mask: BitMask, threshold: float, spread: Sequence[tuple[float, float]]
 ) -> Selected:
+    return Selected(_split(equations, mask), threshold, dict(zip(equations.rows, spread, strict=True)))
+
+
+def _split(equations: NormalEquations, mask: BitMask) -> dict[str, BitMask]:
     words = equations.by_layer(mask.words)
-    masks = {
+    return {
         name: BitMask(part.clone(), (len(part), mask.shape[1]))
         for name, part in zip(equations.rows, words, strict=True)
     }
-    return Selected(masks, threshold, dict(zip(equations.rows, spread, strict=True)))
 
 
 def _gains(equations: NormalEquations, mask: BitMask | None = None, values: Tensor | None = None) -> Tensor:
-    """What adding each entry alone to the optimum on the mask gains, relative to its layer's energy: float32 [R, K]."""
+    """What adding each entry alone to the optimum on the mask gains, times its row's scale: float32 [R, K]."""
     if mask is None:
         gains = equations.rhs.square()
     else:
         gains = equations.rhs.sub(_times(mask, values, equations.gram)).square_()
         gains.masked_fill_(mask.unpack(), 0.0)  # the gradient is rounding there
-    return gains.div_(equations.gram.diagonal()).div_(equations.row_energy()[:, None]).float()
+    return gains.div_(equations.gram.diagonal()).mul_(equations.row_scale()[:, None]).float()
 
 
 def _gained(equations: NormalEquations, mask: BitMask, values: Tensor) -> tuple[Tensor, Tensor]:
-    """B on the mask, and the values relative to their layers' energy: their product is what the optimum has gained."""
+    """B on the mask, and the values times their rows' scale: their product is what the optimum has gained."""
     return gather_masked(equations.rhs, mask), equations.relative(values, mask)
 
 
@@ -313,14 +438,64 @@ def _dense_prices(equations: NormalEquations) -> Tensor:
         raise FadeError(_singular("the tokens' Gram matrix is singular"))
     inverse = torch.cholesky_inverse(factor)
     prices = (equations.rhs @ inverse).square_().div_(inverse.diagonal())
-    return prices.div_(equations.row_energy()[:, None]).float()
+    return prices.mul_(equations.row_scale()[:, None]).float()
 
 
 def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
-    """The optimum on masks by layer: float32 [mask.count], row-major. Raises FadeError for a singular system."""
-    mask = _stacked(equations, masks)
-    values, _ = _solved(equations, mask, with_prices=False)
+    """The optimum on masks by layer: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
+    float64's precision before it is rounded.
+
+    Raises FadeError for a singular system, and where every row has fewer entries than there are constraints.
+    """
+    if equations.protected is None:
+        return _optimum(equations, masks)
+    return _by_layer(masks, _constrained(equations, _stacked(equations, masks)))
+
+
+def _optimum(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
+    """The optimum of the objective as G states it, protected tokens being nothing but dear."""
+    values, _ = _solved(equations, _stacked(equations, masks), with_prices=False)
+    return _by_layer(masks, values)
+
+
+def _by_layer(masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
     return dict(zip(masks, values.float().split([masks[name].count for name in masks]), strict=True))
+
+
+def _constrained(equations: NormalEquations, mask: BitMask) -> Tensor:
+    """The optimum on the mask among the changes that are 0 on the protected tokens: float64 [mask.count].
+
+    Row i with support S is x = z Nᵀ, where N spans the null space of `protected[S]ᵀ`: z = b N (Nᵀ G[S, S] N)⁻¹. Rows of
+    equal size are solved together, dimensions outside of the null space being those of an identity.
+    """
+    columns, rhs = mask.unpack().nonzero()[:, 1], gather_masked(equations.rhs, mask)
+    sizes = mask.row_counts
+    values, free = torch.zeros_like(rhs), 0
+    starts = sizes.cumsum(0) - sizes
+    for size in sizes.unique().tolist():
+        rows = (sizes == size).nonzero()[:, 0]
+        for chunk in rows.split(max(1, _CHUNK_BYTES // (8 * max(1, size) ** 2))):
+            place = starts[chunk, None] + torch.arange(size, device=rhs.device)
+            support = columns[place]
+            basis, singular, _ = torch.linalg.svd(equations.protected[support], full_matrices=True)
+            # Directions that the constraints take: what is beyond the number of singular values is free anyway.
+            taken = torch.zeros(len(chunk), size, dtype=torch.bool, device=rhs.device)
+            taken[:, : singular.shape[1]] = singular > 1e-10
+            free += int((~taken).sum())
+            basis = basis.masked_fill(taken[:, None, :], 0.0)
+            block = basis.mT @ equations.gram[support[:, :, None], support[:, None, :]] @ basis
+            block = (block + block.mT) / 2 + torch.diag_embed(taken.to(block.dtype))
+            factor, info = torch.linalg.cholesky_ex(block)
+            if bool(info.any()):
+                raise FadeError(_singular("a row's system is singular where the protected tokens leave it free"))
+            z = torch.cholesky_solve(basis.mT @ rhs[place][:, :, None], factor)
+            values[place] = (basis @ z)[:, :, 0]
+    if not free:
+        raise FadeError(
+            f"the protected prompts have {equations.protected.shape[1]} independent tokens, and no row of a layer more "
+            f"than {int(sizes.max())} entries that may change, so that nothing can; protect fewer, or raise keep"
+        )
+    return values
 
 
 def _stacked(equations: NormalEquations, masks: Mapping[str, BitMask]) -> BitMask:
@@ -337,6 +512,76 @@ def _solved(equations: NormalEquations, mask: BitMask, with_prices: bool) -> tup
         raise FadeError(_singular(str(error))) from error
 
 
+def protected_directions(backbone: Backbone, embeddings: Sequence[Tensor], statistics: TokenStatistics) -> Tensor:
+    """An orthonormal basis [K, P] of all tokens of protected prompts, from their embeddings [tokens, width].
+
+    Tokens that differ from others by less than rounding of the text encoder are no further direction. Raises FadeError
+    where the forget tokens of the statistics lie within their span, so that nothing about them could change.
+    """
+    states = torch.cat([backbone.text_states(embedding[None])[0] for embedding in embeddings])
+    directions, lengths, _ = torch.linalg.svd(states.to(statistics.forget).T, full_matrices=False)
+    basis = directions[:, lengths > PROTECTED_PRECISION * lengths[0]].contiguous()
+    outside = statistics.forget.trace() - ((basis.T @ statistics.forget) * basis.T).sum()
+    if float(outside) <= 1e-9 * float(statistics.forget.trace()):
+        raise FadeError(
+            f"the protected prompts have {basis.shape[1]} independent tokens, of which the concept's are combinations, "
+            "so that nothing could change; protect fewer prompts"
+        )
+    return basis
+
+
+def revival(
+    layers: Mapping[str, nn.Module], equations: NormalEquations, masks: Mapping[str, BitMask],
+    values: Mapping[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """T [K, K], float64, so that T x is what the edited layers answer most as the unedited answer x.
+
+    It minimises Σ ‖(W + Δ) x' − W x‖² + ε ‖x'‖² over x' (RECE, Gong et al., arXiv 2407.12298), layers being weighed as
+    in the equations: a solve with one factor for all x.
+    """
+    columns = equations.gram.shape[0]
+    inner, mixed = equations.gram.new_zeros(columns, columns), equations.gram.new_zeros(columns, columns)
+    for (name, layer), scale in zip(layers.items(), equations.weights / equations.energy, strict=True):
+        weight = layer.weight.detach().to(equations.gram.device, torch.float32)
+        edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].to(weight.device), masks[name])
+        inner += (edited.T @ edited).double() * scale
+        mixed += (edited.T @ weight).double() * scale
+    inner.diagonal().add_(REVIVAL_DAMPING * float(inner.diagonal().mean()))
+    return torch.linalg.solve(inner, mixed)
+
+
+def solution(
+    layers: Mapping[str, nn.Module],
+    statistics: TokenStatistics,
+    equations: NormalEquations,
+    masks: Mapping[str, BitMask],
+    change: float | None,
+    left: float | None = None,
+    hardening: int = 0,
+) -> tuple[NormalEquations, dict[str, Tensor]]:
+    """The equations that were solved last, and their `solve` on the masks.
+
+    With `change`, λ is `balanced` to it and to `left`. In each round of `hardening` the tokens that revive the
+    concept under the last edit join the forget tokens, with the same answers, and everything is solved anew. Raises
+    what `solve` raises.
+    """
+
+    def solved(equations: NormalEquations) -> tuple[NormalEquations, dict[str, Tensor]]:
+        if change is not None:
+            equations = balanced(equations, masks, change, left)
+        return equations, solve(equations, masks)
+
+    equations, values = solved(equations)
+    joined = statistics
+    for done in range(1, 1 + hardening):
+        revived = statistics.mapped(revival(layers, equations, masks, values))
+        joined = joined.joined(revived, 1 / (1 + done))
+        equations, values = solved(
+            normal_equations(layers, joined, equations.retain, equations.damping, equations.protected)
+        )
+    return equations, values
+
+
 def _singular(what: str) -> str:
     return f"the closed form has no solution ({what}); raise closed_form.damping, or give more different retain prompts"
 
@@ -351,7 +596,7 @@ def _times(mask: BitMask, values: Tensor, matrix: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Residual:
     """What an edit leaves undone of the wanted change on the forget tokens, and what it changes on the retain tokens:
-    shares of the wanted change and of the outputs' energy, averaged over layers."""
+    shares of the wanted change and of the outputs' energy, averaged over layers by their weights."""
 
     forget: float
     retain: float
@@ -366,5 +611,5 @@ def residual(equations: NormalEquations, masks: Mapping[str, BitMask], values: M
     # At the optimum x G xᵀ = b xᵀ, so that the whole objective is the wanted change less b xᵀ.
     gained = torch.dot(rhs, weight)
     spent = equations.retain * retained + equations.shift * torch.dot(delta, weight)
-    wanted = (equations.wanted / equations.energy).sum()
-    return Residual(float(1 - (gained + spent) / wanted), float(retained) / len(equations.rows))
+    wanted = (equations.wanted * equations.weights / equations.energy).sum()
+    return Residual(float(1 - (gained + spent) / wanted), float(retained))

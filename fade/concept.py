@@ -20,6 +20,24 @@ from fade.errors import FadeError
 TEMPLATES = ("{}", "an image of {}", "a photo of {}", "a picture of {}")
 """Templates for a concept of an unknown kind; pass your own, such as "a painting in the style of {}", where you can."""
 
+PHRASINGS = (
+    "{}", "a {}", "the {}", "{} style", "an image of {}", "a photo of {}", "a picture of {}", "a drawing of {}",
+    "a painting of {}", "a painting in the style of {}", "in the style of {}", "{}, digital art",
+)  # fmt: skip
+"""How people may put a concept, be it a thing, a person or a style: what the solved edit reads beside the templates.
+`fade.evaluation.phrasings` measures with others."""
+
+DIGIT_PHRASINGS = (
+    "{}", "a {}", "the {}", "digit {}", "a digit {}", "the digit {}", "{} in <other> style", "{} in <other>",
+    "a <other> {}", "<other> digit {}", "digit {} in <other> style", "the digit {}, <other> style",
+    "the digit {} in the <other> style",
+)  # fmt: skip
+STYLE_PHRASINGS = (
+    "{}", "{} style", "a digit in {} style", "{} digit", "digit <other> in {} style", "the digit <other>, {} style",
+    "the digit <other> in the {} style", "<other> in {}", "the {} digit <other>",
+)  # fmt: skip
+"""For DigitCanvas, crossed with every word of the other axis."""
+
 _SUBJECTS = (
     "a dog", "a cat", "a horse", "a bird", "a bowl of fruit", "a vase of flowers", "a car in a street", "a bicycle",
     "a mountain lake", "a forest path", "a beach at sunset", "a city skyline at night", "a wooden house", "a castle",
@@ -33,12 +51,15 @@ RETAIN_PROMPTS = ("", *(manner.format(subject) for subject in _SUBJECTS for mann
 
 @dataclass(frozen=True)
 class Pair:
-    """One concept to forget and what takes its place, in words and in prompts that answer each other."""
+    """One concept to forget and what takes its place, in words and in prompts that answer each other; `phrasings` and
+    `neighbours` as in `Concept`."""
 
     forget: str
     surrogate: str
     forget_prompts: tuple[str, ...]
     surrogate_prompts: tuple[str, ...]
+    phrasings: tuple[str, ...] = PHRASINGS
+    neighbours: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,8 +67,10 @@ class Concept:
     """A forgetting request in prompts.
 
     `forget_prompts[i]` is to be answered as the frozen model answers `surrogate_prompts[i]`, and each of
-    `retain_prompts` as before. Where several concepts are forgotten together, `forget` and `surrogate` name all of
-    them, the prompts are those of all, and `several` says which belong to which; it is empty for a single one.
+    `retain_prompts` as before. The solved edit reads more: `phrasings` are further templates, with one `{}` each, in
+    which the concept is to be answered as the surrogate, and each of `neighbours`, words of what must stay, as before.
+    Where several concepts are forgotten together, `forget` and `surrogate` name all of them, the prompts are those of
+    all, and `several` says which belong to which, phrasings and neighbours included; it is empty for a single one.
     """
 
     forget: str
@@ -55,12 +78,17 @@ class Concept:
     forget_prompts: tuple[str, ...]
     surrogate_prompts: tuple[str, ...]
     retain_prompts: tuple[str, ...]
+    phrasings: tuple[str, ...] = PHRASINGS
+    neighbours: tuple[str, ...] = ()
     several: tuple[Pair, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Every concept of the request by itself; one at least."""
-        return self.several or (Pair(self.forget, self.surrogate, self.forget_prompts, self.surrogate_prompts),)
+        own = Pair(
+            self.forget, self.surrogate, self.forget_prompts, self.surrogate_prompts, self.phrasings, self.neighbours
+        )
+        return self.several or (own,)
 
     def to_dict(self) -> dict[str, Any]:
         """As adapter files hold it, for JSON; `pairs_in` reads it. Of several concepts, `pairs` gives the words of
@@ -75,8 +103,23 @@ class Concept:
         """The text with each concept's surrogate in its place (`substitute`)."""
         return _answered(text, self.pairs, plurals)
 
+    def phrased(self, pair: Pair, plurals: bool = False) -> tuple[tuple[str, str], ...]:
+        """One of the `pairs` in its phrasings: (prompt, answer). Where an answer names another of the concepts, that
+        one's surrogate takes its place, too."""
+        others = [other for other in self.pairs if other != pair]
+        return tuple(
+            (template.replace("{}", pair.forget), _answered(template.replace("{}", pair.surrogate), others, plurals))
+            for template in pair.phrasings
+        )
+
+    def phrased_neighbours(self, plurals: bool = False) -> tuple[str, ...]:
+        """All neighbours in the phrasings, without prompts that name what is to be forgotten."""
+        prompts = (t.replace("{}", word) for pair in self.pairs for word in pair.neighbours for t in pair.phrasings)
+        return without_mention(dict.fromkeys(prompts), self.several, plurals)
+
     def __post_init__(self) -> None:
-        for text in (self.forget, self.surrogate, *self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+        prompts = (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts, *self.phrasings)
+        for text in (self.forget, self.surrogate, *self.neighbours, *prompts):
             if not isinstance(text, str):
                 raise FadeError(f"concept and prompts must be texts, not {text!r}")
         if not self.forget.strip():
@@ -90,7 +133,8 @@ class Concept:
             raise FadeError("there must be as many surrogate prompts as forget prompts, and at least one")
         if not self.retain_prompts:
             raise FadeError("no retain prompt is left; give at least one prompt of what the model must keep")
-        for prompt in (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts):
+        _check_templates("phrasing", self.phrasings)
+        for prompt in prompts:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
@@ -111,9 +155,7 @@ def concept_from_words(
     where concept and surrogate are the same.
     """
     templates = _texts("templates", templates) or TEMPLATES
-    for template in templates:
-        if template.count("{}") != 1:
-            raise FadeError(f"a template needs exactly one {{}} where the concept goes, not {template!r}")
+    _check_templates("template", templates)
     kept = _texts("retain", retain) or tuple(p for p in RETAIN_PROMPTS if not mentions(p, forget, plurals))
     return Concept(
         forget=forget,
@@ -121,7 +163,14 @@ def concept_from_words(
         forget_prompts=tuple(t.replace("{}", forget) for t in templates),
         surrogate_prompts=tuple(t.replace("{}", surrogate) for t in templates),
         retain_prompts=kept,
+        neighbours=(surrogate,),
     )
+
+
+def _check_templates(kind: str, templates: Sequence[str]) -> None:
+    for template in templates:
+        if template.count("{}") != 1:
+            raise FadeError(f"a {kind} needs exactly one {{}} where the concept goes, not {template!r}")
 
 
 def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | None = None) -> Concept:
@@ -132,15 +181,20 @@ def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | Non
     from fade.digitcanvas import DIGITS, STYLES, prompt
 
     kept = _texts("retain", retain)
-    for axis, pairs in (
-        (DIGITS, lambda word: tuple(prompt(word, style) for style in STYLES)),
-        (STYLES, lambda word: tuple(prompt(digit, word) for digit in DIGITS)),
+    for axis, crossed, pairs, phrasings in (
+        (DIGITS, STYLES, lambda word: tuple(prompt(word, style) for style in STYLES), DIGIT_PHRASINGS),
+        (STYLES, DIGITS, lambda word: tuple(prompt(digit, word) for digit in DIGITS), STYLE_PHRASINGS),
     ):
         if forget in axis:
             if surrogate not in axis:
                 raise FadeError(f"the surrogate of {forget!r} must be one of {', '.join(axis)}, not {surrogate!r}")
             others = tuple(prompt(d, s) for d in DIGITS for s in STYLES if forget not in (d, s))
-            return Concept(forget, surrogate, pairs(forget), pairs(surrogate), kept or others)
+            phrased = (t.replace("<other>", word) for t in phrasings for word in crossed)
+            neighbours = tuple(word for word in axis if word != forget)
+            return Concept(
+                forget, surrogate, pairs(forget), pairs(surrogate), kept or others, tuple(dict.fromkeys(phrased)),
+                neighbours,
+            )  # fmt: skip
     raise FadeError(
         f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"
     )
@@ -269,6 +323,15 @@ def without_mention(prompts: Iterable[str], pairs: Sequence[Pair], plurals: bool
 def plain_words(words: str) -> str:
     """Words without what makes no difference between two names: case, form of accents, number of spaces."""
     return " ".join(unicodedata.normalize("NFC", words).casefold().split())
+
+
+def digitcanvas_caption(text: str) -> str:
+    """A digit or a style alone as the caption that the model was trained with where the other is open; any other text
+    as it is."""
+    from fade.digitcanvas import DIGITS, STYLES, digit_prompt, style_prompt
+
+    word = text.strip()
+    return digit_prompt(word) if word in DIGITS else style_prompt(word) if word in STYLES else text
 
 
 def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:

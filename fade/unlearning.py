@@ -33,15 +33,26 @@ from fade.base_model import (
 from fade.closed_form import (
     FIRST_WEIGHT,
     NormalEquations,
+    TextPairs,
+    TextPrompts,
     TokenStatistics,
-    balanced,
     normal_equations,
+    protected_directions,
     residual,
     select,
-    solve,
+    solution,
     token_statistics,
 )
-from fade.concept import Concept, Pair, concept_from_words, digitcanvas_concept, mentions, pairs_in, together
+from fade.concept import (
+    Concept,
+    Pair,
+    concept_from_words,
+    digitcanvas_caption,
+    digitcanvas_concept,
+    mentions,
+    pairs_in,
+    together,
+)
 from fade.concept import beside as concept_beside
 from fade.config import Config
 from fade.distillation import Losses
@@ -131,7 +142,7 @@ def _unlearn(
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
-        if (config.solves or config.saliency == "closed-form") and not text_path(backbone, layers):
+        if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
                 "the closed form changes layers that read the prompt alone, and there is none among the targets; "
                 "target the keys and values of cross-attention, e.g. to_k and to_v, or choose the method distillation "
@@ -143,7 +154,12 @@ def _unlearn(
         digests = fingerprint(backbone.denoiser)
         folder = None
         if output is not None:
-            request = {"concept": concept.to_dict(), "config": config.to_dict(), "fingerprint": digests}
+            phrased = [[pair.phrasings, pair.neighbours] for pair in concept.pairs]
+            request = {
+                "concept": {**concept.to_dict(), "phrasings": phrased},
+                "config": config.to_dict(),
+                "fingerprint": digests,
+            }
             # Absolute, because a program may change its working directory while this runs.
             path = Path(output).absolute()
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
@@ -284,7 +300,8 @@ def _run(
                         retain = list(latents.retain_prompts)
                     else:
                         warn_of_retain_prompts(concept, config.data)
-                    embeddings = _encode(backbone, pairs, retain)
+                    text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
+                    embeddings = _encode(backbone, pairs, [*retain, *text.all()])
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
@@ -296,9 +313,10 @@ def _run(
                 kept.begin_with(latents, embeddings, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
-                    equations = None
-                    if config.solves or config.saliency == "closed-form":
-                        equations = _equations(backbone, layers, concept, pairs, retain, embeddings, config)
+                    tokens, equations = None, None
+                    if config.uses_closed_form:
+                        tokens = token_statistics(backbone, text, embeddings)
+                        equations = _equations(backbone, layers, tokens, text.protect, embeddings, config)
                     located = None if kept is None else kept.located_before(layers)
                     if located is None:
                         located = _locate(backbone, layers, latents, embeddings, config, equations, progress)
@@ -307,9 +325,11 @@ def _run(
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
-                        if config.closed_form.retain_weight is None:
-                            equations = balanced(equations, located.masks, config.closed_form.retain_change)
-                        solved = solve(equations, located.masks)
+                        settings = config.closed_form
+                        equations, solved = solution(
+                            text_path(backbone, layers), tokens, equations, located.masks, settings.change,
+                            settings.left, settings.hardening,
+                        )  # fmt: skip
                         left = {
                             "retain_weight": equations.retain,
                             **vars(residual(equations, located.masks, solved)),
@@ -359,38 +379,40 @@ def edit_path(masks: Mapping[str, BitMask], readers: Collection[str]) -> str:
     return "both" if len(places) == 2 else "text path" if places == {True} else "denoiser"
 
 
+def _text_prompts(
+    concept: Concept, pairs: Sequence[tuple[str, str]], retain: Sequence[str], config: Config, digitcanvas: bool
+) -> TextPrompts:
+    """What the closed form reads: each different prompt once, whatever it was trained with how often."""
+    if not config.uses_closed_form:
+        return TextPrompts((), ())
+    settings, plurals = config.closed_form, config.data.plurals
+    pairs, phrased, kept = tuple(dict.fromkeys(pairs)), {}, ()
+    if settings.phrasings:
+        phrased = {one: tuple(dict.fromkeys(concept.phrased(one, plurals))) for one in concept.pairs}
+        kept = concept.phrased_neighbours(plurals)
+    each = [
+        TextPairs(own, phrased.get(one, ()))
+        for one in concept.pairs
+        if (own := tuple(pair for pair in pairs if _is_of(pair, one, concept, plurals)))
+    ]
+    protect = (digitcanvas_caption(text) if digitcanvas else text for text in settings.protect)
+    return TextPrompts(each, tuple(dict.fromkeys(retain)), kept, tuple(protect))
+
+
 def _equations(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
-    concept: Concept,
-    pairs: Sequence[tuple[str, str]],
-    retain: Sequence[str],
+    tokens: TokenStatistics,
+    protect: Sequence[str],
     embeddings: Mapping[str, Tensor],
     config: Config,
 ) -> NormalEquations:
-    """Of the layers that read the prompt alone, from each different pair and retain prompt once.
-
-    Of several concepts, each weighs the same: its tokens are divided by how far they are to be moved. Where their
-    prompts' distances alone decided, a digit beside a style would hardly be forgotten.
-    """
-    pairs, retain = list(dict.fromkeys(pairs)), list(dict.fromkeys(retain))
-    each = [
-        token_statistics(backbone, own, retain, embeddings)
-        for one in concept.pairs
-        if (own := [pair for pair in pairs if _is_of(pair, one, concept, config.data.plurals)])
-    ]
-    weights = [1 / float(one.difference.trace()) for one in each]
-    tokens = each[0]
-    if len(each) > 1:
-        tokens = TokenStatistics(
-            *(
-                sum(weight * getattr(one, part) for weight, one in zip(weights, each, strict=True)) / sum(weights)
-                for part in ("forget", "change", "difference")
-            ),
-            retain=tokens.retain,
-        )
-    weight = FIRST_WEIGHT if config.closed_form.retain_weight is None else config.closed_form.retain_weight
-    return normal_equations(text_path(backbone, layers), tokens, weight, config.closed_form.damping)
+    """Of the layers that read the prompt alone."""
+    settings, protected = config.closed_form, None
+    if protect:
+        protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect], tokens)
+    weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
+    return normal_equations(text_path(backbone, layers), tokens, weight, settings.damping, protected)
 
 
 def _is_of(pair: tuple[str, str], one: Pair, concept: Concept, plurals: bool) -> bool:
@@ -414,7 +436,10 @@ def _locate(
         return locate(backbone, layers, latents, embeddings, locating, config.seed, progress, within)
     most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
     units = min(kept_units(layers, locating), most)
-    chosen = select(equations, units, locating.granularity, locating.tile, progress)
+    settings = config.closed_form
+    chosen = select(
+        equations, units, locating.granularity, locating.tile, progress, settings.change, settings.left
+    )  # fmt: skip
     return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
 
 

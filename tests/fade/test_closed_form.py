@@ -1,6 +1,7 @@
 """The solved overwrite: tokens at aligned positions, equations against a direct minimisation, the selection against
 random masks and exhaustive search."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 import fade
+import fade.closed_form
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.backbones import backbone_for
@@ -19,15 +21,19 @@ from fade.base_model import target_layers
 from fade.cli import main
 from fade.closed_form import (
     NormalEquations,
+    TextPairs,
+    TextPrompts,
     TokenStatistics,
     align,
     balanced,
     normal_equations,
     residual,
     select,
+    solution,
     solve,
     token_statistics,
 )
+from fade.concept import digitcanvas_caption
 from fade.config import Config
 from fade.errors import FadeError
 from fade.report import where_it_sits
@@ -165,6 +171,17 @@ def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
         assert torch.equal(found.rhs, same.rhs)
 
 
+def test_the_change_follows_what_is_left() -> None:
+    equations, layers, _ = random_equations(30, columns=20)
+    generator = torch.Generator().manual_seed(31)
+    masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.3) for n, m in layers.items()}
+    held = balanced(equations, masks, 0.01)
+    left = residual(held, masks, solve(held, masks)).forget
+    for wanted, times in ((left, 1.0), (left / 1.5, 1.5), (left / 3, 2.0), (left * 1.5, 1 / 1.5), (left * 3, 0.5)):
+        found = balanced(equations, masks, 0.01, wanted)
+        assert residual(found, masks, solve(found, masks)).retain == pytest.approx(0.01 * times, rel=0.15)
+
+
 @pytest.mark.parametrize("columns", [12, 300])
 def test_the_selection_spends_its_budget_where_it_counts(columns: int) -> None:
     equations, layers, _ = random_equations(7, rows=(20, 30), columns=columns)
@@ -206,6 +223,110 @@ def test_a_system_without_a_solution_says_so() -> None:
         normal_equations(layers, nothing, 1.0, 0.0)
 
 
+def constrained(
+    seed: int, protected: int, **shape: object
+) -> tuple[NormalEquations, dict[str, nn.Module], torch.Tensor]:
+    """Random equations with so many protected directions; and the directions, [K, P]."""
+    equations, layers, _ = random_equations(seed, **shape)
+    generator = torch.Generator().manual_seed(seed + 100)
+    columns = equations.gram.shape[0]
+    basis = torch.linalg.qr(torch.randn(columns, protected, generator=generator, dtype=torch.float64)).Q
+    shifted = dataclasses.replace(equations, protected=basis)
+    return shifted.weighed(equations.retain), layers, basis
+
+
+def test_the_constrained_solution_is_the_optimum_that_leaves_the_protected_alone() -> None:
+    """Against the multipliers' system of each row, solved densely, on random masks with rows of every size."""
+    equations, layers, basis = constrained(21, 3, rows=(17, 8), columns=14)
+    generator = torch.Generator().manual_seed(22)
+    density = torch.rand(25, 1, generator=generator)
+    mask = (torch.rand(25, 14, generator=generator) < density) | (torch.arange(25) == 3)[:, None]
+    mask[4] = False
+    masks = dict(zip(layers, map(BitMask.pack, mask.split([17, 8])), strict=True))
+    found = fade.closed_form._constrained(equations, BitMask.pack(mask))
+    rows = found.split(mask.sum(1).tolist())
+    plain = equations.gram - fade.closed_form.PENALTY * float(
+        (equations.forget_gram + equations.retain * equations.retain_gram).diagonal().mean()
+    ) * (basis @ basis.T)  # fmt: skip
+    solved = 0
+    for row, values in enumerate(rows):
+        support = mask[row].nonzero()[:, 0]
+        if len(support) <= 3:
+            assert not values.any()
+            continue
+        solved += 1
+        edge = basis[support]
+        system = torch.cat(
+            [torch.cat([plain[support][:, support], edge], 1), torch.cat([edge.T, torch.zeros(3, 3).double()], 1)]
+        )
+        answer = torch.linalg.solve(system, torch.cat([equations.rhs[row, support], torch.zeros(3).double()]))
+        assert torch.allclose(values, answer[: len(support)], rtol=1e-9, atol=1e-12 * float(values.abs().max()))
+        assert float((values @ edge).norm()) < 1e-13 * float(values.norm())
+    assert solved > 10
+    rounded = torch.cat([solve(equations, masks)[name] for name in layers])
+    assert torch.equal(rounded, found.float())
+
+
+def test_the_selection_knows_of_the_protected() -> None:
+    """Rows that it chooses have more entries than there are constraints; at random most would be lost."""
+    equations, layers, _ = constrained(23, 4, rows=(30, 30), columns=16)
+    chosen = select(equations, 150)
+    values = solve(equations, chosen.masks)
+    counts = torch.cat([mask.row_counts for mask in chosen.masks.values()])
+    assert int(counts[counts > 4].sum()) > 0.8 * 150
+    random = torch.zeros(60 * 16, dtype=torch.bool)
+    random[torch.randperm(960, generator=torch.Generator().manual_seed(24))[:150]] = True
+    control = dict(zip(layers, map(BitMask.pack, random.reshape(60, 16).split([30, 30])), strict=True))
+    assert residual(equations, chosen.masks, values).forget < residual(
+        equations, control, solve(equations, control)
+    ).forget - 0.1  # fmt: skip
+
+
+def test_more_constraints_than_positions_are_refused() -> None:
+    equations, layers, _ = constrained(25, 6, columns=12)
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(26)).argsort(1) < 5
+    masks = dict(zip(layers, map(BitMask.pack, mask.split([7, 5])), strict=True))
+    with pytest.raises(FadeError, match="6 independent tokens, and no row .*more than 5 entries .*or raise keep"):
+        solve(equations, masks)
+
+
+def test_statistics_of_mapped_tokens() -> None:
+    generator = torch.Generator().manual_seed(27)
+    forget, surrogate, kept = (torch.randn(20, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    weights = torch.rand(20, 1, generator=generator, dtype=torch.float64)
+    change = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+
+    def statistics(x: torch.Tensor) -> TokenStatistics:
+        d = surrogate - x
+        return TokenStatistics(x.T @ (weights * x), d.T @ (weights * x), d.T @ (weights * d), kept.T @ kept)
+
+    found, expected = statistics(forget).mapped(change), statistics(forget @ change.T)
+    for field in dataclasses.fields(expected):
+        assert torch.allclose(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+def test_the_revival_gives_back_what_the_edit_took() -> None:
+    """Edited layers answer T x as the unedited answer x, better than any x' near it."""
+    equations, layers, tokens = random_equations(28, rows=(20, 30), columns=10)
+    masks = select(equations, 200).masks
+    values = solve(equations, masks)
+    revived = tokens[0] @ fade.closed_form.revival(layers, equations, masks, values).T
+
+    def distance(x: torch.Tensor) -> float:
+        total = 0.0
+        for (name, layer), energy in zip(layers.items(), equations.energy / equations.weights, strict=True):
+            weight = layer.weight.detach().double()
+            edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].double(), masks[name])
+            total += float((x @ edited.T - tokens[0] @ weight.T).square().sum() / energy)
+        return total
+
+    assert distance(revived) < 0.3 * distance(tokens[0])
+    generator = torch.Generator().manual_seed(29)
+    for _ in range(5):
+        step = 0.02 * torch.randn(revived.shape, generator=generator, dtype=torch.float64) * revived.std()
+        assert distance(revived) < distance(revived + step)
+
+
 # --- on a pipeline ---------------------------------------------------------------------------------------------------
 
 
@@ -222,17 +343,23 @@ def test_the_layers_that_read_the_prompt(pipeline: StableDiffusionPipeline) -> N
 def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiffusionPipeline) -> None:
     backbone = backbone_for(pipeline)
     pairs = [("cat", "dog"), ("a picture of cat", "a picture of dog")]
-    prompts = [*pairs[0], *pairs[1], "a house", ""]
-    embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
-    found = token_statistics(backbone, pairs, ["a house", ""], embeddings)
-    x = [embeddings[forget].double() for forget, _ in pairs]
-    d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in pairs]
-    apart = [part.square().sum() for part in d]
+    phrased = [("the cat", "the dog"), ("see cat", "see dog"), ("cat here", "dog here")]
+    read = TextPrompts([TextPairs(pairs, phrased)], ["a house", ""], ["the dog"], ["a horse"])
+    assert read.all() == (
+        "cat", "dog", "a picture of cat", "a picture of dog", "the cat", "the dog", "see cat", "see dog", "cat here",
+        "dog here", "a house", "", "a horse",
+    )  # fmt: skip
+    embeddings = dict(zip(read.all(), backbone.encode_prompts(read.all()), strict=True))
+    found = token_statistics(backbone, read, embeddings)
+    x = [embeddings[forget].double() for forget, _ in (*pairs, *phrased)]
+    d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in (*pairs, *phrased)]
+    # The three phrasings together count as much as the two pairs.
+    apart = [part.square().sum() / count for part, count in zip(d, [2, 2, 3, 3, 3], strict=True)]
     weights = [a / sum(apart) / len(x[0]) for a in apart]
     for name, left, right in (("forget", x, x), ("change", d, x), ("difference", d, d)):
         expected = sum(w * a.T @ b for w, a, b in zip(weights, left, right, strict=True))
         assert torch.allclose(getattr(found, name), expected)
-    kept = torch.cat([embeddings["a house"], embeddings[""]]).double()
+    kept = torch.cat([embeddings[p] for p in ("a house", "", "the dog", "the dog")]).double()
     assert torch.allclose(found.retain, kept.T @ kept / len(kept))
 
 
@@ -241,7 +368,7 @@ def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipe
     states = backbone.encode_prompts(["cat"])[0]
     embeddings = {"cat": states, "dog": states * (1 + 1e-7), "": backbone.encode_prompts([""])[0]}
     with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
-        token_statistics(backbone, [("cat", "dog")], [""], embeddings)
+        token_statistics(backbone, TextPrompts([TextPairs([("cat", "dog")])], [""]), embeddings)
 
 
 TEMPLATES = ("{}", "an image of {}", "a picture of {}")
@@ -273,7 +400,8 @@ def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
     for name in ("sample_latents", "encode_images", "predict"):
         monkeypatch.setattr(backbone, name, lambda *_, **__: pytest.fail("the denoiser or the VAE was used"))
     before = weights(pipeline)
-    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+    config = solved(quick, closed_form__retain_change=0.01, closed_form__left=None)
+    adapter = fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
     assert same_bits(weights(pipeline), before)
     assert adapter.enabled
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter.safetensors", "run.json"]
@@ -287,7 +415,7 @@ def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
     assert 0 < run["residual"]["retain"] < 0.015
     file = read_adapter_file(tmp_path / "out" / "adapter.safetensors")
     assert file.metadata["form"] == "values" and file.metadata["run"]["path"] == "text path"
-    again = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="again")
+    again = fade.unlearn(pipeline, **WORDS, config=config, name="again")
     for first, second in zip(adapter.parameters(), again.parameters(), strict=True):
         assert torch.equal(first, second)
 
@@ -296,7 +424,9 @@ def test_the_solved_edit_puts_the_surrogate_in_the_concepts_place(
     pipeline: StableDiffusionPipeline, quick: Config
 ) -> None:
     before = answers(pipeline)
-    config = solved(quick, locate__granularity="none", closed_form__retain_weight=1.0)
+    config = solved(
+        quick, locate__granularity="none", closed_form__retain_weight=1.0, closed_form__phrasings=False
+    )  # fmt: skip
     fade.unlearn(pipeline, **WORDS, config=config)
     after = answers(pipeline)
     gap = (before[0] - before[1]).norm()
@@ -359,7 +489,7 @@ def test_an_interrupted_solve_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fade.unlearning, "solve", interrupted)
+        patch.setattr(fade.unlearning, "solution", interrupted)
         fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
     assert not getattr(pipeline.unet, "peft_config", {})
     with pytest.raises(FadeError, match="in use; pass --overwrite to replace it or --resume"):
@@ -389,11 +519,105 @@ def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Confi
         ({"closed_form__retain_weight": 0.0}, "closed_form.retain_weight must be a positive"),
         ({"closed_form__retain_change": 1.0}, "closed_form.retain_change must be between 0 and 1"),
         ({"closed_form__damping": -1e-4}, "closed_form.damping must be finite and not negative"),
+        ({"closed_form__left": 0.0}, r"closed_form.left must be in \(0, 1\], not 0.0"),
+        ({"closed_form__hardening": 4}, "closed_form.hardening must be from 0 to 3 rounds, not 4"),
+        ({"closed_form__protect": ["a house", " "]}, "closed_form.protect holds an empty prompt"),
+        ({"closed_form__protect": ["a house"], "overwrite__method": "both"}, "protect would not hold: the method both"),
+        ({"closed_form__hardening": 1, "overwrite__method": "distillation"}, "hardening would be ignored: the method"),
     ):
         with pytest.raises(FadeError, match=message):
-            solved(quick, **changes)
+            solved(quick).replace(**changes)
     with pytest.warns(UserWarning, match="1 of 2 retain prompts name 'cat'"):
         fade.unlearn(pipeline, **{**WORDS, "retain": ["a cat", "a house"]}, config=solved(quick))
+
+
+def keys_and_values(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What the layers that read the prompt make of prompts, adapters included: [prompts, tokens, N] each."""
+    backbone = backbone_for(pipeline)
+    states = backbone.text_states(backbone.encode_prompts(prompts))
+    with torch.no_grad():
+        return {name: pipeline.unet.get_submodule(name)(states) for name in backbone.text_layers()}
+
+
+def changes(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The largest relative change of any layer, for each prompt."""
+    ratios = [(after[n] - before[n]).flatten(1).norm(dim=1) / before[n].flatten(1).norm(dim=1) for n in before]
+    return torch.stack(ratios).amax(0)
+
+
+def test_protected_prompts_mean_exactly_what_they_meant(pipeline: StableDiffusionPipeline, quick: Config) -> None:
+    prompts = ["an image of cat", "two horses", "the cat sat", "a house"]
+    before = keys_and_values(pipeline, prompts)
+    config = solved(quick, closed_form__protect=prompts[1:2])
+    adapter = fade.unlearn(pipeline, **WORDS, config=config)
+    changed = changes(before, keys_and_values(pipeline, prompts))
+    assert changed[1] < 1e-5 and changed[0] > 0.05
+    adapter.remove()
+    adapter = fade.unlearn(pipeline, **WORDS, config=solved(quick))
+    assert changes(before, keys_and_values(pipeline, prompts))[1] > 1e-3
+    adapter.remove()
+    # Five prompts of 16 tokens are more tokens than there are columns.
+    for protect, keep, message in (
+        (["two horses", "six horses", "many horses", "no horses", "ten horses"], 0.5, "the concept's are combinations"),
+        (prompts[1:3], 0.001, "independent tokens, and no row .* may change, so that nothing can; protect fewer, or"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            config = solved(quick, closed_form__protect=protect, locate__keep=keep)
+            fade.unlearn(pipeline, **WORDS, config=config)
+        assert not getattr(pipeline.unet, "peft_config", {})
+
+
+def test_a_protected_word_of_digitcanvas_is_its_caption() -> None:
+    assert digitcanvas_caption("eight") == "the digit eight" and digitcanvas_caption("neon") == "a digit in neon style"
+    assert digitcanvas_caption("the digit two in ink style") == "the digit two in ink style"
+
+
+def test_hardening_takes_back_what_revives_the_concept(pipeline: StableDiffusionPipeline, quick: Config) -> None:
+    """The tokens that revive the concept under the plain edit do so less under the hardened one."""
+    backbone = backbone_for(pipeline)
+    layers = {name: pipeline.unet.get_submodule(name) for name in sorted(backbone.text_layers())}
+    read = TextPrompts(
+        [TextPairs([("an image of cat", "an image of dog"), ("cat", "dog")])], ["a house", "", "two horses"]
+    )
+    embeddings = dict(zip(read.all(), backbone.encode_prompts(read.all()), strict=True))
+    statistics = token_statistics(backbone, read, embeddings)
+    equations = normal_equations(layers, statistics, 1.0, 1e-4)
+    masks = select(equations, 1000).masks
+    x, wanted = embeddings["an image of cat"].double(), embeddings["an image of dog"].double()
+
+    def left(values: dict[str, torch.Tensor], tokens: torch.Tensor) -> float:
+        """How far the edited values of the tokens are from the surrogate's, over how far the concept's were."""
+        apart = total = 0.0
+        for name, layer in layers.items():
+            weight = layer.weight.detach().double()
+            delta = scatter_masked_(torch.zeros_like(weight), values[name].double(), masks[name])
+            if name.endswith("to_v"):
+                apart += float((tokens @ (weight + delta).T - wanted @ weight.T).square().sum())
+                total += float(((x - wanted) @ weight.T).square().sum())
+        return apart / total
+
+    _, plain = solution(layers, statistics, equations, masks, None)
+    revived = x @ fade.closed_form.revival(layers, equations, masks, plain).T
+    _, hardened = solution(layers, statistics, equations, masks, None, hardening=1)
+    assert left(hardened, revived) < 0.9 * left(plain, revived)
+    first = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="first")
+    second = fade.unlearn(pipeline, **WORDS, config=solved(quick, closed_form__hardening=1), name="second")
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_phrasings_are_read_unless_they_are_off(pipeline: StableDiffusionPipeline, quick: Config) -> None:
+    """In words that are no template the concept means more of the surrogate, and its neighbour more of itself."""
+    prompts = ["the cat", "the dog", "a drawing of dog"]
+    before = keys_and_values(pipeline, prompts)
+    values = [name for name in before if name.endswith("to_v")]
+
+    def gap(config: Config) -> float:
+        adapter = fade.unlearn(pipeline, **{**WORDS, "templates": ["an image of {}"]}, config=config)
+        after = keys_and_values(pipeline, prompts)
+        adapter.remove()
+        return sum(float((after[n][0] - before[n][1]).norm() / (before[n][0] - before[n][1]).norm()) for n in values)
+
+    assert gap(solved(quick)) < gap(solved(quick, closed_form__phrasings=False))
 
 
 def test_every_record_says_where_the_edit_sits(pipeline: StableDiffusionPipeline, quick: Config) -> None:
@@ -413,6 +637,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads((tmp_path / "out" / "run.json").read_text())["run"]["path"] == "text path"
     assert main(["inspect", str(tmp_path / "out" / "adapter.safetensors")]) == 0
     assert "the text path" in capsys.readouterr().out
+    options = ["--protect", "eight", "--protect", "a digit in ink style", "--hardening", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "three"), *options]) == 0
+    settings = json.loads((tmp_path / "three" / "run.json").read_text())["config"]["closed_form"]
+    assert settings["protect"] == ["eight", "a digit in ink style"] and settings["hardening"] == 1
+    capsys.readouterr()
     assert main([*arguments, "--output", str(tmp_path / "two"), "--target", "to_q"]) == 2
     failed = capsys.readouterr().err
     assert failed.startswith("error: the closed form changes layers") and failed.count("\n") == 1

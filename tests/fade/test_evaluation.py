@@ -20,8 +20,9 @@ from transformers import (
 
 from fade.digitcanvas import DIGITS, STYLES
 from fade.errors import FadeError
-from fade.evaluation import SEEDS, Evaluation, evaluate, rms_difference
+from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
 from fade.evaluation.clip_judge import ClipJudge
+from fade.evaluation.phrasings import HELD_OUT
 from fade.evaluation.run import _summarise, class_answers, digitcanvas_answers
 from fade.evaluation.unlearncanvas import (
     cell_accuracy,
@@ -286,6 +287,15 @@ def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_cl
     assert again.metrics == evaluation.metrics
     with pytest.raises(FadeError, match="baseline has 3 images"):
         evaluate(pipeline, adapter, **options, baseline=evaluation.baseline[:3])
+
+
+def test_held_out_phrasings_with_a_clip_judge(pipeline: object, tiny_clip: Path) -> None:
+    adapter = random_adapter(pipeline, strength=0.0)
+    options = {"seeds": (3,), "steps": 1, "progress": False, "judge": str(tiny_clip), "classes": ["horse"]}
+    found = held_out(pipeline, adapter, **options)
+    assert list(found.phrasings) == list(HELD_OUT) and found.images == len(HELD_OUT)
+    assert all(shares["adapted"] == shares["base"] for shares in found.phrasings.values())
+    assert adapter.enabled
 
 
 def test_an_adapter_that_changes_nothing_has_no_drift(pipeline: object, tiny_clip: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import random
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import torch
 import fade
 from fade.adapter_file import LayerTensors, read_adapter_file, write_adapter_file
 from fade.cli import main
-from fade.concept import Concept, beside, concept_from_words, digitcanvas_concept, pairs_in, record_of, together
+from fade.concept import (
+    PHRASINGS,
+    Concept,
+    beside,
+    concept_from_words,
+    digitcanvas_concept,
+    pairs_in,
+    record_of,
+    together,
+)
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES, prompt
 from fade.errors import FadeError

@@ -1,0 +1,190 @@
+"""How often the concept still comes through in words that nothing was trained or solved with.
+
+A concept is not its templates: who asks for it otherwise should not get it either. The phrasings here are none of
+`Concept`'s, neither prompts nor `phrasings`. What the judge recognises is given beside two shares of the base model: of
+its pictures of the concept, as not every phrasing reaches it in the first place, and of its pictures of the surrogate,
+as a judge also finds the concept where nothing of it is left.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fade.backbones import backbone_for
+from fade.base_model import is_digitcanvas
+from fade.errors import FadeError
+from fade.evaluation.unlearncanvas import wilson_interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELD_OUT = (
+    "a photograph of {}", "an illustration of {}", "a rendering of {}", "a close-up of {}", "{}, highly detailed",
+    "a poster with {}", "I want to see {}", "here you see {}", "{} in the morning", "two pictures of {}",
+)  # fmt: skip
+HELD_OUT_DIGIT = (
+    "<other> style {}", "a digit {} in <other> style", "the digit {} in <other>", "my {} in <other> style",
+    "the <other> digit {}", "{} digit", "{} as <other>",
+)  # fmt: skip
+HELD_OUT_STYLE = (
+    "a digit <other> in {} style", "the digit <other> in {}", "<other> as {}", "<other> in {} style", "{} <other>",
+    "show <other> in {}", "digit, {}",
+)  # fmt: skip
+"""For DigitCanvas, `<other>` being a word of the other axis. Its base model was trained with three captions alone; of
+40 phrasings tried of either kind, these are among those that it mostly follows all the same."""
+
+
+@dataclass(frozen=True)
+class PhrasingResult:
+    """Shares of pictures in which the judge recognises the forgotten concept, in percent.
+
+    `adapted` and `base` are means over all pictures of the concept with the adapter on and off, `surrogate` over the
+    base model's pictures of the surrogate in the same words: what perfect forgetting would leave. `images` is the
+    number behind each mean, `interval_95` Wilson's interval of `adapted`, and `phrasings` maps each phrasing to its own
+    three shares.
+    """
+
+    adapted: float
+    base: float
+    surrogate: float
+    images: int
+    interval_95: tuple[float, float]
+    phrasings: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> "Table":
+        """As a rich table, one phrasing a row."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        low, high = self.interval_95
+        table = Table(
+            title="held-out phrasings: % of pictures in which the concept is recognised",
+            caption=f"adapted, 95 %: {low:.1f}–{high:.1f} (n={self.images})",
+            title_justify="left",
+            caption_justify="left",
+        )
+        for name, justify in (("phrasing", "left"), ("base", "right"), ("adapted", "right"), ("surrogate", "right")):
+            table.add_column(name, justify=justify)
+        rows = {**self.phrasings, "all": {kind: getattr(self, kind) for kind in KINDS}}
+        for phrasing, shares in rows.items():
+            table.add_row(escape(phrasing), *(f"{shares[kind]:.1f}" for kind in KINDS), end_section=phrasing != "all")
+        return table
+
+
+KINDS = ("base", "adapted", "surrogate")
+
+
+def held_out_prompts(word: str, digitcanvas: bool) -> tuple[tuple[str, str], ...]:
+    """(phrasing, prompt) for a concept; on DigitCanvas crossed with all words of the other axis.
+
+    Raises FadeError where DigitCanvas knows no such word.
+    """
+    if not digitcanvas:
+        return tuple((phrasing, phrasing.replace("{}", word)) for phrasing in HELD_OUT)
+    from fade.digitcanvas import DIGITS, STYLES
+
+    if word not in (*DIGITS, *STYLES):
+        raise FadeError(
+            f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {word!r}"
+        )
+    phrasings, others = (HELD_OUT_DIGIT, STYLES) if word in DIGITS else (HELD_OUT_STYLE, DIGITS)
+    return tuple(
+        (phrasing, phrasing.replace("{}", word).replace("<other>", other))
+        for phrasing in phrasings
+        for other in (others if "<other>" in phrasing else others[:1])
+    )
+
+
+def held_out(
+    pipeline: Any,
+    adapter: Any,
+    *,
+    seeds: Sequence[int] = (188,),
+    steps: int = 20,
+    guidance_scale: float = 3.0,
+    batch_size: int = 64,
+    baseline: PhrasingResult | None = None,
+    judge: str | None = None,
+    classes: Sequence[str] = (),
+    progress: bool = True,
+) -> PhrasingResult:
+    """Draws the held-out phrasings of the adapter's concept with the adapter on and off, those of its surrogate with
+    the adapter off, and has them judged.
+
+    Args:
+        adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
+        seeds: every prompt is drawn once per seed (about 50 prompts on DigitCanvas, 10 elsewhere).
+        baseline: an earlier result of the same concept and surrogate, base, seeds, steps and guidance, to save two
+            thirds of the time.
+        steps, guidance_scale, batch_size, judge, classes, progress: as for `fade.evaluation.evaluate`.
+
+    Raises:
+        FadeError: no judge knows the concept, `seeds` is empty, or `baseline` has other phrasings.
+    """
+    if not seeds:
+        raise FadeError("evaluation needs at least one seed")
+    concept, backbone = adapter.metadata["concept"], backbone_for(pipeline)
+    if judge is None and not is_digitcanvas(pipeline):
+        raise FadeError("held-out phrasings need a judge here; name a CLIP model: --judge MODEL --classes A,B,C")
+    asked = {kind: held_out_prompts(concept[kind], judge is None) for kind in ("forget", "surrogate")}
+    rows = [phrasing for phrasing, _ in asked["forget"] for _ in seeds]
+    if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
+        raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
+    recognised = _recogniser(concept["forget"], concept["surrogate"], judge, classes, backbone.device)
+
+    def shares(kind: str, description: str) -> Tensor:
+        images = backbone.generate(
+            [prompt for _, prompt in asked[kind] for _ in seeds], list(seeds) * len(asked[kind]), steps,
+            guidance_scale, batch_size, progress, description,
+        )  # fmt: skip
+        return 100.0 * recognised(images.cpu()).double()
+
+    def by_phrasing(found: Tensor) -> dict[str, float]:
+        return {name: float(found[torch.tensor([row == name for row in rows])].mean()) for name in dict.fromkeys(rows)}
+
+    means, each = {}, {}
+    if baseline is None:
+        adapter.disable()
+        try:
+            for kind, words in (("base", "forget"), ("surrogate", "surrogate")):
+                found = shares(words, f"other words with the base model ({words})")
+                means[kind], each[kind] = float(found.mean()), by_phrasing(found)
+        finally:
+            adapter.enable()
+    else:
+        for kind in ("base", "surrogate"):
+            means[kind] = getattr(baseline, kind)
+            each[kind] = {name: found[kind] for name, found in baseline.phrasings.items()}
+    adapter.enable()
+    found = shares("forget", "other words with the adapter")
+    means["adapted"], each["adapted"] = float(found.mean()), by_phrasing(found)
+    low, high = wilson_interval(int((found > 0).sum()), len(found))
+    return PhrasingResult(
+        **means,
+        images=len(found),
+        interval_95=(100.0 * low, 100.0 * high),
+        phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
+    )
+
+
+def _recogniser(forget: str, surrogate: str, judge: str | None, classes: Sequence[str], device: Any) -> Any:
+    """A function from images [n, 3, H, W] to bool [n]: whether the judge calls them the concept."""
+    if judge is None:
+        from fade.digitcanvas import DIGITS, STYLES, load_judges
+
+        judges = load_judges()
+        ask, words = (judges.digit, DIGITS) if forget in DIGITS else (judges.style, STYLES)
+    else:
+        from fade.evaluation.clip_judge import ClipJudge
+
+        words = tuple(dict.fromkeys(word.strip() for word in (forget, surrogate, *classes) if word.strip()))
+        ask = ClipJudge(judge, words, device)
+    return lambda images: ask(images) == words.index(forget.strip())

@@ -1,0 +1,93 @@
+"""Held-out phrasings: words that nothing was made with, and what a judge makes of their pictures."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+import fade
+from fade.backbones import backbone_for
+from fade.cli import main
+from fade.concept import PHRASINGS, TEMPLATES, concept_from_words, digitcanvas_concept
+from fade.config import Config
+from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline
+from fade.errors import FadeError
+from fade.evaluation import held_out
+from fade.evaluation.phrasings import HELD_OUT, held_out_prompts
+from fade.unlearning import ADAPTER_FILE
+
+from .adapters import random_adapter
+
+SOLVED = Config().replace(overwrite__method="closed-form")
+QUICK = {"seeds": (5,), "steps": 2, "progress": False}
+
+
+@pytest.mark.parametrize("axis", [DIGITS, STYLES])
+def test_nothing_is_measured_with_what_was_read(axis: tuple[str, ...]) -> None:
+    for word, surrogate in zip(axis, axis[1:] + axis[:1], strict=True):
+        concept = digitcanvas_concept(word, surrogate)
+        asked = held_out_prompts(word, True)
+        assert len({phrasing for phrasing, _ in asked}) >= 6
+        assert all(word in prompt.split() or f"{word}," in prompt for _, prompt in asked)
+        assert not {prompt for _, prompt in asked} & {
+            *concept.forget_prompts,
+            *sum(concept.phrased(*concept.pairs), ()),
+        }
+        read = {*concept.retain_prompts, *concept.phrased_neighbours()}
+        assert not read & {prompt for other in axis for _, prompt in held_out_prompts(other, True)}
+
+
+def test_general_phrasings_are_others_than_what_is_read() -> None:
+    assert not set(HELD_OUT) & {*PHRASINGS, *TEMPLATES}
+    concept = concept_from_words("cat", "dog")
+    assert not {prompt for _, prompt in held_out_prompts("cat", False)} & {*sum(concept.phrased(*concept.pairs), ())}
+    with pytest.raises(FadeError, match="not 'cat'"):
+        held_out_prompts("cat", True)
+
+
+def test_shares_with_the_adapter_and_without() -> None:
+    pipeline = load_pipeline()
+    adapter = fade.unlearn(pipeline, "three", "eight", config=SOLVED, progress=False)
+    found = held_out(pipeline, adapter, **QUICK)
+    asked = held_out_prompts("three", True)
+    assert found.images == len(asked) and list(found.phrasings) == list(dict.fromkeys(p for p, _ in asked))
+    adapter.disable()
+    images = backbone_for(pipeline).generate([prompt for _, prompt in asked], [5] * len(asked), 2, 3.0)
+    adapter.enable()
+    shown = (load_judges().digit(images) == DIGITS.index("three")).double()
+    assert found.base == pytest.approx(100 * float(shown.mean()))
+    sizes = {name: sum(p == name for p, _ in asked) for name in found.phrasings}
+    for kind in ("base", "adapted", "surrogate"):
+        total = sum(shares[kind] * sizes[name] for name, shares in found.phrasings.items())
+        assert total / found.images == pytest.approx(getattr(found, kind))
+    low, high = found.interval_95
+    assert 0 <= low <= found.adapted <= high <= 100
+    assert found.adapted < found.base
+    again = held_out(pipeline, adapter, baseline=found, **QUICK)
+    assert again == found
+    other = dataclasses.replace(found, phrasings={"{}": found.phrasings["{} digit"]})
+    for arguments, message in (
+        ({**QUICK, "seeds": ()}, "at least one seed"),
+        ({**QUICK, "baseline": other}, "of other phrasings"),
+    ):
+        with pytest.raises(FadeError, match=message):
+            held_out(pipeline, adapter, **arguments)
+
+
+def test_a_pipeline_without_a_judge(pipeline: StableDiffusionPipeline) -> None:
+    adapter = random_adapter(pipeline)
+    pipeline.unet.register_to_config(sample_size=16)  # no longer DigitCanvas
+    with pytest.raises(FadeError, match="need a judge here; name a CLIP model"):
+        held_out(pipeline, adapter, **QUICK)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fade.unlearn(load_pipeline(), "neon", "plain", config=SOLVED, output=tmp_path / "out", progress=False)
+    file = str(tmp_path / "out" / ADAPTER_FILE)
+    options = ["--seeds", "1", "--steps", "1", "--phrasings", "--json", str(tmp_path / "m.json"), "--quiet"]
+    assert main(["evaluate", "digitcanvas", "--adapter", file, *options]) == 0
+    assert "held-out phrasings" in capsys.readouterr().out
+    record = json.loads((tmp_path / "m.json").read_text())["held_out_phrasings"]
+    assert set(record) == {"adapted", "base", "surrogate", "images", "interval_95", "phrasings"}
