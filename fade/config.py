@@ -107,7 +107,21 @@ class OverwriteConfig:
     alpha: float = 16.0
     """LoRA alpha; the adapter's scale is alpha / rank. Values are scaled by 1."""
     steps: int = 200
-    """Optimiser steps. 100 forget as much in half the time, and disturb the rest a little more."""
+    """The most optimiser steps; exactly so many where `stop_forget` is 0."""
+    stop_forget: float = 0.1
+    """Ends the training, after a cool-down, when the forget loss on held-out noise is down to this share of what it is
+    without the adapter, and the retain loss flat; looked at after every `stop_every` steps. 0 makes all `steps`, as the
+    paper does."""
+    stop_flat: float = 0.1
+    """The retain loss is flat where it fell by no more than this share since it was looked at last."""
+    stop_every: int = 10
+    """Steps between two looks at the held-out noise."""
+    cooldown_steps: int = 20
+    """Steps in which the learning rate falls to zero when the concept is forgotten, or before `steps` are up."""
+    pool: int = 16
+    """Batches of noised latents that the teacher is asked about once, and that are then gone through again and again,
+    in another order every time; kept in host memory. 0 draws fresh noise and asks the teacher in every step, as the
+    paper does."""
     batch_size: int = 8
     """Forget latents per step."""
     retain_batch_size: int = 8
@@ -117,7 +131,7 @@ class OverwriteConfig:
     learning_rate: float = 5e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 10
-    """Steps of linear warm-up before the cosine decay to zero."""
+    """Steps of linear warm-up of the learning rate. Where `stop_forget` is 0 a cosine decay to zero follows."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay on the adapter."""
     max_grad_norm: float = 1.0
@@ -132,6 +146,11 @@ class OverwriteConfig:
     """Bounds of the band as fractions of the training timesteps."""
     checkpoint_every: int = 50
     """Steps between checkpoints, when there is an output folder."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the training may end before `steps`."""
+        return self.stop_forget > 0
 
 
 @dataclass(frozen=True)
@@ -289,13 +308,16 @@ def _check(config: Config) -> None:
         (data, "forget_samples"), (data, "retain_samples"), (data, "sampling_steps"), (data, "batch_size"),
         (locate, "passes"), (locate, "batch_size"),
         (overwrite, "steps"), (overwrite, "batch_size"), (overwrite, "retain_batch_size"),
-        (overwrite, "accumulation"), (overwrite, "checkpoint_every"),
+        (overwrite, "accumulation"), (overwrite, "checkpoint_every"), (overwrite, "stop_every"),
     ):  # fmt: skip
         require(getattr(section, name) >= 1, f"{name} must be at least 1, not {getattr(section, name)}")
     for name in ("learning_rate", "alpha", "max_grad_norm"):
         value = getattr(overwrite, name)
         require(0 < value < math.inf, f"{name} must be a positive, finite number, not {value}")
-    for name in ("forget_weight", "retain_weight", "weight_decay", "warmup_steps"):
+    for name in (
+        "forget_weight", "retain_weight", "weight_decay", "warmup_steps", "stop_forget", "stop_flat", "cooldown_steps",
+        "pool",
+    ):  # fmt: skip
         value = getattr(overwrite, name)
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
     low, high = overwrite.timestep_band
@@ -327,7 +349,8 @@ def _check(config: Config) -> None:
 PAPER = Config(
     locate=LocateConfig(saliency="denoising", scaling="none", keep=0.5, passes=1),
     overwrite=OverwriteConfig(
-        rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2, forget_weight=0.3, retain_weight=1.0
+        rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2, forget_weight=0.3, retain_weight=1.0,
+        steps=200, stop_forget=0.0, pool=0,
     ),
-)
+)  # fmt: skip
 """The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""

@@ -224,6 +224,7 @@ def _run(
                 "path": edit_path(located.masks, text_path(backbone, layers)),
                 "saliency": config.saliency,
                 **_run_record(costs, losses, located, left),
+                **(losses.record(config.overwrite) if config.trains else {}),
             }
             if folder is not None:
                 folder.finish(adapter)
