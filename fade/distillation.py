@@ -44,7 +44,7 @@ class Losses:
 
     def end(self, config: OverwriteConfig) -> tuple[int, bool]:
         """After how many steps the run ends as far as is known by now, and whether because the concept is forgotten."""
-        checks = zip(self.held_out_forget, self.held_out_retain, [math.inf, *self.held_out_retain], strict=False)
+        checks = zip(self.held_out_forget, self.held_out_retain, [0.0, *self.held_out_retain], strict=False)
         for number, (forget, retain, before) in enumerate(checks, 1):
             if forget <= config.stop_forget and retain >= (1 - config.stop_flat) * before:
                 end = number * config.stop_every + config.cooldown_steps
@@ -135,9 +135,10 @@ def overwrite(
 
     def pooled() -> list[_Batch]:
         pool: list[_Batch] = []
-        with progress_bar("asking the teacher", config.pool, progress) as advance:
-            while len(pool) < config.pool:
-                more = batches("overwrite", range(len(pool), min(len(pool) + TEACHER_BATCHES, config.pool)))
+        size = min(config.pool, config.steps * config.accumulation)
+        with progress_bar("asking the teacher", size, progress) as advance:
+            while len(pool) < size:
+                more = batches("overwrite", range(len(pool), min(len(pool) + TEACHER_BATCHES, size)))
                 pool += more
                 for _ in more:
                     advance()
