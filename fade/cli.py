@@ -57,7 +57,7 @@ Keep = Annotated[
     typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. Default {_LOCATE.keep}."),
 ]
 TrainingSteps = Annotated[
-    int | None, typer.Option(metavar="N", help=f"Optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
+    int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
