@@ -156,7 +156,7 @@ def run_authors(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, 
         authors_procedure.overwrite(
             pipeline, masks, (forget, prompts, surrogates), (retain, repeated(concept.retain_prompts)),
             steps=steps, batch=scale.batch, rank=config.overwrite.rank, alpha=config.overwrite.alpha,
-            learning_rate=config.overwrite.learning_rate,
+            learning_rate=config.overwrite.peak_rate,
         )  # fmt: skip
     found = {"locate": locating, "overwrite": overwriting}
     return {stage: {"seconds": m.seconds, "bytes": m.peak_memory_bytes} for stage, m in found.items()}

@@ -63,7 +63,7 @@ def run_authors() -> dict[str, float]:
             pipeline, masks,
             (forget, latents.forget_prompts, latents.surrogate_prompts), (retain, latents.retain_prompts),
             steps=STEPS, batch=BATCH, rank=config.overwrite.rank, alpha=config.overwrite.alpha,
-            learning_rate=config.overwrite.learning_rate,
+            learning_rate=config.overwrite.peak_rate,
         )  # fmt: skip
     return {
         "locate": first.seconds,

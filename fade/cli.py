@@ -187,7 +187,8 @@ def unlearn(
     ] = None,
     steps: TrainingSteps = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="X", help=f"AdamW's peak learning rate. Default {_OVERWRITE.learning_rate}.")
+        float | None,
+        typer.Option(metavar="X", help="AdamW's peak learning rate. Default 0.01; 0.005 to train on what is solved."),
     ] = None,
     forget_weight: Annotated[
         float | None,

@@ -149,7 +149,7 @@ def overwrite(
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
     losses = Losses() if checkpoint is None else _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
     pool = pooled() if config.pool else None
@@ -196,7 +196,7 @@ def overwrite(
             if not torch.isfinite(norm):
                 raise _diverged(f"gradient became {norm.item()}", step, config, checkpoint)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _rate(step, end, config)
+                group["lr"] = config.peak_rate * _rate(step, end, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.forget.append(float(f"{sums[0].item():.5g}"))
@@ -227,7 +227,7 @@ def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Checkpo
     kept = f" The last good checkpoint is kept in {checkpoint.path}." if there else ""
     return DivergedError(
         f"the {what} at step {step + 1}.{kept} Start again with --overwrite and a learning rate below "
-        f"{config.learning_rate:g}"
+        f"{config.peak_rate:g}"
     )
 
 
