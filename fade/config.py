@@ -112,17 +112,20 @@ class OverwriteConfig:
     stop_forget: float = 0.1
     """Ends the training, after a cool-down, when the forget loss on held-out noise is down to this share of what it is
     without the adapter, and the retain loss flat; looked at after every `stop_every` steps. 0 makes all `steps`, as the
-    paper does."""
+    paper does. At a keep of 1 % concepts of DigitCanvas came there in 20 to 40 steps, and stayed forgotten."""
     stop_flat: float = 0.1
     """The retain loss is flat where it fell by no more than this share since it was looked at last."""
     stop_every: int = 10
     """Steps between two looks at the held-out noise."""
-    cooldown_steps: int = 20
-    """Steps in which the learning rate falls to zero when the concept is forgotten, or before `steps` are up."""
+    cooldown_steps: int = 30
+    """Steps in which the learning rate falls to zero when the concept is forgotten, or before `steps` are up. With 20
+    and 40 of them the drift of "five" was 0.037 and 0.032, of "three" 0.035 and 0.029, at UA 100 and the same IRA; 200
+    steps of half the learning rate ended at 0.028 and 0.030."""
     pool: int = 32
     """Batches of noised latents that the teacher is asked about once, and that are then gone through again and again,
-    in another order every time; kept in host memory. 0 draws fresh noise and asks the teacher in every step, as the
-    paper does."""
+    in another order every time; two latents a sample, kept in host memory. 0 draws fresh noise and asks the teacher in
+    every step, as the paper does. In 40 steps 32 taught as much as fresh ones, 16 left one picture in eight of "three"
+    recognised."""
     batch_size: int = 8
     """Forget latents per step."""
     retain_batch_size: int = 8

@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,15 @@ class Losses:
                 return (end, True) if end < config.steps else (config.steps, False)
         return config.steps, False
 
-    def record(self, config: OverwriteConfig) -> dict[str, int | str]:
-        """How many steps were made, and why no more: the concept is `forgotten`, or `steps` is the setting's number."""
-        return {"steps": len(self.forget), "stopped_by": "forgotten" if self.end(config)[1] else "steps"}
+    def record(self, config: OverwriteConfig) -> dict[str, Any]:
+        """What a run's record says of its training: how many steps were made, whether they ended because the concept is
+        `forgotten` or at the setting's number of `steps`, and the losses on held-out noise."""
+        held_out = {"forget": self.held_out_forget, "retain": self.held_out_retain}
+        return {
+            "steps": len(self.forget),
+            "stopped_by": "forgotten" if self.end(config)[1] else "steps",
+            **({"held_out_losses": held_out} if config.stops else {}),
+        }
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def _run_record(
         **solved,
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
-        "losses": vars(losses),
+        "losses": {"forget": losses.forget, "retain": losses.retain},
         "threshold": located.threshold,
         "selected": located.selected,
         "total": located.total,

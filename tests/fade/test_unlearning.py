@@ -180,10 +180,11 @@ def test_a_run_that_stops_is_resumed_to_the_same_end(
     resumed = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out", resume=True)
     assert same_bits(tensors(resumed), tensors(whole))
     assert resumed.run["losses"] == whole.run["losses"]
+    assert resumed.run["held_out_losses"] == whole.run["held_out_losses"]
     for run in (resumed.run, whole.run):
         assert (run["steps"], run["stopped_by"]) == (7, "forgotten")
         assert len(run["losses"]["forget"]) == 7
-        assert len(run["losses"]["held_out_forget"]) == len(run["losses"]["held_out_retain"]) == 2
+        assert [len(losses) for losses in run["held_out_losses"].values()] == [2, 2]
 
 
 def test_training_stops_when_the_concept_is_forgotten(tokenizer: CLIPTokenizer, quick: Config) -> None:
@@ -199,11 +200,11 @@ def test_training_stops_when_the_concept_is_forgotten(tokenizer: CLIPTokenizer, 
     }
     stopped, whole = runs[0.7], runs[1e-12]
     assert (whole["steps"], whole["stopped_by"], stopped["stopped_by"]) == (60, "steps", "forgotten")
-    held_out = stopped["losses"]["held_out_forget"]
+    held_out = stopped["held_out_losses"]["forget"]
     last = len(held_out) - 1
     assert stopped["steps"] == len(stopped["losses"]["forget"]) == 2 * last + 3 < 60
     assert held_out[last - 1] <= 0.7 and all(share > 0.7 for share in held_out[: last - 1])
-    assert held_out[:last] == whole["losses"]["held_out_forget"][:last]
+    assert held_out[:last] == whole["held_out_losses"]["forget"][:last]
     assert stopped["losses"]["forget"][: 2 * last] == whole["losses"]["forget"][: 2 * last]
 
 
