@@ -123,7 +123,7 @@ def run_ours(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, flo
         data__forget_samples=scale.images, data__retain_samples=scale.images, data__sampling_steps=2,
         data__batch_size=scale.images, locate__keep=KEEP, locate__saliency="denoising", locate__passes=1,
         locate__batch_size=scale.batch, overwrite__steps=steps, overwrite__batch_size=scale.batch,
-        overwrite__retain_batch_size=scale.batch,
+        overwrite__retain_batch_size=scale.batch, overwrite__stop_forget=0.0, overwrite__pool=0,
     )  # fmt: skip
     adapter = fade.unlearn(pipeline, FORGET, SURROGATE, templates=TEMPLATES, config=config, progress=False)
     run = adapter.run
@@ -156,7 +156,7 @@ def run_authors(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, 
         authors_procedure.overwrite(
             pipeline, masks, (forget, prompts, surrogates), (retain, repeated(concept.retain_prompts)),
             steps=steps, batch=scale.batch, rank=config.overwrite.rank, alpha=config.overwrite.alpha,
-            learning_rate=config.overwrite.learning_rate,
+            learning_rate=config.overwrite.peak_rate,
         )  # fmt: skip
     found = {"locate": locating, "overwrite": overwriting}
     return {stage: {"seconds": m.seconds, "bytes": m.peak_memory_bytes} for stage, m in found.items()}

@@ -24,8 +24,9 @@ def run_ours() -> dict[str, float]:
     from fade.digitcanvas import load_pipeline
 
     config = fade.Config().replace(
-        locate__keep=KEEP, overwrite__steps=STEPS, overwrite__batch_size=BATCH, overwrite__retain_batch_size=BATCH
-    )
+        locate__keep=KEEP, overwrite__steps=STEPS, overwrite__batch_size=BATCH, overwrite__retain_batch_size=BATCH,
+        overwrite__stop_forget=0.0, overwrite__pool=0,
+    )  # fmt: skip
     adapter = fade.unlearn(load_pipeline(), FORGET, SURROGATE, config=config, progress=False)
     run = adapter.run
     return {
@@ -62,7 +63,7 @@ def run_authors() -> dict[str, float]:
             pipeline, masks,
             (forget, latents.forget_prompts, latents.surrogate_prompts), (retain, latents.retain_prompts),
             steps=STEPS, batch=BATCH, rank=config.overwrite.rank, alpha=config.overwrite.alpha,
-            learning_rate=config.overwrite.learning_rate,
+            learning_rate=config.overwrite.peak_rate,
         )  # fmt: skip
     return {
         "locate": first.seconds,

@@ -35,6 +35,11 @@ steps = 16
 batch_size = 2
 retain_batch_size = 2
 checkpoint_every = 2
+pool = 5
+stop_forget = 1e9
+stop_flat = 1.0
+stop_every = 6
+cooldown_steps = 6
 """
 RESULT = {"adapter.safetensors", "latents.safetensors", "run.json"}
 MOST_ATTEMPTS = 20

@@ -340,7 +340,7 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
 
     for part, inner in (
         ("config", ("data", "locate", "overwrite", "closed_form")),
-        ("run", ("seconds", "peak_memory_bytes", "losses", "residual")),
+        ("run", ("seconds", "peak_memory_bytes", "losses", "held_out_losses", "residual")),
     ):
         section = metadata.get(part, {})
         require(isinstance(section, dict), f"{part} is no table")
@@ -350,7 +350,8 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
         require(_is_name(run.get(name, "")), f"{name} is no name")
     for name in ("seconds", "peak_memory_bytes", "residual"):
         require(all(map(_is_number, run.get(name, {}).values())), f"{name} are no numbers")
-    require(all(_is_list(values, _is_number) for values in run.get("losses", {}).values()), "losses are no numbers")
+    for name in ("losses", "held_out_losses"):
+        require(all(_is_list(values, _is_number) for values in run.get(name, {}).values()), f"{name} are no numbers")
     require(all(_is_number(run.get(name, 0)) for name in ("selected", "total")), "selected, total are no numbers")
     for layer in run.get("layers", []):
         wrong = [name for name, holds in _LAYER_FACTS.items() if name not in layer or not holds(layer[name])]

@@ -67,7 +67,7 @@ OverwriteMethod = Annotated[
     ),
 ]
 TrainingSteps = Annotated[
-    int | None, typer.Option(metavar="N", help=f"Optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
+    int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. Default {_OVERWRITE.steps}.")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
@@ -236,7 +236,8 @@ def unlearn(
     ] = None,
     steps: TrainingSteps = None,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="X", help=f"AdamW's peak learning rate. Default {_OVERWRITE.learning_rate}.")
+        float | None,
+        typer.Option(metavar="X", help="AdamW's peak learning rate. Default 0.01; 0.005 to train on what is solved."),
     ] = None,
     forget_weight: Annotated[
         float | None,

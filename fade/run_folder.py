@@ -51,6 +51,9 @@ LOCK_FILE = ".fade.lock"
 REQUEST = ("concept", "config", "fingerprint")
 """The tables of a request; a run that differs in them is another run."""
 
+LOSSES = ("forget", "retain", "held_out_forget", "held_out_retain")
+"""What a checkpoint records beside its tensors: numbers by step, two lists of the same steps each."""
+
 _AGAIN = "start again with --overwrite"
 
 
@@ -77,10 +80,10 @@ class Checkpoint:
             tensors, record = read_tensors(self.path)
             if record["origin"] != self.origin:
                 raise FadeError("it was made with other settings, latents or masks")
-            losses = {name: [float(loss) for loss in record["losses"][name]] for name in ("forget", "retain")}
-            if len(losses["forget"]) != len(losses["retain"]):
+            losses = {name: [float(loss) for loss in record["losses"][name]] for name in LOSSES}
+            if any(len(losses[f"{where}forget"]) != len(losses[f"{where}retain"]) for where in ("", "held_out_")):
                 raise FadeError("its losses are of different steps")
-            if not all(map(math.isfinite, losses["forget"] + losses["retain"])):
+            if not all(math.isfinite(loss) for values in losses.values() for loss in values):
                 raise FadeError("its losses are not finite")
         except (FadeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise self.misfit(error) from error

@@ -354,6 +354,7 @@ def _run(
                 "path": edit_path(located.masks, text_path(backbone, layers)),
                 "saliency": config.saliency,
                 **_run_record(costs, losses, located, left),
+                **(losses.record(config.overwrite) if config.trains else {}),
             }
             if folder is not None:
                 folder.finish(adapter)
@@ -451,7 +452,7 @@ def _run_record(
         **solved,
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
-        "losses": vars(losses),
+        "losses": {"forget": losses.forget, "retain": losses.retain},
         "threshold": located.threshold,
         "selected": located.selected,
         "total": located.total,

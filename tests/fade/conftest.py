@@ -73,6 +73,7 @@ def quick() -> Config:
         overwrite__rank=4,
         overwrite__checkpoint_every=2,
         overwrite__learning_rate=1e-2,
+        overwrite__stop_forget=0.0,
     )
 
 

@@ -28,6 +28,11 @@ def test_toml(tmp_path: Path) -> None:
     assert (config.seed, config.locate.keep, config.locate.targets, config.overwrite.steps) == (3, 1.0, ("to_v",), 5)
 
 
+def test_the_papers_procedure_draws_fresh_noise_and_makes_every_step() -> None:
+    assert (PAPER.overwrite.pool, PAPER.overwrite.stops, PAPER.overwrite.steps) == (0, False, 200)
+    assert Config().overwrite.pool > 0 and Config().overwrite.stops
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -47,6 +52,9 @@ def test_toml(tmp_path: Path) -> None:
         ({"overwrite": {"learning_rate": "fast"}}, "'overwrite.learning_rate' must be of type float"),
         ({"overwrite": {"learning_rate": 0}}, "learning_rate must be a positive, finite number"),
         ({"overwrite": {"forget_weight": -1}}, "forget_weight must be finite and not negative"),
+        ({"overwrite": {"stop_forget": -0.1}}, "stop_forget must be finite and not negative"),
+        ({"overwrite": {"stop_every": 0}}, "stop_every must be at least 1"),
+        ({"overwrite": {"pool": -1}}, "pool must be finite and not negative"),
         ({"overwrite": {"timestep_band": [0.5, 0.5]}}, "timestep_band must satisfy"),
         ({"overwrite": {"timestep_band": [0.1, 0.2, 0.3]}}, "must have 2 entries"),
         ({"data": {"resolution": 4}}, "resolution must be at least 8"),

@@ -229,6 +229,11 @@ CHECKPOINT_DAMAGES = DAMAGES | {
     "other masks": forged(lambda _, record: record["origin"].update(masks="")),
     "no losses": forged(lambda _, record: record.update(losses={"forget": [], "retain": []})),
     "losses": forged(lambda _, record: record["losses"].update(forget=[1.0])),
+    "losses on held-out noise": forged(
+        lambda _, record: record["losses"].update(held_out_forget=[0.5], held_out_retain=[0.1])
+    ),
+    "forgotten before": forged(lambda _, record: record["losses"].update(held_out_forget=[0.0], held_out_retain=[0.0])),
+    "no losses on held-out noise": forged(lambda _, record: record["losses"].pop("held_out_retain")),
     "losses of no numbers": forged(lambda _, record: record.update(losses=3)),
     "record": forged(lambda _, record: record.clear()),
 }

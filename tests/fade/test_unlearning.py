@@ -2,6 +2,7 @@
 costs nothing."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import random
@@ -25,6 +26,7 @@ import fade.run_folder
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.config import Config
+from fade.distillation import Losses
 from fade.errors import DivergedError, FadeError
 
 from .adapters import on, random_adapter
@@ -141,6 +143,106 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=out, resume=True)
 
 
+@contextlib.contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """A run inside ends with Ctrl-C after so many optimiser steps."""
+    real, done = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        yield
+
+
+@pytest.fixture
+def stopping(quick: Config) -> Config:
+    """Whatever the losses, forgotten at the first look after three steps, and cooled down after four more."""
+    return quick.replace(
+        overwrite__stop_forget=1e9, overwrite__stop_flat=1.0, overwrite__stop_every=3, overwrite__cooldown_steps=4,
+        overwrite__steps=30, overwrite__checkpoint_every=1, overwrite__pool=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["distillation", "both"])
+@pytest.mark.parametrize("stop_after", [2, 4, 6], ids=["before it is forgotten", "just after", "in the last step"])
+def test_a_run_that_stops_is_resumed_to_the_same_end(
+    tokenizer: CLIPTokenizer, stopping: Config, tmp_path: Path, stop_after: int, method: str
+) -> None:
+    config = stopping.replace(overwrite__method=method)
+    whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
+    with interrupted_after(stop_after):
+        fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
+    resumed = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out", resume=True)
+    assert same_bits(tensors(resumed), tensors(whole))
+    assert resumed.run["losses"] == whole.run["losses"]
+    assert resumed.run["held_out_losses"] == whole.run["held_out_losses"]
+    for run in (resumed.run, whole.run):
+        assert (run["steps"], run["stopped_by"]) == (7, "forgotten")
+        assert len(run["losses"]["forget"]) == 7
+        assert [len(losses) for losses in run["held_out_losses"].values()] == [2, 2]
+
+
+def test_training_stops_when_the_concept_is_forgotten(tokenizer: CLIPTokenizer, quick: Config) -> None:
+    """Until then it is the run that never stops, and what it stops at is what it was told."""
+    config = quick.replace(
+        locate__granularity="none", overwrite__steps=60, overwrite__batch_size=6, overwrite__stop_every=2,
+        overwrite__cooldown_steps=3, overwrite__stop_flat=1.0,
+    )  # fmt: skip
+    words = {**WORDS, "templates": ["{}"], "retain": ["a house"]}
+    runs = {
+        share: fade.unlearn(tiny_pipeline(tokenizer), **words, config=config.replace(overwrite__stop_forget=share)).run
+        for share in (0.7, 1e-12)
+    }
+    stopped, whole = runs[0.7], runs[1e-12]
+    assert (whole["steps"], whole["stopped_by"], stopped["stopped_by"]) == (60, "steps", "forgotten")
+    held_out = stopped["held_out_losses"]["forget"]
+    last = len(held_out) - 1
+    assert stopped["steps"] == len(stopped["losses"]["forget"]) == 2 * last + 3 < 60
+    assert held_out[last - 1] <= 0.7 and all(share > 0.7 for share in held_out[: last - 1])
+    assert held_out[:last] == whole["held_out_losses"]["forget"][:last]
+    assert stopped["losses"]["forget"][: 2 * last] == whole["losses"]["forget"][: 2 * last]
+
+
+def test_training_goes_on_while_the_retain_loss_falls() -> None:
+    changes = {"stop_forget": 0.5, "stop_flat": 0.1, "stop_every": 5, "cooldown_steps": 2}
+    config = dataclasses.replace(Config().overwrite, steps=100, **changes)
+    forget, retain = [0.6, 0.4, 0.3, 0.3, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2, 0.19, 0.1]
+    looks = [Losses(held_out_forget=forget[:n], held_out_retain=retain[:n]) for n in range(7)]
+    assert [losses.end(config) for losses in looks] == [(100, False)] * 5 + [(27, True)] * 2
+    assert looks[6].end(dataclasses.replace(config, steps=27)) == (27, False)
+
+
+def test_the_teacher_is_asked_once_about_a_pool(
+    pipeline: StableDiffusionPipeline, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fade.backbones import Backbone
+
+    teacher, student, predict = [], [], Backbone.predict
+
+    def watched(self, noised, *args):
+        (teacher if torch.is_inference_mode_enabled() else student).append(noised.detach().clone())
+        return predict(self, noised, *args)
+
+    monkeypatch.setattr(Backbone, "predict", watched)
+    config = quick.replace(locate__saliency="random", overwrite__steps=12)
+    fade.unlearn(pipeline, **WORDS, config=config.replace(overwrite__pool=3))
+    asked = torch.cat(teacher)
+    assert len(asked) == 3 * 5 and len(student) == 12
+    seen = [next(k for k in range(3) if torch.equal(batch, asked[5 * k : 5 * k + 5])) for batch in student]
+    epochs = [seen[start : start + 3] for start in range(0, 12, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+
+    teacher.clear(), student.clear()
+    fade.unlearn(pipeline, **WORDS, config=config.replace(overwrite__pool=0), name="fresh")
+    assert all(torch.equal(said, learnt) for said, learnt in zip(teacher, student, strict=True))
+    assert len({batch.sum().item() for batch in student}) == 12
+
+
 def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(
     pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +310,9 @@ def test_timestep_samplers(
 
     seen, add_noise = [], Backbone.add_noise
     monkeypatch.setattr(Backbone, "add_noise", lambda s, z, n, t: seen.append(t) or add_noise(s, z, n, t))
-    config = quick.replace(overwrite__timesteps=sampler, overwrite__timestep_band=[0.2, 0.3], overwrite__steps=20)
+    config = quick.replace(
+        overwrite__timesteps=sampler, overwrite__timestep_band=[0.2, 0.3], overwrite__steps=20, overwrite__pool=0
+    )
     adapter = fade.unlearn(pipeline, **WORDS, config=config)
     training = torch.stack([t for t in seen[-20:]])
     forget, retain = training[:, :3], training[:, 3:]
