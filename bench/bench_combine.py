@@ -157,23 +157,31 @@ def main() -> None:
 
     from fade.digitcanvas import load_pipeline
 
-    rows, count = {}, arguments.adapters
+    rows: dict[str, Any] = {}
+    count, facts = arguments.adapters, environment()
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        """Adds a row to the file, so that what is cut short leaves what it measured."""
+        rows[name] = row
+        write_json(arguments.output, {"environment": facts, "adapters": count, "rows": rows})
+
     places = (("text path", TEXT), ("all attention", ALL))
     for images in (1, 8, 64):
         for place, targets in places:
             repeats = max(3, arguments.repeats if images < 64 else arguments.repeats // 3)
-            rows[f"DigitCanvas, {images} image{'s' if images > 1 else ''}, {place}"] = measure(
-                load_pipeline(), load_pipeline(), digitcanvas(images), targets, count, repeats, 3 if images == 8 else 0
-            )
+            call, one_by_one = digitcanvas(images), 3 if images == 8 else 0
+            row = measure(load_pipeline(), load_pipeline(), call, targets, count, repeats, one_by_one)
+            keep(f"DigitCanvas, {images} image{'s' if images > 1 else ''}, {place}", row)
     if not arguments.quick:
         import copy
 
         bare = sd15()
         attached = copy.deepcopy(bare)
         for place, targets in places:
-            rows[f"SD 1.5's shapes, 256 pixels, {place}"] = measure(
+            row = measure(
                 bare, attached, unet_pass, targets, count, max(3, arguments.repeats // 5), at_once=True
-            )
+            )  # fmt: skip
+            keep(f"SD 1.5's shapes, 256 pixels, {place}", row)
     head = ["", "density", "ratio", "by processor time", "one by one", "kept MB"]
     lines = [
         [
@@ -184,7 +192,6 @@ def main() -> None:
         for name, row in rows.items()
     ]  # fmt: skip
     print_table(head, lines)
-    write_json(arguments.output, {"environment": environment(), "adapters": count, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
 
 The surrogates are among the six that stay. Measured for the sum of all, for the sum without each of `--without` (all
 twelve by default), and for one adapter that forgets all twelve: UA (mean and least over the concepts), IRA over what is
-left, and how much of its images the concept that was taken out shows again, among the prompts that name nothing else
-that is forgotten and among all that name it.
+left, and in how many of its images the concept that was taken out is recognised again.
 """
 
 import argparse
