@@ -42,8 +42,8 @@ ALL = (
 class Study:
     """Every recipe (changes of the default settings, by `Config.replace`) on every pair, seed and keep.
 
-    `by_words` adds held-out phrasings to every run, and `attacked` names the keeps at which the first seed's runs are
-    attacked, too.
+    `by_words` adds held-out phrasings to every run. At the keeps in `attacked` the first seed's runs on `SOME` pairs are
+    attacked, too, on eight pictures.
     """
 
     output: Path
@@ -75,8 +75,8 @@ def cells(study: Study) -> list[Cell]:
     """Every run, in the order in which an interrupted study is most worth having."""
     return [
         Cell(forget, surrogate, seed, recipe, keep)
-        for seed in study.seeds
         for keep in study.keeps
+        for seed in study.seeds
         for forget, surrogate in study.pairs
         for recipe in study.recipes
     ]
@@ -125,7 +125,8 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
         words = (cell.forget, cell.surrogate, drawn["seeds"])
         found = _shared[words] = held_out(pipeline, adapter, baseline=_shared.get(words), **drawn)
         row["phrasings"] = {name: getattr(found, name) for name in ("adapted", "base", "surrogate", "images")}
-    if cell.keep in study.attacked and cell.seed == study.seeds[0]:
+    attacked = cell.keep in study.attacked and cell.seed == study.seeds[0]
+    if attacked and (cell.forget, cell.surrogate) in SOME:
         made = attack(pipeline, adapter, pictures=8, progress=False)
         row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in made.results}
         row["unattacked"], row["attacked_pictures"] = made.unattacked.rate, made.base.pictures

@@ -53,6 +53,8 @@ others. For four DigitCanvas concepts each, the dense edit of the values alone f
 alone nothing (UA 0); at keep 0.3 % and equal drift, UA is 100/100/100/70 with 0.1 or 0, but 62/88/100/40 with 1."""
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
+ROWS_TO_BALANCE = 4096
+"""Rows of all layers that λ is searched on, where there are twice as many or more."""
 MOST_SHIFT = 2.0
 """Times that the change of retain tokens may become larger or smaller for the sake of forgetting."""
 MOST_PER_ROW = 256
@@ -307,20 +309,45 @@ def balanced(
     the forget residual is then another than `left`, the change becomes larger or smaller by their ratio, up to
     MOST_SHIFT times: small masks would forget too little, and what is forgotten easily need not disturb so much.
     """
-    equations, found = _balanced(equations, masks, change, tolerance)
+    some, masks = _thinned(equations, masks)
+    some, found, slope = _balanced(some, masks, change, tolerance)
     if left is not None:
-        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, found / left))
-        equations, _ = _balanced(equations, masks, change * shift, tolerance)
-    return equations
+        shift = min(MOST_SHIFT, max(1 / MOST_SHIFT, found.forget / left))
+        some, _, _ = _balanced(some, masks, change * shift, tolerance, found, slope)
+    return equations if some.retain == equations.retain else equations.weighed(some.retain)
+
+
+def _thinned(equations: NormalEquations, masks: Mapping[str, BitMask]) -> tuple[NormalEquations, Mapping[str, BitMask]]:
+    """Every n-th row of each layer, so that about ROWS_TO_BALANCE are left: one λ needs no more."""
+    step = max(1, len(equations.rhs) // ROWS_TO_BALANCE)
+    if step == 1:
+        return equations, masks
+    rows = {name: -(-many // step) for name, many in equations.rows.items()}
+    shares = torch.tensor([rows[name] / many for name, many in equations.rows.items()]).to(equations.energy)
+    some = dataclasses.replace(
+        equations,
+        rows=rows,
+        rhs=torch.cat([part[::step] for part in equations.by_layer(equations.rhs)]),
+        wanted=equations.wanted * shares,
+        energy=equations.energy * shares,
+    )
+    columns = equations.rhs.shape[1]
+    return some, {name: BitMask(masks[name].words[::step].contiguous(), (rows[name], columns)) for name in rows}
 
 
 def _balanced(
-    equations: NormalEquations, masks: Mapping[str, BitMask], change: float, tolerance: float
-) -> tuple[NormalEquations, float]:
-    """With the λ found, and the forget residual with the one that was tried last."""
-    slope, before = -0.8, None  # the change falls a little slower than 1 / λ
+    equations: NormalEquations,
+    masks: Mapping[str, BitMask],
+    change: float,
+    tolerance: float,
+    found: "Residual | None" = None,
+    slope: float = -0.8,  # the change falls a little slower than 1 / λ
+) -> tuple[NormalEquations, "Residual", float]:
+    """The equations with the λ found, their residual where the search came to an end, and the slope it ended with.
+    Another search may begin with the last two."""
+    before = None
     for _ in range(10):
-        found = residual(equations, masks, _optimum(equations, masks))
+        found = found or residual(equations, masks, _optimum(equations, masks))
         over = math.log(max(found.retain, 1e-12) / change)
         if before is not None:
             step = math.log(equations.retain / before[0])
@@ -328,9 +355,9 @@ def _balanced(
         weight = min(max(equations.retain * math.exp(-over / slope), LEAST_WEIGHT), MOST_WEIGHT)
         if abs(over) < tolerance or weight == equations.retain:
             break
-        before = equations.retain, over
+        before, last, found = (equations.retain, over), found, None
         equations = equations.weighed(weight)
-    return equations, found.forget
+    return equations, found or last, slope
 
 
 @dataclass(frozen=True)
