@@ -42,8 +42,8 @@ ALL = (
 class Study:
     """Every recipe (changes of the default settings, by `Config.replace`) on every pair, seed and keep.
 
-    `by_words` adds held-out phrasings to every run. At the keeps in `attacked` the first seed's runs on `SOME` pairs are
-    attacked, too, on eight pictures.
+    `by_words` adds held-out phrasings to every run. At the keeps in `attacked` the first seed's runs on `SOME` pairs
+    are attacked, too, on eight pictures.
     """
 
     output: Path
@@ -91,12 +91,11 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     import torch
 
     torch.set_num_threads(1)
-    from fade.evaluation.phrasings import held_out
-
     import fade
     from fade.digitcanvas import load_pipeline
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
+    from fade.evaluation.phrasings import held_out
 
     pipeline = load_pipeline()
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
