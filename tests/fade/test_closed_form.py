@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
         same = random_equations(seed, columns=20, retain=found.retain)[0]
         assert torch.allclose(found.gram, same.gram)
         assert torch.equal(found.rhs, same.rhs)
+
+
+def test_the_weight_is_found_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fade.closed_form.ROWS_TO_BALANCE", 250)
+    equations, layers, _ = random_equations(seed := 40, rows=(333, 1400), columns=20)
+    generator = torch.Generator().manual_seed(seed)
+    masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.3) for n, m in layers.items()}
+    looked_at = []
+
+    def seen(equations: NormalEquations, *given: Any) -> Any:
+        looked_at.append(len(equations.rhs))
+        return residual(equations, *given)
+
+    monkeypatch.setattr("fade.closed_form.residual", seen)
+    found = balanced(equations, masks, 0.01)
+    assert set(looked_at) == {56 + 234}  # every sixth
+    assert found.rows == equations.rows and found.rhs is equations.rhs
+    assert residual(found, masks, solve(found, masks)).retain == pytest.approx(0.01, rel=0.25)
 
 
 def test_the_change_follows_what_is_left() -> None:
