@@ -123,7 +123,8 @@ def run_ours(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, flo
         data__forget_samples=scale.images, data__retain_samples=scale.images, data__sampling_steps=2,
         data__batch_size=scale.images, locate__keep=KEEP, locate__saliency="denoising", locate__passes=1,
         locate__batch_size=scale.batch, overwrite__steps=steps, overwrite__batch_size=scale.batch,
-        overwrite__retain_batch_size=scale.batch, overwrite__stop_forget=0.0, overwrite__pool=0,
+        overwrite__retain_batch_size=scale.batch, overwrite__method="distillation",
+        overwrite__stop_forget=0.0, overwrite__pool=0,
     )  # fmt: skip
     adapter = fade.unlearn(pipeline, FORGET, SURROGATE, templates=TEMPLATES, config=config, progress=False)
     run = adapter.run

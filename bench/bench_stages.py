@@ -25,7 +25,7 @@ def run_ours() -> dict[str, float]:
 
     config = fade.Config().replace(
         locate__keep=KEEP, overwrite__steps=STEPS, overwrite__batch_size=BATCH, overwrite__retain_batch_size=BATCH,
-        overwrite__stop_forget=0.0, overwrite__pool=0,
+        overwrite__method="distillation", overwrite__stop_forget=0.0, overwrite__pool=0,
     )  # fmt: skip
     adapter = fade.unlearn(load_pipeline(), FORGET, SURROGATE, config=config, progress=False)
     run = adapter.run

@@ -96,7 +96,7 @@ class LocateConfig:
 class OverwriteConfig:
     """Stage 2: self-distillation of the sparse adapter (FADE, section 3; `fade.distillation`), or its closed form."""
 
-    method: Method = "distillation"
+    method: Method = "both"
     """`distillation` trains the adapter. `closed-form` solves it in the layers that read the prompt alone, within the
     same budget and without a pass of the denoiser; images and all settings below but `parameters` then have no part in
     it. `both` trains on from what is solved."""
@@ -411,6 +411,12 @@ def _check(config: Config) -> None:
         not config.solves or config.in_values,
         f"the method {overwrite.method} solves the masked weights themselves, and no factors: leave out parameters",
     )
+    for name in ("rank", "alpha"):
+        require(
+            not config.in_values or getattr(overwrite, name) == getattr(OverwriteConfig, name),
+            f"{name} would be ignored: the masked weights themselves are changed, and no factors. Leave it out, or "
+            "choose the method distillation with parameters factors",
+        )
     for name in ("forget_images", "retain_images"):
         require(
             config.needs_latents or getattr(data, name) is None,
@@ -422,8 +428,8 @@ def _check(config: Config) -> None:
 PAPER = Config(
     locate=LocateConfig(saliency="denoising", scaling="none", keep=0.5, passes=1),
     overwrite=OverwriteConfig(
-        rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2, forget_weight=0.3, retain_weight=1.0,
-        steps=200, stop_forget=0.0, pool=0,
+        method="distillation", rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2,
+        forget_weight=0.3, retain_weight=1.0, steps=200, stop_forget=0.0, pool=0,
     ),
 )  # fmt: skip
 """The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""

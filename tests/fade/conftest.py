@@ -70,7 +70,7 @@ def quick() -> Config:
         overwrite__steps=6,
         overwrite__batch_size=3,
         overwrite__retain_batch_size=2,
-        overwrite__rank=4,
+        overwrite__method="distillation",
         overwrite__checkpoint_every=2,
         overwrite__learning_rate=1e-2,
         overwrite__stop_forget=0.0,

@@ -173,10 +173,10 @@ def test_devices_and_dtypes_that_do_not_exist(model: Path) -> None:
 
 def test_options_come_before_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text("seed = 4\n[locate]\nkeep = 0.2\ntile = 16\n[overwrite]\nrank = 2\n")
-    config = cli._config(file, locate__keep=0.5, overwrite__rank=None, locate__targets=["to_q"])
+    file.write_text("seed = 4\n[locate]\nkeep = 0.2\ntile = 16\n[overwrite]\nsteps = 2\n")
+    config = cli._config(file, locate__keep=0.5, overwrite__steps=None, locate__targets=["to_q"])
     expected = Config().replace(
-        seed=4, locate__keep=0.5, locate__tile=16, overwrite__rank=2, locate__targets=("to_q",)
+        seed=4, locate__keep=0.5, locate__tile=16, overwrite__steps=2, locate__targets=("to_q",)
     )  # fmt: skip
     assert config == expected
 
@@ -187,7 +187,7 @@ def test_the_whole_walk_on_a_model_folder(
     toml, output = tmp_path / "quick.toml", tmp_path / "out"
     toml.write_text(QUICK_TOML)
     words = ["unlearn", model, "--forget", "cat", "--surrogate", "dog", "--output", output, "--config", toml]
-    words += ["--template", "a photo of {}", "--retain", "a horse", "--rank", 2, "--device", "cpu", "--quiet"]
+    words += ["--template", "a photo of {}", "--retain", "a horse", "--steps", 2, "--device", "cpu", "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     file = output / "adapter.safetensors"
@@ -195,7 +195,7 @@ def test_the_whole_walk_on_a_model_folder(
     record = json.loads((output / "run.json").read_text())
     assert record["concept"]["forget_prompts"] == ["a photo of cat"]
     assert record["concept"]["retain_prompts"] == ["a horse"]
-    assert record["config"]["overwrite"]["rank"] == 2
+    assert record["config"]["overwrite"]["steps"] == 2
     assert record["config"]["locate"]["keep"] == 0.05
 
     before = file.read_bytes()

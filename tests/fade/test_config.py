@@ -15,7 +15,7 @@ def test_round_trip_through_a_dictionary() -> None:
 
 
 def test_replace_changes_only_what_it_names() -> None:
-    config = Config().replace(locate__keep=0.2, overwrite__rank=2)
+    config = Config().replace(locate__keep=0.2, overwrite__method="distillation", overwrite__rank=2)
     assert (config.locate.keep, config.overwrite.rank) == (0.2, 2)
     assert config.data == Config().data
     assert config.overwrite.alpha == Config().overwrite.alpha
@@ -78,3 +78,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("keep == 3")
     with pytest.raises(FadeError, match="not valid TOML"):
         Config.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("changes", [{"method": "both"}, {"method": "closed-form"}, {"parameters": "values"}])
+@pytest.mark.parametrize(("name", "value"), [("rank", 4), ("alpha", 1.0)])
+def test_what_only_factors_have_is_not_ignored_in_silence(changes: dict[str, str], name: str, value: float) -> None:
+    base = {"overwrite__method": "distillation"} | {f"overwrite__{key}": text for key, text in changes.items()}
+    with pytest.raises(FadeError, match=f"{name} would be ignored.*distillation with parameters factors"):
+        Config().replace(**base, **{f"overwrite__{name}": value})
+    Config().replace(overwrite__method="distillation", **{f"overwrite__{name}": value})

@@ -40,7 +40,8 @@ def brief() -> Config:
     return Config().replace(
         data__forget_samples=4, data__retain_samples=4, data__sampling_steps=2, locate__batch_size=4,
         locate__keep=0.05, locate__passes=1, overwrite__steps=5, overwrite__batch_size=2,
-        overwrite__retain_batch_size=2, overwrite__rank=2, overwrite__checkpoint_every=2,
+        overwrite__retain_batch_size=2, overwrite__method="distillation", overwrite__rank=2,
+        overwrite__checkpoint_every=2,
     )  # fmt: skip
 
 

@@ -494,7 +494,7 @@ def brief() -> Config:
     return Config().replace(
         data__forget_samples=3, data__retain_samples=3, data__sampling_steps=2, locate__batch_size=3,
         locate__keep=0.05, locate__passes=1, overwrite__steps=3, overwrite__batch_size=2,
-        overwrite__retain_batch_size=2, overwrite__rank=2,
+        overwrite__retain_batch_size=2, overwrite__method="distillation", overwrite__rank=2,
     )  # fmt: skip
 
 
