@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
-from fade.base_model import is_digitcanvas
+from fade.concept import pairs_in
 from fade.errors import FadeError
+from fade.evaluation.run import judge_for
 from fade.evaluation.unlearncanvas import wilson_interval
 
 if TYPE_CHECKING:
@@ -116,36 +117,40 @@ def held_out(
     classes: Sequence[str] = (),
     progress: bool = True,
 ) -> PhrasingResult:
-    """Draws the held-out phrasings of the adapter's concept with the adapter on and off, those of its surrogate with
+    """Draws the held-out phrasings of the adapter's concepts with the adapter on and off, those of the surrogates with
     the adapter off, and has them judged.
 
     Args:
-        adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
-        seeds: every prompt is drawn once per seed (about 50 prompts on DigitCanvas, 10 elsewhere).
-        baseline: an earlier result of the same concept and surrogate, base, seeds, steps and guidance, to save two
+        adapter: the attached `fade.Adapter`; its metadata names the concepts. It is enabled when this returns.
+        seeds: every prompt is drawn once per seed (about 50 prompts a concept on DigitCanvas, 10 elsewhere).
+        baseline: an earlier result of the same concepts and surrogates, base, seeds, steps and guidance, to save two
             thirds of the time.
         steps, guidance_scale, batch_size, judge, classes, progress: as for `fade.evaluation.evaluate`.
 
     Raises:
-        FadeError: no judge knows the concept, `seeds` is empty, or `baseline` has other phrasings.
+        FadeError: no judge knows the concepts, `seeds` is empty, or `baseline` has other phrasings.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
     concept, backbone = adapter.metadata["concept"], backbone_for(pipeline)
-    if judge is None and not is_digitcanvas(pipeline):
-        raise FadeError("held-out phrasings need a judge here; name a CLIP model: --judge MODEL --classes A,B,C")
-    asked = {kind: held_out_prompts(concept[kind], judge is None) for kind in ("forget", "surrogate")}
-    rows = [phrasing for phrasing, _ in asked["forget"] for _ in seeds]
+    asked = judge_for(pipeline, concept, judge, classes, backbone.device)
+    pairs = pairs_in(concept)
+    words = {"forget": [pair.forget for pair in pairs], "surrogate": [pair.surrogate for pair in pairs]}
+    prompts = {kind: [held_out_prompts(word, judge is None) for word in named] for kind, named in words.items()}
+    rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]
     if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
         raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
-    recognised = _recogniser(concept["forget"], concept["surrogate"], judge, classes, backbone.device)
+    targets = asked.answers(seeds).targets
 
     def shares(kind: str, description: str) -> Tensor:
+        """Of each picture whether the judge finds its concept: float64 [n], 0 or 100."""
+        drawn = [prompt for one in prompts[kind] for _, prompt in one for _ in seeds]
         images = backbone.generate(
-            [prompt for _, prompt in asked[kind] for _ in seeds], list(seeds) * len(asked[kind]), steps,
-            guidance_scale, batch_size, progress, description,
-        )  # fmt: skip
-        return 100.0 * recognised(images.cpu()).double()
+            drawn, list(seeds) * (len(drawn) // len(seeds)), steps, guidance_scale, batch_size, progress, description
+        ).cpu()  # fmt: skip
+        parts = images.split([len(one) * len(seeds) for one in prompts[kind]])
+        found = [asked.heads[target.domain](part) == target.forget for target, part in zip(targets, parts, strict=True)]
+        return 100.0 * torch.cat(found).double()
 
     def by_phrasing(found: Tensor) -> dict[str, float]:
         return {name: float(found[torch.tensor([row == name for row in rows])].mean()) for name in dict.fromkeys(rows)}
@@ -154,8 +159,8 @@ def held_out(
     if baseline is None:
         adapter.disable()
         try:
-            for kind, words in (("base", "forget"), ("surrogate", "surrogate")):
-                found = shares(words, f"other words with the base model ({words})")
+            for kind, named in (("base", "forget"), ("surrogate", "surrogate")):
+                found = shares(named, f"other words with the base model ({named})")
                 means[kind], each[kind] = float(found.mean()), by_phrasing(found)
         finally:
             adapter.enable()
@@ -173,18 +178,3 @@ def held_out(
         interval_95=(100.0 * low, 100.0 * high),
         phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
     )
-
-
-def _recogniser(forget: str, surrogate: str, judge: str | None, classes: Sequence[str], device: Any) -> Any:
-    """A function from images [n, 3, H, W] to bool [n]: whether the judge calls them the concept."""
-    if judge is None:
-        from fade.digitcanvas import DIGITS, STYLES, load_judges
-
-        judges = load_judges()
-        ask, words = (judges.digit, DIGITS) if forget in DIGITS else (judges.style, STYLES)
-    else:
-        from fade.evaluation.clip_judge import ClipJudge
-
-        words = tuple(dict.fromkeys(word.strip() for word in (forget, surrogate, *classes) if word.strip()))
-        ask = ClipJudge(judge, words, device)
-    return lambda images: ask(images) == words.index(forget.strip())

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 import fade
@@ -76,10 +77,26 @@ def test_shares_with_the_adapter_and_without() -> None:
             held_out(pipeline, adapter, **arguments)
 
 
+def test_several_concepts_are_asked_for_one_by_one() -> None:
+    pipeline = load_pipeline()
+    adapter = fade.unlearn(pipeline, {"three": "eight", "neon": "plain"}, config=SOLVED, progress=False)
+    found = held_out(pipeline, adapter, **QUICK)
+    asked = {word: held_out_prompts(word, True) for word in ("three", "neon")}
+    assert found.images == sum(map(len, asked.values()))
+    assert list(found.phrasings) == list(dict.fromkeys(phrasing for one in asked.values() for phrasing, _ in one))
+    adapter.disable()
+    shown = []
+    for word, head, words in (("three", "digit", DIGITS), ("neon", "style", STYLES)):
+        prompts = [prompt for _, prompt in asked[word]]
+        images = backbone_for(pipeline).generate(prompts, [5] * len(prompts), 2, 3.0)
+        shown.append(getattr(load_judges(), head)(images) == words.index(word))
+    assert found.base == pytest.approx(100 * float(torch.cat(shown).double().mean()), abs=2.0)
+
+
 def test_a_pipeline_without_a_judge(pipeline: StableDiffusionPipeline) -> None:
     adapter = random_adapter(pipeline)
     pipeline.unet.register_to_config(sample_size=16)  # no longer DigitCanvas
-    with pytest.raises(FadeError, match="need a judge here; name a CLIP model"):
+    with pytest.raises(FadeError, match="no judge of its own .*; name a CLIP model"):
         held_out(pipeline, adapter, **QUICK)
 
 
