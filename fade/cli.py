@@ -363,6 +363,11 @@ def _tell_of_run(record: dict[str, Any], file: Path) -> None:
         f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
     )
     _say(f"the edit sits in {where_it_sits(record['path'])}")
+    if "stopped_by" in record:
+        why = {"forgotten": ", until held-out noise said that the concept is forgotten"}.get(record["stopped_by"], "")
+        if not why and "held_out_losses" in record:
+            why = ", all that were allowed, before held-out noise said forgotten; evaluate it, or raise --steps"
+        _say(f"trained for {record['steps']} steps{why}")
     _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
 
 

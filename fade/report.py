@@ -543,6 +543,8 @@ def _cost_rows(
     """(part, seconds, peak memory)."""
     seconds, memory = run.get("seconds", {}), run.get("peak_memory_bytes", {})
     titles = {"data": "sample the data", "locate": "1 locate", "overwrite": "2 overwrite"}
+    if "steps" in run:
+        titles["overwrite"] += f" ({run['steps']} steps)"
     rows = [
         (titles.get(part, part), f"{value:.1f}", human_bytes(memory[part]) if part in memory else "–")
         for part, value in seconds.items()

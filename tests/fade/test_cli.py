@@ -192,6 +192,7 @@ def test_the_whole_walk_on_a_model_folder(
     printed = " ".join(capsys.readouterr().out.split())
     file = output / "adapter.safetensors"
     assert f"adapter: {file}" in printed
+    assert "trained for 2 steps, all that were allowed" in printed
     record = json.loads((output / "run.json").read_text())
     assert record["concept"]["forget_prompts"] == ["a photo of cat"]
     assert record["concept"]["retain_prompts"] == ["a horse"]
