@@ -307,7 +307,8 @@ def unlearn(
         raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
     from fade.concept import read_prompts
     from fade.loading import load_model
-    from fade.unlearning import ADAPTER_FILE, slugs, unlearn_each
+    from fade.request import slugs
+    from fade.unlearning import ADAPTER_FILE, unlearn_each
     from fade.unlearning import unlearn as run
 
     kept = [*(retain or []), *(read_prompts(retain_file) if retain_file else [])]

@@ -4,11 +4,7 @@ file; here they only follow one another, and a later part never reaches into an 
 import contextlib
 import dataclasses
 import json
-import os
-import re
 import threading
-import unicodedata
-import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +22,6 @@ from fade.base_model import (
     is_digitcanvas,
     refuse_merged,
     refuse_offloaded,
-    same_base,
-    short_digest,
     target_layers,
 )
 from fade.closed_form import (
@@ -43,26 +37,16 @@ from fade.closed_form import (
     solution,
     token_statistics,
 )
-from fade.concept import (
-    Concept,
-    Pair,
-    concept_from_words,
-    digitcanvas_caption,
-    digitcanvas_concept,
-    mentions,
-    pairs_in,
-    together,
-)
+from fade.concept import Concept, Pair, digitcanvas_caption, mentions, together
 from fade.concept import beside as concept_beside
 from fade.config import Config
 from fade.distillation import Losses
 from fade.distillation import overwrite as run_overwrite
-from fade.errors import FadeError, WrongBaseError
-from fade.images import listed
+from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
-from fade.peft_file import read_any_file
+from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
 from fade.saliency import Located, kept_units, locate, located_in, matrix_shape, unit_count
 from fade_kernels import BitMask
@@ -114,14 +98,15 @@ def unlearn(
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()
-    _check_arguments(config, output, name, overwrite, resume)
+    check_arguments(config, output, name, overwrite, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
-    concept = together(_concepts(pipeline, forget, surrogate, concept, templates, retain, config), config.data.plurals)
+    concepts = requested_concepts(pipeline, forget, surrogate, concept, templates, retain, config)
+    concept = together(concepts, config.data.plurals)
     config = config.replace(concepts=())  # the record names them as the concept
-    others = _beside(backbone, beside)
+    others = concepts_of(backbone, beside)
     concept = concept_beside(concept, others, config.data.plurals)
-    config = _for_several(config, len(concept.pairs), bool(others))
+    config = settings_for(config, len(concept.pairs), bool(others))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
 
@@ -194,10 +179,10 @@ def unlearn_each(
     Returns the adapters by concept, attached and enabled. Whatever is raised, the pipeline is as it was before.
     """
     config = config or Config()
-    _check_arguments(config, output, name, overwrite, resume)
+    check_arguments(config, output, name, overwrite, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
-    concepts = _concepts(pipeline, forget, None, concept, templates, retain, config)
+    concepts = requested_concepts(pipeline, forget, None, concept, templates, retain, config)
     config = config.replace(concepts=())
     together(concepts, config.data.plurals)  # what does not go together is told before anything begins
     taken = [pair for one in concepts for pair in one.pairs]
@@ -209,7 +194,7 @@ def unlearn_each(
         for folder in folders.values():
             if folder is not None and folder.is_dir() and any(folder.iterdir()):
                 raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it")
-    others = _beside(backbone, beside)
+    others = concepts_of(backbone, beside)
     made: dict[str, Adapter] = {}
     try:
         for one, slug in zip(concepts, names, strict=True):
@@ -217,7 +202,7 @@ def unlearn_each(
             request = concept_beside(one, theirs, config.data.plurals)
             folder = folders[one.forget]
             going_on = resume and folder is not None and (folder / REQUEST_FILE).is_file()
-            settings = _for_several(config, len(one.pairs), bool(theirs))
+            settings = settings_for(config, len(one.pairs), bool(theirs))
             own = f"{name}_{slug}"
             if resume and not going_on and folder is not None and (folder / ADAPTER_FILE).is_file():
                 made[one.forget] = _finished(backbone, folder, request, settings, own)
@@ -228,19 +213,6 @@ def unlearn_each(
             adapter.remove()
         raise
     return made
-
-
-def slugs(concepts: Sequence[str]) -> list[str]:
-    """A name for each concept that may be a folder's and an adapter's: its letters and digits, joined by underscores;
-    numbered where two would be alike."""
-    names: list[str] = []
-    for words in concepts:
-        slug = base = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", words)).strip("_")[:80] or "concept"
-        number = 1
-        while slug in names:
-            slug = f"{base}_{(number := number + 1)}"
-        names.append(slug)
-    return names
 
 
 def _finished(backbone: Backbone, folder: Path, concept: Concept, config: Config, name: str) -> Adapter:
@@ -480,117 +452,6 @@ def _alone(denoiser: nn.Module) -> Iterator[None]:
     finally:
         with _guard:
             _in_training.discard(denoiser)
-
-
-def _check_arguments(config: Config, output: str | Path | None, name: str, overwrite: bool, resume: bool) -> None:
-    if not isinstance(config, Config):
-        raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
-    if resume and (output is None or overwrite):
-        why = "needs the output folder of the interrupted run" if output is None else "excludes overwrite"
-        raise FadeError(f"resume {why}; give output and resume alone to go on, or overwrite to start again")
-    if not isinstance(name, str):
-        raise FadeError(f"name must be a text, not {name!r}"[:200])
-    if not isinstance(output, str | os.PathLike | None):
-        raise FadeError(f"output must be a folder's path, not {output!r}"[:200])
-
-
-def _concepts(
-    pipeline: Any,
-    forget: str | Mapping[str, str] | None,
-    surrogate: str | None,
-    concept: Concept | Sequence[Concept] | None,
-    templates: Sequence[str] | None,
-    retain: Sequence[str] | None,
-    config: Config,
-) -> list[Concept]:
-    """Each concept that the arguments name, in prompts. Raises FadeError where they do not fit together."""
-    if concept is not None:
-        concepts = list(concept) if isinstance(concept, list | tuple) else [concept]
-        for one in concepts:
-            if not isinstance(one, Concept):
-                raise FadeError(f"concept must be a fade.Concept, not a {type(one).__name__}; or a list of them")
-        given = {"forget": forget, "surrogate": surrogate, "templates": templates, "retain": retain}
-        if ignored := [name for name, value in given.items() if value is not None]:
-            names = ", ".join(ignored)
-            raise FadeError(f"{names} would be ignored beside concept, which holds all prompts; give either")
-        return concepts
-    if forget is None and surrogate is None and config.concepts:
-        forget = {words.forget: words.surrogate for words in config.concepts}
-        if len(forget) < len(config.concepts):
-            raise FadeError("the settings name a concept to forget twice; name each concept once")
-    if isinstance(forget, Mapping):
-        if surrogate is not None:
-            raise FadeError(
-                "surrogate would be ignored beside several concepts, which name their own: give "
-                "forget={'three': 'eight', 'seven': 'one'} alone, or forget='three' with surrogate='eight'"
-            )
-        words = dict(forget)
-    elif forget is None or surrogate is None:
-        raise FadeError("name the concept to forget and its surrogate, e.g. forget='three', surrogate='eight'")
-    else:
-        words = {forget: surrogate}
-    for argument, texts in (("forget", words), ("surrogate", words.values())):
-        for text in texts:
-            if not isinstance(text, str):
-                raise FadeError(f"{argument} must be a text, not {text!r}"[:200])
-    concepts = [_concept(pipeline, *pair, templates, retain, config.data.plurals) for pair in words.items()]
-    if len(concepts) > 1 and retain is not None:
-        naming = [prompt for prompt in retain if any(one.named_in(prompt, config.data.plurals) for one in concepts)]
-        if naming:
-            warnings.warn(
-                f"left out {len(naming)} of {len(retain)} retain prompts, which name a concept that is to be "
-                f"forgotten: {listed([repr(prompt) for prompt in naming])}",
-                stacklevel=3,
-            )
-    return concepts
-
-
-def _concept(
-    pipeline: Any,
-    forget: str,
-    surrogate: str,
-    templates: Sequence[str] | None,
-    retain: Sequence[str] | None,
-    plurals: bool,
-) -> Concept:
-    if templates is None and is_digitcanvas(pipeline):
-        return digitcanvas_concept(forget, surrogate, retain)
-    return concept_from_words(forget, surrogate, templates, retain, plurals)
-
-
-def _beside(backbone: Backbone, adapters: Sequence[str | Path | Adapter]) -> list[Pair]:
-    """What the adapters forget that the new one acts beside. Raises FadeError for one of other weights."""
-    if isinstance(adapters, str | os.PathLike | Adapter):
-        adapters = [adapters]
-    pairs = []
-    for adapter in adapters:
-        if isinstance(adapter, Adapter):
-            shown, metadata = f"the adapter {adapter.name!r}", adapter.metadata
-        else:
-            shown, file = read_any_file(adapter)
-            metadata = file.metadata
-        found = fingerprint(backbone.denoiser, tuple(metadata["fingerprint"]))
-        if not same_base(metadata["fingerprint"], found):
-            raise WrongBaseError(
-                f"{shown} was trained on {metadata.get('base', 'another model')} "
-                f"({short_digest(metadata['fingerprint'])}), and the new adapter cannot act beside it on "
-                f"{base_name(backbone.pipeline)} ({short_digest(found)})"
-            )
-        pairs += pairs_in(metadata["concept"])
-    return pairs
-
-
-BESIDE_CHANGE = 0.5
-"""Of `closed_form.retain_change`, for an adapter whose changes add up with those of others. With 12 of DigitCanvas's 18
-concepts forgotten, at 1 of it one that was taken out came back in 38 % of its images, and at 0.3 one of the 12 was not
-forgotten; at 0.5 all were, and came back whole."""
-
-
-def _for_several(config: Config, concepts: int, beside: bool) -> Config:
-    """The settings of an adapter that forgets so many concepts, or acts beside others: `keep` is for each concept."""
-    if beside:
-        config = config.replace(closed_form__retain_change=BESIDE_CHANGE * config.closed_form.retain_change)
-    return config.replace(locate__keep=min(1.0, concepts * config.locate.keep))
 
 
 def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> dict[str, Tensor]:

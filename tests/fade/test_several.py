@@ -28,7 +28,7 @@ from fade.digitcanvas import DIGITS, STYLES, prompt
 from fade.errors import FadeError
 from fade.evaluation.run import class_answers, digitcanvas_answers
 from fade.evaluation.unlearncanvas import Target, intervals_of_several, metrics_of_several, unlearncanvas_metrics
-from fade.unlearning import slugs
+from fade.request import slugs
 from fade_kernels import BitMask
 
 TEMPLATES = ("{}", "a photo of {}")  # the tiny pipeline has DigitCanvas's words, whose own prompts these are not
