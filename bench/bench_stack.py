@@ -1,6 +1,6 @@
 """Twelve of DigitCanvas's eighteen concepts forgotten at once: an adapter for each, added up, any one taken out again.
 
-    python -m bench.bench_stack [--output FILE] [--keep 0.01] [--seeds 1] [--without three,neon,...]
+    python -m bench.bench_stack [--output FILE] [--method closed-form] [--keep 0.01] [--seeds 1] [--without three,neon,...]
 
 The surrogates are among the six that stay. Measured for the sum of all, for the sum without each of `--without` (all
 twelve by default), and for one adapter that forgets all twelve: UA (mean and least over the concepts), IRA over what is
@@ -46,6 +46,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bench/results/stack.json"))
+    parser.add_argument("--method", default="closed-form")
     parser.add_argument("--keep", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--without", default=",".join(CONCEPTS))
@@ -55,7 +56,7 @@ def main() -> None:
     from fade.digitcanvas import load_pipeline
 
     pipeline = load_pipeline()
-    config = fade.Config().replace(overwrite__method="closed-form", locate__keep=arguments.keep)
+    config = fade.Config().replace(overwrite__method=arguments.method, locate__keep=arguments.keep)
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -82,7 +83,7 @@ def main() -> None:
         )
     names = ("UA", "UA_least", "IRA", "back_shown")
     print_table(["", *names], [[n, *(f"{r[k]:.1f}" if k in r else "" for k in names)] for n, r in rows.items()])
-    settings = {"concepts": CONCEPTS, "keep": arguments.keep, "seeds": arguments.seeds}
+    settings = {"concepts": CONCEPTS, "method": arguments.method, "keep": arguments.keep, "seeds": arguments.seeds}
     write_json(arguments.output, {"environment": environment(), **settings, "seconds": seconds, "rows": rows})
 
 
