@@ -1,6 +1,6 @@
 """Twelve of DigitCanvas's eighteen concepts forgotten at once: an adapter for each, added up, any one taken out again.
 
-    python -m bench.bench_stack [--output FILE] [--method closed-form] [--keep 0.01] [--seeds 1] [--without three,neon,...]
+    python -m bench.bench_stack [--output FILE] [--method METHOD] [--keep 0.01] [--seeds 1] [--without three,neon,...]
 
 The surrogates are among the six that stay. Measured for the sum of all, for the sum without each of `--without` (all
 twelve by default), and for one adapter that forgets all twelve: UA (mean and least over the concepts), IRA over what is

@@ -120,8 +120,8 @@ def concepts_of(backbone: Backbone, adapters: Sequence[str | Path | Adapter]) ->
 
 
 BESIDE_CHANGE = 0.15
-"""Of `closed_form.retain_change`, for an adapter whose changes add up with those of others; it is then held, whatever is
-`left`. With 12 of DigitCanvas's 18 concepts forgotten, at 0.25 of it one that was taken out came back in 75 % of its
+"""Of `closed_form.retain_change`, for an adapter whose changes add up with those of others; it is then held, whatever
+is `left`. With 12 of DigitCanvas's 18 concepts forgotten, at 0.25 of it one that was taken out came back in 75 % of its
 images, and at 0.1 one was not forgotten in all; at 0.15 all were, and came back whole."""
 
 
