@@ -313,8 +313,12 @@ def draw_by_seconds(study: Study, content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-_FIXED = {"overwrite__stop_forget": 0.0, "overwrite__pool": 0}
-"""Fixed steps and fresh noise, as the paper trains."""
+_FIXED = {
+    "overwrite__method": "distillation", "overwrite__stop_forget": 0.0, "overwrite__pool": 0,
+    "overwrite__steps": 100, "overwrite__learning_rate": 5e-3, "overwrite__forget_weight": 1.0,
+    "data__forget_samples": 48, "data__retain_samples": 96, "data__sampling_steps": 10, "locate__passes": 2,
+}  # fmt: skip
+"""Fixed steps and fresh noise, as the paper trains, and the settings that the rows of `saliency` were made with."""
 
 STUDIES = {
     "methods": Study(
@@ -332,8 +336,7 @@ STUDIES = {
         RESULTS / "sweep.json",
         recipes={
             saliency + (", scaled by module" if scaling == "module" else ""): {
-                "overwrite__method": "distillation", "overwrite__steps": 100, "overwrite__forget_weight": 1.0, **_FIXED,
-                "locate__saliency": saliency, "locate__scaling": scaling,
+                **_FIXED, "locate__saliency": saliency, "locate__scaling": scaling,
             }
             for saliency, scaling in (
                 ("denoising", "none"), ("denoising", "module"), ("distillation", "none"), ("distillation", "module"),

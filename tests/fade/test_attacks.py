@@ -17,7 +17,7 @@ import fade
 from fade import cli
 from fade.adapter import Adapter
 from fade.backbones import backbone_for
-from fade.concept import digitcanvas_concept
+from fade.concept import digitcanvas_concept, together
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline, prompt
 from fade.digitcanvas.models import build_scheduler
 from fade.errors import FadeError
@@ -40,7 +40,7 @@ PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 def adapter_on(pipeline: StableDiffusionPipeline, strength: float = 0.7) -> Adapter:
     """A random adapter that claims to forget three."""
     adapter = random_adapter(pipeline, strength=strength, seed=random.randrange(2**31))
-    adapter.metadata["concept"] = json.loads(json.dumps(vars(digitcanvas_concept("three", "eight"))))
+    adapter.metadata["concept"] = json.loads(json.dumps(digitcanvas_concept("three", "eight").to_dict()))
     return adapter
 
 
@@ -286,6 +286,25 @@ def test_rates_are_what_the_judge_counts(adapter: Adapter) -> None:
     adapter.disable()
     wanted = backbone.generate(prompts, [188] * 8 + [288] * 3, steps=4)
     torch.testing.assert_close(record.base.images, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_several_concepts_is_brought_back(adapter: Adapter) -> None:
+    both = together([digitcanvas_concept("three", "eight"), digitcanvas_concept("neon", "plain")])
+    adapter.metadata["concept"] = json.loads(json.dumps(both.to_dict()))
+    with pytest.raises(FadeError, match="forgets three, neon; name the one to bring back: --forget three"):
+        attack(adapter.pipeline, adapter, ["completion"], **QUICK)
+    with pytest.raises(FadeError, match="does not forget 'ink', but three, neon"):
+        attack(adapter.pipeline, adapter, ["completion"], forget="ink", **QUICK)
+    judges = load_judges()
+    for word, surrogate, head, words in (
+        ("three", "eight", judges.digit, DIGITS), ("neon", "plain", judges.style, STYLES),
+    ):  # fmt: skip
+        record = attack(adapter.pipeline, adapter, [Completion(0.5)], forget=word, **QUICK)
+        assert (record.forget, record.surrogate) == (word, surrogate)
+        assert len(record.settings["prompts"]) == 3
+        assert all(word in asked.split() for asked in record.settings["prompts"])
+        for result in (record.base, *record.results):
+            assert result.recognised == int((head(result.images) == words.index(word)).sum())
 
 
 def test_an_adapter_of_strength_zero_is_attacked_as_the_base_model(adapter: Adapter) -> None:
