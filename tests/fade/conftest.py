@@ -1,5 +1,7 @@
 """A tiny random Stable Diffusion pipeline, so that the two stages are tested in seconds and without trained weights."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -32,7 +34,7 @@ def tiny_pipeline(tokenizer: CLIPTokenizer, seed: int = 0, scheduler: object | N
     pipeline = StableDiffusionPipeline(
         vae=build_vae(),
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=copy.deepcopy(tokenizer),  # which textual inversion adds words to
         unet=unet,
         scheduler=scheduler or build_scheduler(),
         safety_checker=None,

@@ -183,7 +183,8 @@ def test_refused_before_anything_is_drawn_but_adapters_load(
             fade.unlearn(other, "three", "eight", config=quick, progress=False, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
         fade.load_adapter(other, tmp_path / "adapter.safetensors")
-        torch.testing.assert_close(denoise(other), wanted)
+        # In the file are values, which are drawn with in one product: rounded otherwise than two products of factors.
+        torch.testing.assert_close(denoise(other), wanted, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler"])
