@@ -159,8 +159,8 @@ def sweep(study: Study, todo: list[Cell], images: int, workers: int) -> None:
             advance(f"{row['forget']}, {row['recipe']}, {row['keep']}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
 
 
-def time_recipes(study: Study, pairs: Sequence[tuple[str, str]]) -> None:
-    """Seconds of whole runs of this process, the recipes in turns, at every keep: `timings` of the study's file."""
+def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence[float]) -> None:
+    """Seconds of whole runs of this process, the recipes in turns: `timings` of the study's file."""
     import fade
     from bench.harness import environment, write_json
     from fade.digitcanvas import load_pipeline
@@ -178,10 +178,10 @@ def time_recipes(study: Study, pairs: Sequence[tuple[str, str]]) -> None:
         return cost.seconds
 
     for recipe in study.recipes:  # whatever is loaded or built at the first call
-        run(*pairs[0], recipe, study.keeps[0])
-    with progress_bar("timing", len(pairs) * len(study.keeps) * len(study.recipes), True) as advance:
+        run(*pairs[0], recipe, keeps[0])
+    with progress_bar("timing", len(pairs) * len(keeps) * len(study.recipes), True) as advance:
         for forget, surrogate in pairs:
-            for keep in study.keeps:
+            for keep in keeps:
                 for recipe in study.recipes:
                     seconds = run(forget, surrogate, recipe, keep)
                     timings.append({"forget": forget, "recipe": recipe, "keep": keep, "seconds": seconds})
@@ -367,7 +367,9 @@ def main() -> None:
     study = STUDIES[a.study]
     study = dataclasses.replace(study, output=a.output or study.output)
     if a.timings:
-        time_recipes(study, [pair for pair in study.pairs if a.concepts is None or pair[0] in a.concepts.split(";")])
+        pairs = [pair for pair in study.pairs if a.concepts is None or pair[0] in a.concepts.split(";")]
+        keeps = [keep for keep in study.keeps if a.keeps is None or str(keep) in a.keeps.split(";")]
+        time_recipes(study, pairs, keeps)
     elif not a.plot:
         wanted = {"forget": a.concepts, "keep": a.keeps, "recipe": a.recipes, "seed": a.seeds}
         chosen = {name: set(given.split(";")) for name, given in wanted.items() if given is not None}
