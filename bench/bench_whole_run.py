@@ -103,7 +103,7 @@ def run_authors(steps: int, folder: Path) -> dict[str, float]:
         authors_procedure.overwrite(
             pipeline, masks, (forget, prompts, surrogates), read("retain"), steps=steps,
             batch=config.overwrite.batch_size, rank=config.overwrite.rank, alpha=config.overwrite.alpha,
-            learning_rate=config.overwrite.learning_rate, merge=True,
+            learning_rate=config.overwrite.peak_rate, merge=True,
         )  # fmt: skip
     return {"seconds": cost.seconds, "peak_memory": cost.peak_memory_bytes, **judged(pipeline)}
 
