@@ -114,6 +114,7 @@ def demo(
     from fade.demo import REPORT_FILE, run_demo
 
     config = _config(None, overwrite__method=method, locate__keep=keep, overwrite__steps=steps, seed=seed)
+    _refuse_ignored(config, steps=steps)
     evaluation, record = run_demo(output, forget, surrogate, config, overwrite=overwrite, progress=not quiet)
     console = _console()
     console.print(evaluation.table())
@@ -303,6 +304,10 @@ def unlearn(
         closed_form__hardening=hardening,
         seed=seed,
     )
+    _refuse_ignored(
+        chosen, steps=steps, learning_rate=learning_rate, forget_weight=forget_weight, retain_weight=retain_weight,
+        timesteps=timesteps,
+    )  # fmt: skip
     if not chosen.concepts:
         raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
     from fade.concept import read_prompts
@@ -866,6 +871,15 @@ def _config(file: Path | None, **changes: Any) -> "Config":
     """The file's settings, or the defaults, with every change that is not None."""
     config = settings.Config.load(file) if file is not None else settings.Config()
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _refuse_ignored(config: "Config", **given: Any) -> None:
+    """Raises FadeError for an option of training that was given where nothing is trained."""
+    if not config.trains and (named := [name for name, value in given.items() if value is not None]):
+        raise FadeError(
+            f"--{named[0].replace('_', '-')} would be ignored: the method {config.overwrite.method} trains nothing. "
+            "Leave it out, or choose both or distillation"
+        )
 
 
 def _listed(words: str | None) -> list[str]:

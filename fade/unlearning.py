@@ -133,6 +133,8 @@ def _unlearn(
                 "target the keys and values of cross-attention, e.g. to_k and to_v, or choose the method distillation "
                 "and another saliency"
             )
+        if config.locate.granularity != "none":
+            kept_units(layers, config.locate)  # that there are any, before anything is drawn
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)

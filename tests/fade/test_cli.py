@@ -508,7 +508,8 @@ def test_the_demo_leaves_everything_and_replaces_only_when_told(
     monkeypatch.setattr(fade.demo, "evaluate", functools.partial(fade.demo.evaluate, steps=2, seeds=(188,)))
     monkeypatch.setattr("webbrowser.open", opened.append)
     output = tmp_path / "report"
-    words = ["demo", "--output", output, "--method", method, "--steps", 2, "--keep", 0.02, "--quiet"]
+    steps = ["--steps", 2] if method == "distillation" else []
+    words = ["demo", "--output", output, "--method", method, *steps, "--keep", 0.02, "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
     assert "UA" in printed
@@ -539,6 +540,18 @@ def test_the_demo_leaves_everything_and_replaces_only_when_told(
     assert numbers["adapter_bytes"] == metrics["adapter_bytes"]
     assert report.stat().st_size > 10_000
     assert "do not know" not in capsys.readouterr().err
+
+
+def test_options_of_training_are_not_ignored_in_silence(refused: Any, tmp_path: Path) -> None:
+    words = ["--method", "closed-form", "--output", tmp_path / "out", "--quiet"]
+    assert "--steps would be ignored: the method closed-form trains nothing" in refused("demo", *words, "--steps", 3)
+    for option, value in (
+        ("--steps", 3), ("--learning-rate", 0.1), ("--forget-weight", 1), ("--retain-weight", 2),
+        ("--timesteps", "band"),
+    ):  # fmt: skip
+        line = refused("unlearn", "digitcanvas", "--forget", "three=eight", *words, option, value)
+        assert f"{option} would be ignored" in line and "both or distillation" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("forget", "surrogate"), [("three", "neon"), ("cat", "dog"), ("three", "three")])

@@ -25,6 +25,7 @@ import fade
 import fade.run_folder
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
+from fade.backbones.stable_diffusion import StableDiffusionBackbone
 from fade.config import Config
 from fade.distillation import Losses
 from fade.errors import DivergedError, FadeError
@@ -373,6 +374,17 @@ def test_bad_requests_cost_nothing(pipeline: StableDiffusionPipeline, quick: Con
     adapter.merge()
     with pytest.raises(FadeError, match="merged into the weights"):
         fade.unlearn(pipeline, **WORDS, config=quick, name="other")
+
+
+@pytest.mark.parametrize("method", ["distillation", "both", "closed-form"])
+def test_a_keep_that_leaves_nothing_is_told_before_anything_is_drawn(
+    pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(StableDiffusionBackbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
+    config = quick.replace(overwrite__method=method, locate__keep=1e-6)
+    with pytest.raises(FadeError, match="keep 1e-06 selects none of .* use at least"):
+        fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwriting_keeps_the_old_adapter_until_the_new_one_is_whole(
