@@ -70,14 +70,6 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tensor_digest(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' dtypes, shapes and bits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        _add_tensor(digest, tensor)
-    return digest.hexdigest()
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, read piece by piece; of a file that cannot be read, why."""
     try:

@@ -11,23 +11,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fade.backbones import Backbone
-from fade.cache_key import file_digest, library_versions, pipeline_digests, tensor_digest
+from fade.cache_key import file_digest, library_versions, pipeline_digests
 from fade.concept import Concept
 from fade.config import DataConfig
 from fade.errors import FadeError, printable
-from fade.files import atomic_write
+from fade.files import read_tensors, write_tensors
 from fade.images import Picture, PictureFolder, find_pictures, listed, read_square, shown
 from fade.progress import progress_bar, tell
 
 MOST_PIXELS_AT_ONCE = 2**21
 """Pixels of images encoded at once: 8 images of 512 x 512, for which the VAE takes about 3 GB in float32."""
 
-_FORMAT = 2
+_FORMAT = 3
 """Of cache files and of what is read from a picture or a caption; another one is made again."""
 
 
@@ -305,38 +303,21 @@ def _load(cache: Path, key: str, backbone: Backbone) -> Latents | None:
     if not cache.is_file():
         return None
     try:
-        with safe_open(cache, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("request") != key:
-                return None
-            # Copies, because what safetensors gives is the file itself, mapped into memory.
-            forget, retain = file.get_tensor("forget").clone(), file.get_tensor("retain").clone()
-        if metadata["content"] != _content(forget, retain, metadata["prompts"]):
-            raise ValueError("its content is not what was written")
-        prompts = {kind: tuple(texts) for kind, texts in json.loads(metadata["prompts"]).items()}
-        device = backbone.device
-        return Latents(
-            forget.to(device), prompts["forget"], prompts["surrogate"], retain.to(device), prompts["retain"]
-        )  # fmt: skip
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        tensors, record = read_tensors(cache)
+        if record["request"] != key:
+            return None
+        forget, retain = (tensors[kind].to(backbone.device) for kind in ("forget", "retain"))
+        prompts = {kind: tuple(texts) for kind, texts in record["prompts"].items()}
+        return Latents(forget, prompts["forget"], prompts["surrogate"], retain, prompts["retain"])
+    except (FadeError, KeyError, TypeError, AttributeError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"the cached latents in {cache} are damaged and are made again: {told}", stacklevel=3)
         return None
 
 
 def _save(cache: Path, key: str, latents: Latents) -> None:
-    prompts = json.dumps(
-        {
-            "forget": latents.forget_prompts,
-            "surrogate": latents.surrogate_prompts,
-            "retain": latents.retain_prompts,
-        }
-    )
-    forget, retain = (latent.cpu().contiguous() for latent in (latents.forget, latents.retain))
-    metadata = {"request": key, "prompts": prompts, "content": _content(forget, retain, prompts)}
-    with atomic_write(cache) as temporary:
-        save_file({"forget": forget, "retain": retain}, temporary, metadata=metadata)
-
-
-def _content(forget: Tensor, retain: Tensor, prompts: str) -> str:
-    return hashlib.sha256((tensor_digest(forget, retain) + prompts).encode()).hexdigest()
+    prompts = {
+        "forget": latents.forget_prompts, "surrogate": latents.surrogate_prompts, "retain": latents.retain_prompts,
+    }  # fmt: skip
+    tensors = {"forget": latents.forget, "retain": latents.retain}
+    write_tensors(cache, tensors, {"request": key, "prompts": prompts})

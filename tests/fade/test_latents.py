@@ -1,6 +1,7 @@
 """Latents: from folders with good, bad and no images, from the model itself, and from the cache."""
 
 import copy
+import json
 import os
 import shutil
 import warnings
@@ -418,7 +419,8 @@ def rewritten(path: Path, **changes: object) -> None:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
-    save_file(changes.get("tensors", tensors), path, metadata | changes.get("metadata", {}))
+    record = json.loads(metadata["record"]) | changes.get("record", {})
+    save_file(changes.get("tensors", tensors), path, metadata | {"record": json.dumps(record)})
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -426,10 +428,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "noise": lambda path: path.write_bytes(os.urandom(4000)),
     "cut": cut,
     "a bit": flipped,
-    "prompts": lambda path: rewritten(
-        path, metadata={"prompts": '{"forget": ["x"], "surrogate": ["y"], "retain": []}'}
-    ),
-    "no prompts": lambda path: rewritten(path, metadata={"prompts": "[]"}),
+    "prompts": lambda path: rewritten(path, record={"prompts": {"forget": ["x"], "surrogate": ["y"], "retain": []}}),
+    "no prompts": lambda path: rewritten(path, record={"prompts": []}),
     "a tensor": lambda path: rewritten(path, tensors={"forget": torch.zeros(2)}),
 }
 
