@@ -226,7 +226,7 @@ def unlearn(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help=f"Layer name or glob; repeat for several. Default {', '.join(_LOCATE.targets)}.",
+            help="Layer name or glob; repeat for several. Default: the projections of the attention.",
         ),
     ] = None,
     rank: Annotated[

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.errors import FadeError
 from fade.progress import progress_bar
 from fade.saliency import unit_count
@@ -69,13 +70,19 @@ _CHUNK_BYTES = 2**25
 """Of blocks that are factored at once where tokens are protected."""
 
 
+_Segments = Sequence[tuple[list[int], int | None]]
+"""A prompt's token ids by segment, and how many positions each has (`Backbone.token_ids`)."""
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[int]:
+def align(
+    forget: Sequence[int], surrogate: Sequence[int], length: int, other_length: int | None = None
+) -> list[int]:
     """For each of `length` positions of the forget prompt, the position of the surrogate prompt that answers it.
 
-    `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length`. What
+    `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length` (the
+    surrogate up to `other_length`, where that is another). What
     they have in common at the beginning and at the end is aligned, what differs in between is spread evenly (where the
     surrogate has nothing there, on what follows), and padding answers padding at its own position.
     """
@@ -87,7 +94,7 @@ def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[
     middle = [prefix + (2 * i + 1) * other // (2 * own) for i in range(own)]
     end = [len(surrogate) - suffix + i for i in range(suffix)]
     padding = [max(i, len(surrogate)) for i in range(len(forget), length)]
-    return [min(i, length - 1) for i in (*range(prefix), *middle, *end, *padding)][:length]
+    return [min(i, (other_length or length) - 1) for i in (*range(prefix), *middle, *end, *padding)][:length]
 
 
 @dataclass(frozen=True)
@@ -147,8 +154,10 @@ class TokenStatistics:
         )  # fmt: skip
 
 
-def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mapping[str, Tensor]) -> TokenStatistics:
-    """The statistics of prompts, from their embeddings [tokens, width].
+def token_statistics(
+    backbone: Backbone, reader: str, prompts: TextPrompts, encoded: EncodedPrompts
+) -> TokenStatistics:
+    """The statistics of prompts as a reader's layers see them (`Backbone.text_layers`).
 
     A pair weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
     hardly tells them apart must not dilute the edit. However many the phrasings are, all together weigh as much as the
@@ -158,14 +167,14 @@ def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mappi
     device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
 
     def states(prompt: str) -> Tensor:
-        return backbone.text_states(embeddings[prompt][None])[0].to(device, torch.float64)
+        return backbone.text_states(reader, encoded[prompt])[0].to(device, torch.float64)
 
     kept, parts = 0.0, [part for part in (prompts.retain, prompts.phrased_retain) if part]
     for part in parts:
         for prompt in part:
             x = states(prompt)
             kept = kept + x.T @ x / (len(x) * len(part) * len(parts))
-    each = [_forget_statistics(backbone, one, states) for one in prompts.concepts]
+    each = [_forget_statistics(backbone, reader, one, states) for one in prompts.concepts]
     shares = [1 / float(difference.trace()) for _, _, difference in each]
     forget, change, difference = (
         sum(share * one[part] for share, one in zip(shares, each, strict=True)) / sum(shares) for part in range(3)
@@ -173,17 +182,30 @@ def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mappi
     return TokenStatistics(forget, change, difference, kept)
 
 
+def _aligned(forget: _Segments, surrogate: _Segments, length: int, other_length: int) -> list[int]:
+    """`align` of each segment of the tokens in turn; where there are no tokens, position answers position."""
+    if not forget:
+        return [min(i, other_length - 1) for i in range(length)]
+    places, begin, other_begin = [], 0, 0
+    for (own, size), (other, _) in zip(forget, surrogate, strict=True):
+        size, other_size = (size, size) if size is not None else (length - begin, other_length - other_begin)
+        places += [other_begin + place for place in align(own, other, size, other_size)]
+        begin, other_begin = begin + size, other_begin + other_size
+    return places
+
+
 def _forget_statistics(
-    backbone: Backbone, concept: TextPairs, states: Callable[[str], Tensor]
+    backbone: Backbone, reader: str, concept: TextPairs, states: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`TokenStatistics`' forget, change and difference of one concept."""
     words = sorted({word for pair in (*concept.pairs, *concept.phrased) for word in pair})
-    identifiers = dict(zip(words, backbone.token_ids(words), strict=True))
+    identifiers = dict(zip(words, backbone.token_ids(words, reader), strict=True))
     forget = change = difference = total = largest = 0.0
     for pairs in (concept.pairs, concept.phrased):
         for prompt, answer in pairs:
             x = states(prompt)
-            d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
+            y = states(answer)
+            d = y[_aligned(identifiers[prompt], identifiers[answer], len(x), len(y))] - x
             apart = float(d.square().sum())
             weight = apart / len(pairs)
             weighted = weight * x.T
@@ -422,6 +444,30 @@ def select(
     return _selected(equations, mask, threshold, spread)
 
 
+def shares(
+    equations: Mapping[str, NormalEquations], units: int, granularity: str = "element", tile: int = 32
+) -> dict[str, int]:
+    """How many of `units` each of several systems of equations gets: as many as it has among the units that gain most
+    alone, over all of them. Layers that read different things of a prompt are solved apart, under one budget."""
+    if len(equations) == 1:
+        return dict.fromkeys(equations, units)
+    scores = {(key, i): s for key, one in equations.items() for i, s in enumerate(one.by_layer(_gains(one)))}
+    total = sum(unit_count(tuple(score.shape), granularity, tile) for score in scores.values())
+    chosen = select_top_fraction(list(scores.values()), min(1.0, (units + 0.5) / total), granularity, tile)
+    found = dict.fromkeys(equations, 0)
+    for (key, _), mask in zip(scores, chosen.masks, strict=True):
+        found[key] += mask.count
+    picked = sum(found.values())
+    most = {
+        key: sum(unit_count((rows, one.rhs.shape[1]), granularity, tile) for rows in one.rows.values())
+        for key, one in equations.items()
+    }
+    given = {key: min(most[key], round(units * many / picked)) for key, many in found.items()}
+    first = max(found, key=found.get)
+    given[first] = min(most[first], units - sum(many for key, many in given.items() if key != first))
+    return given
+
+
 def _selected(
     equations: NormalEquations, mask: BitMask, threshold: float, spread: Sequence[tuple[float, float]]
 ) -> Selected:
@@ -539,13 +585,15 @@ def _solved(equations: NormalEquations, mask: BitMask, with_prices: bool) -> tup
         raise FadeError(_singular(str(error))) from error
 
 
-def protected_directions(backbone: Backbone, embeddings: Sequence[Tensor], statistics: TokenStatistics) -> Tensor:
-    """An orthonormal basis [K, P] of all tokens of protected prompts, from their embeddings [tokens, width].
+def protected_directions(
+    backbone: Backbone, reader: str, protected: Conditioning, statistics: TokenStatistics
+) -> Tensor:
+    """An orthonormal basis [K, P] of all tokens of protected prompts.
 
     Tokens that differ from others by less than rounding of the text encoder are no further direction. Raises FadeError
     where the forget tokens of the statistics lie within their span, so that nothing about them could change.
     """
-    states = torch.cat([backbone.text_states(embedding[None])[0] for embedding in embeddings])
+    states = torch.cat([backbone.text_states(reader, protected.rows(i))[0] for i in range(protected.count)])
     directions, lengths, _ = torch.linalg.svd(states.to(statistics.forget).T, full_matrices=False)
     basis = directions[:, lengths > PROTECTED_PRECISION * lengths[0]].contiguous()
     outside = statistics.forget.trace() - ((basis.T @ statistics.forget) * basis.T).sum()

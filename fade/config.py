@@ -26,8 +26,6 @@ TimestepSampler = Literal["uniform", "band", "targeted"]
 MOST_SEED = 2**40
 """Seeds of images are made from it by multiplication, and torch takes 64 bits."""
 
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -82,8 +80,10 @@ class LocateConfig:
     """What is kept or dropped as a whole; `none` keeps everything, which is ordinary dense LoRA."""
     tile: int = 32
     """Side of a tile, for granularity `tile`."""
-    targets: tuple[str, ...] = ATTENTION_PROJECTIONS
-    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path."""
+    targets: tuple[str, ...] | None = None
+    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path. None
+    is the family's own choice, the projections of its attention (and, where the closed form is used, the layers that
+    read the prompt alone)."""
     passes: int = 1
     """Times the forget latents are gone through, with fresh noise and timesteps each time."""
     batch_size: int = 16
@@ -362,7 +362,7 @@ def _check(config: Config) -> None:
 
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
-    require(len(locate.targets) > 0, "targets must name at least one layer pattern")
+    require(locate.targets is None or len(locate.targets) > 0, "targets must name at least one layer pattern")
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")
     require(0 <= config.seed <= MOST_SEED, f"seed must be in [0, 2^40], not {config.seed}")
     require(overwrite.rank <= 4096, f"rank must be at most 4096, not {overwrite.rank}")

@@ -14,7 +14,7 @@ in the paper noise is fresh and the number of steps fixed.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
+from fade.conditioning import EncodedPrompts
 from fade.config import OverwriteConfig
 from fade.errors import DivergedError
 from fade.latents import Latents
 from fade.layers import MaskedLoraLayer
-from fade.noise import epoch_order, forget_timesteps, loss_scale, step_generator, uniform_timesteps
+from fade.noise import epoch_order, forget_times, loss_scale, step_generator, times_between
 from fade.progress import progress_bar
 from fade.run_folder import Checkpoint
 
@@ -65,12 +66,12 @@ class Losses:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Noised latents [n, 4, h, w], the forget half first, and what the teacher says of them."""
+    """Noised latents [n, C, h, w], the forget half first, and what the teacher says of them."""
 
     rows: tuple[Tensor, Tensor]
     """Which of the forget and which of the retain latents they are."""
     noised: Tensor
-    timesteps: Tensor
+    times: Tensor
     taught: Tensor
 
 
@@ -84,7 +85,7 @@ def overwrite(
     backbone: Backbone,
     adapter: Adapter,
     latents: Latents,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: OverwriteConfig,
     seed: int,
     checkpoint: Checkpoint | None = None,
@@ -92,16 +93,17 @@ def overwrite(
 ) -> Losses:
     """Trains the adapter in place and returns the losses.
 
-    `embeddings` maps every prompt of `latents` to [tokens, width]. With `checkpoint` the state is written there every
+    `prompts` has every prompt of `latents`. With `checkpoint` the state is written there every
     `config.checkpoint_every` steps; where one is there already, training goes on from it and ends as it would have
     without the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint;
     FadeError for a checkpoint that does not fit.
     """
-    forget = torch.stack([embeddings[p] for p in latents.forget_prompts])
-    surrogate = torch.stack([embeddings[p] for p in latents.surrogate_prompts])
-    retain = torch.stack([embeddings[p] for p in latents.retain_prompts])
-    sample_forget = forget_timesteps(config, backbone, latents.forget[:16], forget[:16], surrogate[:16], seed)
-    sample_retain = uniform_timesteps(backbone.num_timesteps)
+    read = prompts.conditioning.rows
+    forget, surrogate, retain = (
+        prompts.rows(texts) for texts in (latents.forget_prompts, latents.surrogate_prompts, latents.retain_prompts)
+    )
+    some = (latents.forget[:16], read(forget[:16]), read(surrogate[:16]))
+    sample_forget, sample_retain = forget_times(config, backbone, *some, seed), times_between(backbone)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
     # A pool waits in host memory, two latents a sample, and takes nothing from an accelerator.
     keep = torch.device("cpu") if config.pool else device
@@ -110,7 +112,7 @@ def overwrite(
 
     def batches(stream: str, numbers: Sequence[int]) -> list[_Batch]:
         """Those batches of a stream of noise, with what one pass of the teacher says of them."""
-        rows, noised, timesteps = [], [], []
+        rows, noised, times = [], [], []
         for number in numbers:
             i_f = epoch_order(seed, f"{stream} forget", len(latents.forget), number, halves[0])
             i_r = epoch_order(seed, f"{stream} retain", len(latents.retain), number, halves[1])
@@ -118,23 +120,23 @@ def overwrite(
             clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
-            timesteps.append(torch.cat(drawn).to(device))
-            noised.append(backbone.add_noise(clean, noise, timesteps[-1]))
+            times.append(torch.cat(drawn).to(device))
+            noised.append(backbone.add_noise(clean, noise, times[-1]))
             rows.append((i_f, i_r))
-        prompts = [prompt for i_f, i_r in rows for prompt in (surrogate[i_f], retain[i_r])]
+        answers = read(torch.cat([row for i_f, i_r in rows for row in (surrogate[i_f], retain[i_r])]))
         with torch.inference_mode(), _adapters_off(layers):
-            taught = backbone.predict(torch.cat(noised), torch.cat(timesteps), torch.cat(prompts))
+            taught = backbone.predict(torch.cat(noised), torch.cat(times), answers)
         # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
         taught = taught.clone().split(sum(halves))
         return [
             _Batch(r, n.to(keep), t.to(keep), y.to(keep))
-            for r, n, t, y in zip(rows, noised, timesteps, taught, strict=True)
+            for r, n, t, y in zip(rows, noised, times, taught, strict=True)
         ]
 
     def batch_losses(batch: _Batch) -> tuple[Tensor, Tensor]:
         i_f, i_r = batch.rows
-        prompts = torch.cat([forget[i_f], retain[i_r]])
-        predicted = backbone.predict(batch.noised.to(device), batch.timesteps.to(device), prompts).float()
+        asked = read(torch.cat([forget[i_f], retain[i_r]]))
+        predicted = backbone.predict(batch.noised.to(device), batch.times.to(device), asked).float()
         taught = batch.taught.to(device).float()
         return tuple(F.mse_loss(*halved) for halved in zip(predicted.split(halves), taught.split(halves), strict=True))
 

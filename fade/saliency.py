@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import LocateConfig
 from fade.errors import FadeError
 from fade.latents import Latents
@@ -47,7 +48,7 @@ def locate(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
     latents: Latents | None,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: LocateConfig,
     seed: int,
     progress: bool = False,
@@ -55,7 +56,7 @@ def locate(
 ) -> Located:
     """Saliency of `layers` (name to base layer) on the latents, and the top `config.keep` of it as masks.
 
-    `embeddings` maps every prompt of `latents` to [tokens, width]. The weights are frozen meanwhile; the denoiser's
+    `prompts` has every prompt of `latents`. The weights are frozen meanwhile; the denoiser's
     adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
     hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Raises
     FadeError where `keep` selects nothing.
@@ -63,7 +64,7 @@ def locate(
     chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
     if config.granularity == "none":
         return located_in(layers, {name: BitMask.full(matrix_shape(m)) for name, m in chosen.items()}, {}, 0.0)
-    saliency = measure_saliency(backbone, chosen, latents, embeddings, config, seed, progress)
+    saliency = measure_saliency(backbone, chosen, latents, prompts, config, seed, progress)
     spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
     if config.scaling == "module":
         for name, value in saliency.items():
@@ -110,7 +111,7 @@ def measure_saliency(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
     latents: Latents | None,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: LocateConfig,
     seed: int,
     progress: bool = False,
@@ -119,28 +120,29 @@ def measure_saliency(
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
         return {name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()}
-    stack = _stacker(embeddings)
     batches = config.passes * -(-len(latents.forget) // config.batch_size)
     contrast = config.saliency == "contrast"
     with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
 
-        def accumulate(part: str, clean: Tensor, prompts: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
+        def accumulate(part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
             scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
             with GradientMagnitude(layers, per_sample=config.per_sample) as magnitude:
                 for batch in range(batches):
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
-                    _backward(backbone, clean[index], prompts[index], surrogates, index, generator, scale)
+                    taught = None if surrogates is None else prompts.conditioning.rows(surrogates[index])
+                    read = prompts.conditioning.rows(rows[index])
+                    _backward(backbone, clean[index], read, taught, generator, scale)
                     advance()
             for value in magnitude.saliency.values():
                 value.div_(scale)
             return magnitude.saliency
 
-        forget, surrogates = stack(latents.forget_prompts), stack(latents.surrogate_prompts)
+        forget, surrogates = prompts.rows(latents.forget_prompts), prompts.rows(latents.surrogate_prompts)
         teacher = surrogates if config.saliency in ("distillation", "auto") else None
         saliency = accumulate("locate forget", latents.forget, forget, teacher)
         if contrast:
-            common = accumulate("locate retain", latents.retain, stack(latents.retain_prompts), None)
+            common = accumulate("locate retain", latents.retain, prompts.rows(latents.retain_prompts), None)
             for name, value in saliency.items():
                 value.div_(common[name] + common[name].mean().clamp_min(torch.finfo(value.dtype).tiny))
     return saliency
@@ -149,31 +151,26 @@ def measure_saliency(
 def _backward(
     backbone: Backbone,
     clean: Tensor,
-    prompts: Tensor,
-    surrogates: Tensor | None,
-    index: Tensor,
+    prompts: Conditioning,
+    surrogates: Conditioning | None,
     generator: torch.Generator,
     scale: float,
 ) -> None:
     """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss, times `scale`."""
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    timesteps = torch.randint(backbone.num_timesteps, (len(clean),), generator=generator).to(clean.device)
-    noised = backbone.add_noise(clean, noise, timesteps)
+    times = backbone.draw_times(len(clean), generator).to(clean.device)
+    noised = backbone.add_noise(clean, noise, times)
     if surrogates is None:
-        target = backbone.target(clean, noise, timesteps)
+        target = backbone.target(clean, noise, times)
     else:
         with torch.no_grad():
-            target = backbone.predict(noised, timesteps, surrogates[index])
-    loss = F.mse_loss(backbone.predict(noised, timesteps, prompts).float(), target.float())
+            target = backbone.predict(noised, times, surrogates)
+    loss = F.mse_loss(backbone.predict(noised, times, prompts).float(), target.float())
     (scale * loss).backward()
 
 
 def _empty(layer: nn.Module) -> BitMask:
     return BitMask.pack(torch.zeros(matrix_shape(layer), dtype=torch.bool, device=layer.weight.device))
-
-
-def _stacker(embeddings: Mapping[str, Tensor]):
-    return lambda prompts: torch.stack([embeddings[prompt] for prompt in prompts])
 
 
 def located_in(

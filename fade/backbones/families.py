@@ -1,0 +1,443 @@
+"""What differs from one model family to another: a descriptor for each, and the table of all.
+
+A new family is a descriptor here (`docs/add-a-family.md`). One that needs more than data has a file of its own for that,
+and its descriptor here all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fade.backbones.flow import grid_ids, pack, unpack
+from fade.base_model import own_modules
+from fade.conditioning import Conditioning, Rows
+from fade.errors import FadeError
+
+if TYPE_CHECKING:
+    from fade.backbones.base import Backbone
+    from fade.backbones.ddpm import DdpmBackbone
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Of a diffusers attention, as in most families."""
+JOINT_PROJECTIONS = (*PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Where text and image tokens attend to one another, each with projections of its own."""
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Between pictures and latents. Functions of the VAE and of pixels [n, 3, H, W] in [-1, 1], its own latents
+    (`encode` gives what has a `latent_dist`, `latents` or `latent`), or the denoiser's, normalised."""
+
+    encode: Callable[[Any, Tensor], Any] = lambda vae, pixels: vae.encode(pixels)
+    decode: Callable[..., Tensor] = lambda vae, latents, **noise: vae.decode(latents, return_dict=False, **noise)[0]
+    normalise: Callable[[Any, Tensor], Tensor] = lambda vae, latents: _affine(vae, latents)
+    denormalise: Callable[[Any, Tensor], Tensor] = lambda vae, latents: _affine(vae, latents, invert=True)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that one tokenizer makes of a prompt: `tokenizer` is the pipeline's part, `length` how many of a reader's
+    tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that the
+    text encoder's output leaves out in front."""
+
+    tokenizer: str
+    length: int | None = None
+    text: Callable[[Any, str], str] = lambda pipeline, prompt: prompt
+    skip: Callable[[Any], int] = lambda pipeline: 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Layers that read the prompt alone, which the closed form can solve for.
+
+    `layers` picks them from all names of modules; `states` is what they read of a conditioning, [n, tokens, K];
+    `segments` whose tokens those are, in their order: none where a prompt is one vector.
+    """
+
+    layers: Callable[[Backbone, Sequence[str]], set[str]]
+    states: Callable[[Backbone, Conditioning], Tensor]
+    segments: tuple[Segment, ...] = (Segment("tokenizer"),)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: as people call it.
+        kind: `ddpm` or `flow`: which backbone.
+        pipeline: diffusers' class that draws from a prompt alone; `others`: more classes that do.
+        denoiser: the denoiser's class; component: where pipelines keep it.
+        parts: the pipeline's parts by name, which pipelines of its kind (image-to-image, inpainting, …) share, so that
+            one can be made of theirs; make: other arguments of its constructor.
+        since: the first release of diffusers that has it.
+        encoders: parts that encoding a prompt needs.
+        encode: (pipeline, prompts, device) -> the conditioning's tensors.
+        call: (backbone, conditioning, negative, guidance scale) -> the pipeline's arguments for them.
+        forward: (backbone, noised latents, times, conditioning) -> the denoiser's arguments (of a `ddpm` denoiser but
+            the first two).
+        output: (backbone, what the denoiser returned, noised latents) -> its velocity [n, C, h, w].
+        unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
+        negative: what guidance leads away from; None: the empty prompt.
+        guidance: the guidance scale that people draw with.
+        multiple: pixels that a side must be a multiple of.
+        resolution: the side in pixels that the model was trained on.
+        targets: patterns of the attention's projections; readers: layers that read the prompt alone, by a name.
+        refuse: raises FadeError for a denoiser of the class that is another model.
+        one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
+    """
+
+    name: str
+    kind: str
+    pipeline: str
+    denoiser: str
+    parts: tuple[str, ...]
+    since: str
+    encode: Callable[[Any, list[str], torch.device], Mapping[str, Rows]]
+    call: Callable[[Backbone, Conditioning, Conditioning, float], dict[str, Any]]
+    forward: Callable[[Backbone, Tensor, Tensor, Conditioning], dict[str, Any]]
+    encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
+    others: tuple[str, ...] = ()
+    component: str = "transformer"
+    make: Mapping[str, Any] = field(default_factory=dict)
+    output: Callable[[Backbone, Any, Tensor], Tensor] = lambda backbone, output, noised: output[0]
+    unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
+    negative: Callable[[Backbone], Conditioning] | None = None
+    guidance: float = 3.0
+    multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
+    resolution: Callable[[Backbone], int] = lambda backbone: 1024
+    vae: Vae = field(default_factory=Vae)
+    targets: tuple[str, ...] = PROJECTIONS
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    refuse: Callable[[Backbone], None] | None = None
+    one_by_one: bool = False
+
+    def draws(self, cls: type) -> bool:
+        """Whether pipelines of this class draw from a prompt alone with a model of the family."""
+        return any(base.__name__ in (self.pipeline, *self.others) for base in cls.__mro__)
+
+    def has_parts(self, classes: Mapping[str, str]) -> bool:
+        """Whether a pipeline whose parts have these classes, by name, is made of the family's, and of no text encoder
+        more."""
+        more = any(name.startswith("text_encoder") and name not in self.parts for name in classes)
+        return set(self.parts) <= classes.keys() and classes[self.component] == self.denoiser and not more
+
+
+def _affine(vae: Any, latents: Tensor, invert: bool = False) -> Tensor:
+    """(z − shift) · scale of the VAE's config, per channel where it has statistics; or back."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        size = (1, -1, *[1] * (latents.dim() - 2))
+        mean, std = (torch.tensor(value).to(latents).reshape(size) for value in (mean, std))
+        return latents * std / scale + mean if invert else (latents - mean) * scale / std
+    shift = config.get("shift_factor")
+    if invert:
+        return latents / scale if not shift else latents / scale + shift
+    return latents * scale if not shift else (latents - shift) * scale
+
+
+def _latent_side(backbone: Backbone) -> int:
+    """A denoiser that says the side of its latents."""
+    size = backbone.denoiser.config.sample_size
+    if size is None:
+        raise FadeError(
+            f"the denoiser's config has no sample_size, so the model's resolution is unknown; set the resolution "
+            f"(data.resolution), or pipeline.{backbone.family.component}.register_to_config(sample_size=PIXELS // 8)"
+        )
+    return (size if isinstance(size, int) else min(size)) * backbone.pipeline.vae_scale_factor
+
+
+def _cross_attention(backbone: Backbone, names: Sequence[str]) -> set[str]:
+    """Keys and values of the cross-attentions."""
+    return {
+        f"{name}.{projection}"
+        for name, _, module in own_modules(backbone.denoiser)
+        if getattr(module, "is_cross_attention", False)
+        and module.added_kv_proj_dim is None
+        and module.norm_cross is None
+        for projection in ("to_k", "to_v")
+    }
+
+
+def _named(*layers: str) -> Callable[[Backbone, Sequence[str]], set[str]]:
+    return lambda backbone, names: set(layers) & set(names)
+
+
+# --- Stable Diffusion 1.x and 2.x, DigitCanvas -----------------------------------------------------------------------
+
+DISTILLED_GUIDANCE = 8.5
+"""The guidance scale that a distilled denoiser (LCM: `time_cond_proj_dim`) is told while it is trained: the one that
+LatentConsistencyModelPipeline draws with unless told otherwise."""
+
+
+def _refuse_other_inputs(backbone: Backbone, *known: tuple[str, str]) -> None:
+    """Raises FadeError for a UNet that takes more than noised latents, a timestep, a prompt, and what is `known`."""
+    config, vae = backbone.denoiser.config, backbone.pipeline.vae
+    channels = 4 if vae is None else vae.config.latent_channels
+    if config.in_channels != channels:
+        raise FadeError(
+            f"this UNet takes {config.in_channels} channels where latents have {channels} (as those for inpainting, "
+            "editing, depth and upscaling do), so a prompt alone draws nothing: unlearn on the text-to-image model of "
+            "its family and load the adapter here with check_base=False"
+        )
+    if config.out_channels != channels:
+        raise FadeError(
+            f"this UNet predicts {config.out_channels} channels where latents have {channels}; that is not supported"
+        )
+    if vae is not None and vae.config.get("out_channels", 3) != 3:
+        raise FadeError(f"this VAE decodes to {vae.config.out_channels} channels, not to an RGB image; not supported")
+    if config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise FadeError(
+            "this UNet needs an image beside the prompt (an IP-Adapter is loaded): call pipeline.unload_ip_adapter() "
+            "first, and load the IP-Adapter again beside the finished adapter"
+        )
+    for name in ("class_embed_type", "num_class_embeds", "addition_embed_type"):
+        if config.get(name) is not None and (name, config[name]) not in known:
+            raise FadeError(f"this UNet needs more than a prompt ({name}={config[name]!r}), which is not supported")
+
+
+def _encode_sd(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _ = pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+    return {"prompt_embeds": embeddings}
+
+
+def _told_guidance(backbone: DdpmBackbone, noised: Tensor) -> dict[str, Tensor]:
+    """What a denoiser distilled from guided drawing is told beside the time."""
+    if (width := backbone.denoiser.config.time_cond_proj_dim) is None:
+        return {}
+    told = torch.full((len(noised),), DISTILLED_GUIDANCE - 1, dtype=torch.float32, device="cpu")
+    condition = backbone.pipeline.get_guidance_scale_embedding(told, embedding_dim=width)
+    return {"timestep_cond": condition.to(noised.device, noised.dtype)}
+
+
+_UNET_READER = Reader(
+    _cross_attention,
+    lambda backbone, conditioning: backbone.denoiser.process_encoder_hidden_states(conditioning["prompt_embeds"], {}),
+)
+
+STABLE_DIFFUSION = Family(
+    name="Stable Diffusion 1.x/2.x",
+    kind="ddpm",
+    pipeline="StableDiffusionPipeline",
+    denoiser="UNet2DConditionModel",
+    component="unet",
+    parts=("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    make={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    since="0.2",
+    encode=_encode_sd,
+    call=lambda backbone, conditioning, negative, guidance: {
+        "prompt_embeds": conditioning["prompt_embeds"],
+        "negative_prompt_embeds": negative["prompt_embeds"],
+        "guidance_scale": guidance,
+    },
+    forward=lambda backbone, noised, times, conditioning: {
+        "encoder_hidden_states": conditioning["prompt_embeds"], **_told_guidance(backbone, noised),
+    },  # fmt: skip
+    resolution=_latent_side,
+    readers={"prompt": _UNET_READER},
+    refuse=_refuse_other_inputs,
+)
+
+
+# --- Stable Diffusion XL ---------------------------------------------------------------------------------------------
+
+
+def _encode_sdxl(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+
+def _negative_sdxl(backbone: Backbone) -> Conditioning:
+    """Zeros, where the pipeline takes them for an empty prompt."""
+    empty = backbone.encode_prompts([""])
+    if not backbone.pipeline.config.get("force_zeros_for_empty_prompt"):
+        return empty
+    return Conditioning({name: torch.zeros_like(value) for name, value in empty.items()})
+
+
+def _forward_sdxl(
+    backbone: DdpmBackbone, noised: Tensor, times: Tensor, conditioning: Conditioning
+) -> dict[str, Any]:
+    embeddings, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
+    height, width = (size * backbone.pipeline.vae_scale_factor for size in noised.shape[2:])
+    # Original size, crop and target size (SDXL, arXiv 2307.01952, section 2.2), as the pipeline tells them.
+    sizes = torch.tensor([height, width, 0, 0, height, width]).to(embeddings).expand(len(noised), -1)
+    return {
+        "encoder_hidden_states": embeddings,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes},
+        **_told_guidance(backbone, noised),
+    }
+
+
+def _refuse_refiner(backbone: Backbone) -> None:
+    if getattr(backbone.pipeline, "text_encoder", None) is None and backbone.pipeline.config.get(
+        "requires_aesthetics_score"
+    ):
+        raise FadeError(
+            "this is SDXL's refiner, which finishes pictures that another model begins: unlearn on the base model"
+        )
+    _refuse_other_inputs(backbone, ("addition_embed_type", "text_time"))
+
+
+SDXL = Family(
+    name="Stable Diffusion XL",
+    kind="ddpm",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="UNet2DConditionModel",
+    component="unet",
+    parts=("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"),
+    since="0.18",
+    encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    encode=_encode_sdxl,
+    call=lambda backbone, conditioning, negative, guidance: {
+        **conditioning, **{f"negative_{name}": value for name, value in negative.items()}, "guidance_scale": guidance,
+    },  # fmt: skip
+    forward=_forward_sdxl,
+    negative=_negative_sdxl,
+    guidance=5.0,
+    resolution=_latent_side,
+    readers={"prompt": _UNET_READER},
+    refuse=_refuse_refiner,
+)
+
+
+# --- Stable Diffusion 3, 3.5 -----------------------------------------------------------------------------------------
+
+
+def _encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        prompt=prompts, prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
+    )
+    return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+
+def _prompt(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    return conditioning["prompt_embeds"]
+
+
+def _pooled(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    return conditioning["pooled_prompt_embeds"][:, None]
+
+
+SD3 = Family(
+    name="Stable Diffusion 3/3.5",
+    kind="flow",
+    pipeline="StableDiffusion3Pipeline",
+    denoiser="SD3Transformer2DModel",
+    parts=(
+        "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
+        "transformer", "scheduler",
+    ),  # fmt: skip
+    since="0.29",
+    encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    encode=_encode_sd3,
+    call=SDXL.call,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": 1000 * times,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "pooled_projections": conditioning["pooled_prompt_embeds"],
+    },
+    guidance=7.0,
+    multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
+    resolution=_latent_side,
+    targets=JOINT_PROJECTIONS,
+    readers={
+        "prompt": Reader(_named("context_embedder"), _prompt, (Segment("tokenizer", 77), Segment("tokenizer_3"))),
+        "pooled": Reader(_named("time_text_embed.text_embedder.linear_1"), _pooled, ()),
+    },
+)
+
+
+# --- FLUX.1, EmojiCanvas ---------------------------------------------------------------------------------------------
+
+
+def _encode_flux(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    length = {} if (most := text_length(pipeline)) is None else {"max_sequence_length": most}
+    embeddings, pooled, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, device=device, **length)
+    return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+
+def text_length(pipeline: Any) -> int | None:
+    """Tokens that prompts are padded to, where the model was trained on fewer than its family: the text tokenizer's
+    own limit, if that is lower than what the pipeline pads to."""
+    limit = getattr(getattr(pipeline, "tokenizer_2", None), "model_max_length", None)
+    return limit if limit is not None and limit < 512 else None
+
+
+def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    height, width = noised.shape[2] // 2, noised.shape[3] // 2
+    embeddings = conditioning["prompt_embeds"]
+    told = {}
+    if backbone.denoiser.config.guidance_embeds:
+        # What people draw with, for teacher and student alike: neither is asked for the data's velocity.
+        told["guidance"] = torch.full((len(noised),), backbone.family.guidance, device=noised.device)
+    return {
+        "hidden_states": pack(noised),
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": embeddings,
+        "pooled_projections": conditioning["pooled_prompt_embeds"],
+        "txt_ids": torch.zeros(embeddings.shape[1], 3, device=noised.device, dtype=noised.dtype),
+        "img_ids": grid_ids(height, width, noised.device, noised.dtype),
+        **told,
+    }
+
+
+def _call_flux(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """Of a model that is told its guidance, that; of another, classifier-free guidance where it is above 1."""
+    arguments: dict[str, Any] = dict(conditioning)
+    if (most := text_length(backbone.pipeline)) is not None:
+        arguments["max_sequence_length"] = most
+    if backbone.denoiser.config.guidance_embeds:
+        return {**arguments, "guidance_scale": guidance}
+    if guidance > 1:
+        arguments |= {f"negative_{name}": value for name, value in negative.items()}
+    return {**arguments, "true_cfg_scale": guidance}
+
+
+def _unpacked(backbone: Backbone, output: Any, noised: Tensor) -> Tensor:
+    return unpack(output[0], *noised.shape[2:])
+
+
+def _unpacked_result(backbone: Backbone, latents: Tensor, side: int) -> Tensor:
+    size = side // backbone.pipeline.vae_scale_factor
+    return unpack(latents, size, size)
+
+
+FLUX1 = Family(
+    name="FLUX.1",
+    kind="flow",
+    pipeline="FluxPipeline",
+    denoiser="FluxTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"),
+    since="0.30",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=_encode_flux,
+    call=_call_flux,
+    forward=_forward_flux,
+    output=_unpacked,
+    unpack_result=_unpacked_result,
+    guidance=3.5,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.default_sample_size * backbone.pipeline.vae_scale_factor,
+    targets=JOINT_PROJECTIONS,
+    readers={
+        "prompt": Reader(_named("context_embedder"), _prompt, (Segment("tokenizer_2"),)),
+        "pooled": Reader(_named("time_text_embed.text_embedder.linear_1"), _pooled, ()),
+    },
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1)
+"""Where pipelines of two families share the denoiser's class, the one with more parts first."""
