@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fade.adapter import Adapter, adapters_off, attach, check_carriers, check_name, load_adapter, new_metadata
@@ -305,7 +304,9 @@ def _run(
                 adapter = attach(
                     pipeline, name, located.masks, rank=config.overwrite.rank,
                     alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
-                    metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
+                    metadata=new_metadata(
+                        concept, config, base_name(pipeline), digests, scale, backbone.family.component
+                    ), seed=config.seed,
                     solved=solved,
                 )  # fmt: skip
                 adapter.enable()
@@ -455,7 +456,8 @@ def _locate(
     most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
     units = min(kept_units(layers, locating), most)
     settings, masks, spread, thresholds = config.closed_form, {}, {}, []
-    given = shares({reader: edit.equations for reader, edit in edits.items()}, units, locating.granularity, locating.tile)
+    systems = {reader: edit.equations for reader, edit in edits.items()}
+    given = shares(systems, units, locating.granularity, locating.tile)
     for reader, edit in edits.items():
         if not given[reader]:
             continue

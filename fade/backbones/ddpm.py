@@ -1,5 +1,5 @@
-"""Families that were trained as DDPM (Ho et al., arXiv 2006.11239): a time is an integer timestep, noise levels are those
-that the scheduler of a pipeline states.
+"""Families that were trained as DDPM (Ho et al., arXiv 2006.11239): a time is an integer timestep, noise levels are
+those that the scheduler of a pipeline states.
 
 A scheduler is a way of drawing; what the model was trained on are the betas in its config. Schedulers that have none
 (EDM, flow matching, consistency models, score-based ones) are refused for training, not for drawing: replacing the

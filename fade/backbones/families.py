@@ -1,7 +1,7 @@
 """What differs from one model family to another: a descriptor for each, and the table of all.
 
-A new family is a descriptor here (`docs/add-a-family.md`). One that needs more than data has a file of its own for that,
-and its descriptor here all the same.
+A new family is a descriptor here (`docs/add-a-family.md`). One that needs more than data has a file of its own for
+that, and its descriptor here all the same.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Vae:
 @dataclass(frozen=True)
 class Segment:
     """Tokens that one tokenizer makes of a prompt: `tokenizer` is the pipeline's part, `length` how many of a reader's
-    tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that the
-    text encoder's output leaves out in front."""
+    tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that
+    the text encoder's output leaves out in front."""
 
     tokenizer: str
     length: int | None = None
@@ -238,8 +238,9 @@ STABLE_DIFFUSION = Family(
         "guidance_scale": guidance,
     },
     forward=lambda backbone, noised, times, conditioning: {
-        "encoder_hidden_states": conditioning["prompt_embeds"], **_told_guidance(backbone, noised),
-    },  # fmt: skip
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        **_told_guidance(backbone, noised),
+    },
     resolution=_latent_side,
     readers={"prompt": _UNET_READER},
     refuse=_refuse_other_inputs,
@@ -264,9 +265,7 @@ def _negative_sdxl(backbone: Backbone) -> Conditioning:
     return Conditioning({name: torch.zeros_like(value) for name, value in empty.items()})
 
 
-def _forward_sdxl(
-    backbone: DdpmBackbone, noised: Tensor, times: Tensor, conditioning: Conditioning
-) -> dict[str, Any]:
+def _forward_sdxl(backbone: DdpmBackbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
     embeddings, pooled = conditioning["prompt_embeds"], conditioning["pooled_prompt_embeds"]
     height, width = (size * backbone.pipeline.vae_scale_factor for size in noised.shape[2:])
     # Original size, crop and target size (SDXL, arXiv 2307.01952, section 2.2), as the pipeline tells them.
@@ -299,8 +298,10 @@ SDXL = Family(
     encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     encode=_encode_sdxl,
     call=lambda backbone, conditioning, negative, guidance: {
-        **conditioning, **{f"negative_{name}": value for name, value in negative.items()}, "guidance_scale": guidance,
-    },  # fmt: skip
+        **conditioning,
+        **{f"negative_{name}": value for name, value in negative.items()},
+        "guidance_scale": guidance,
+    },
     forward=_forward_sdxl,
     negative=_negative_sdxl,
     guidance=5.0,
@@ -334,9 +335,16 @@ SD3 = Family(
     pipeline="StableDiffusion3Pipeline",
     denoiser="SD3Transformer2DModel",
     parts=(
-        "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
-        "transformer", "scheduler",
-    ),  # fmt: skip
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+        "transformer",
+        "scheduler",
+    ),
     since="0.29",
     encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     encode=_encode_sd3,

@@ -7,6 +7,7 @@ sample to the first level.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class FlowBackbone(Backbone):
         latents = latents.to(self.device, torch.float32)
         if conditioning.count == 1:
             conditioning = conditioning.repeat(len(latents))
-        pairs = list(zip(levels[:-1], levels[1:], strict=True))  # from more noise to less
+        pairs = list(pairwise(levels))  # from more noise to less
         parts = []
         starts = range(0, len(latents), batch_size)
         with progress_bar(description, len(starts) * steps, progress) as advance:
@@ -137,7 +138,7 @@ def _stacked(conditioning: Conditioning) -> Conditioning:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[n, C, h, w] -> [n, h/2 · w/2, 4 C]: patches of 2 x 2 as tokens, their values in the order channel, row, column."""
+    """[n, C, h, w] -> [n, h/2 · w/2, 4 C]: patches of 2 x 2 as tokens, values in the order channel, row, column."""
     n, channels, height, width = latents.shape
     patches = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(n, height // 2 * (width // 2), 4 * channels)

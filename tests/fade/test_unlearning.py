@@ -25,7 +25,7 @@ import fade
 import fade.run_folder
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
-from fade.backbones.stable_diffusion import StableDiffusionBackbone
+from fade.backbones import Backbone
 from fade.config import Config
 from fade.distillation import Losses
 from fade.errors import DivergedError, FadeError
@@ -84,7 +84,7 @@ def test_the_surrogate_takes_the_concepts_place(pipeline: StableDiffusionPipelin
 
     def answers() -> torch.Tensor:
         with torch.no_grad():
-            return torch.stack([backbone.predict(noised, timesteps, e.expand(8, -1, -1)) for e in embeddings])
+            return torch.stack([backbone.predict(noised, timesteps, embeddings.rows(i).repeat(8)) for i in range(3)])
 
     before = answers()
     config = quick.replace(
@@ -380,7 +380,7 @@ def test_bad_requests_cost_nothing(pipeline: StableDiffusionPipeline, quick: Con
 def test_a_keep_that_leaves_nothing_is_told_before_anything_is_drawn(
     pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(StableDiffusionBackbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(Backbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
     config = quick.replace(overwrite__method=method, locate__keep=1e-6)
     with pytest.raises(FadeError, match="keep 1e-06 selects none of .* use at least"):
         fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")

@@ -1,5 +1,6 @@
 """Null-text inversion, after TINA (text-free inversion attack): a picture of the concept is turned into noise by the
-inverse of deterministic drawing (DDIM, or Euler's method for flow matching) with the empty prompt under the adapted model, and drawn from that noise again with the empty prompt.
+inverse of deterministic drawing (DDIM, or Euler's method for flow matching) with the empty prompt under the adapted
+model, and drawn from that noise again with the empty prompt.
 
 No word is used, so an edit of what prompts mean cannot stand in its way: it asks whether the model can still draw the
 concept. The inversion is the plain one; TINA refines each of its steps by a fixed-point iteration, which makes it no
