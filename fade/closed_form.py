@@ -515,24 +515,25 @@ def _dense_prices(equations: NormalEquations) -> Tensor:
 
 
 def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
-    """The optimum on masks by layer: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
+    """The optimum on the masks of the equations' layers: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
     float64's precision before it is rounded.
 
     Raises FadeError for a singular system, and where every row has fewer entries than there are constraints.
     """
     if equations.protected is None:
         return _optimum(equations, masks)
-    return _by_layer(masks, _constrained(equations, _stacked(equations, masks)))
+    return _by_layer(equations, masks, _constrained(equations, _stacked(equations, masks)))
 
 
 def _optimum(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
     """The optimum of the objective as G states it, protected tokens being nothing but dear."""
     values, _ = _solved(equations, _stacked(equations, masks), with_prices=False)
-    return _by_layer(masks, values)
+    return _by_layer(equations, masks, values)
 
 
-def _by_layer(masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
-    return dict(zip(masks, values.float().split([masks[name].count for name in masks]), strict=True))
+def _by_layer(equations: NormalEquations, masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
+    parts = values.float().split([masks[name].count for name in equations.rows])
+    return dict(zip(equations.rows, parts, strict=True))
 
 
 def _constrained(equations: NormalEquations, mask: BitMask) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fade.adapter import Adapter, adapters_off, attach, check_carriers, check_name, load_adapter, new_metadata
@@ -421,8 +422,8 @@ def _text_edits(
 def _solve(
     edits: Mapping[str, _TextEdit], masks: Mapping[str, BitMask], settings: ClosedFormConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The values of every edited layer, and what is left undone: the mean over readers."""
-    solved, left = {}, []
+    """The values of every layer with a mask, and what is left undone: the mean over readers."""
+    solved, left = {name: torch.zeros(0, device="cpu", dtype=torch.float32) for name in masks}, []
     for edit in edits.values():
         if not any(masks[name].count for name in edit.layers):
             continue

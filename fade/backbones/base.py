@@ -79,9 +79,15 @@ class Backbone(ABC):
         return self.denoiser.dtype
 
     @property
+    def tells_guidance(self) -> bool:
+        """Whether the denoiser is told the guidance scale, instead of being asked twice."""
+        return bool(self.denoiser.config.get("guidance_embeds"))
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Patterns of the layers that are edited unless the settings say others: the attention's projections."""
-        return self.family.targets
+        targets = self.family.targets
+        return targets(self) if callable(targets) else targets
 
     @abstractmethod
     def check_trainable(self) -> None:

@@ -87,8 +87,9 @@ class Family:
         guidance: the guidance scale that people draw with.
         multiple: pixels that a side must be a multiple of.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections; readers: layers that read the prompt alone, by a name.
+        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers that read the prompt alone, by a name.
         refuse: raises FadeError for a denoiser of the class that is another model.
+        checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
     """
 
@@ -112,9 +113,10 @@ class Family:
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
     readers: Mapping[str, Reader] = field(default_factory=dict)
     refuse: Callable[[Backbone], None] | None = None
+    checkpointing: bool = True
     one_by_one: bool = False
 
     def draws(self, cls: type) -> bool:
@@ -329,6 +331,13 @@ def _pooled(backbone: Backbone, conditioning: Conditioning) -> Tensor:
     return conditioning["pooled_prompt_embeds"][:, None]
 
 
+def _targets_sd3(backbone: Backbone) -> tuple[str, ...]:
+    """The last block drops what becomes of the text, and with it what the text asks for."""
+    others = tuple(name for name in JOINT_PROJECTIONS if name != "add_q_proj")
+    blocks = range(backbone.denoiser.config.num_layers - 1)
+    return (*others, *(f"transformer_blocks.{block}.attn.add_q_proj" for block in blocks))
+
+
 SD3 = Family(
     name="Stable Diffusion 3/3.5",
     kind="flow",
@@ -358,7 +367,7 @@ SD3 = Family(
     guidance=7.0,
     multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
     resolution=_latent_side,
-    targets=JOINT_PROJECTIONS,
+    targets=_targets_sd3,
     readers={
         "prompt": Reader(_named("context_embedder"), _prompt, (Segment("tokenizer", 77), Segment("tokenizer_3"))),
         "pooled": Reader(_named("time_text_embed.text_embedder.linear_1"), _pooled, ()),
@@ -438,7 +447,7 @@ FLUX1 = Family(
     unpack_result=_unpacked_result,
     guidance=3.5,
     multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
-    resolution=lambda backbone: backbone.pipeline.default_sample_size * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
     targets=JOINT_PROJECTIONS,
     readers={
         "prompt": Reader(_named("context_embedder"), _prompt, (Segment("tokenizer_2"),)),

@@ -1,0 +1,169 @@
+"""A tiny pipeline of every family, of random weights that depend on a seed alone, built without a network.
+
+`FACTORIES` maps a family's name to a function of nothing that builds its pipeline; `PIPELINES` has what the tests run
+over. Sizes are those of diffusers' own fast tests or smaller.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from .tokenizers import VOCABULARY, word_tokenizer
+
+FACTORIES: dict[str, Callable[[], Any]] = {}
+
+
+def family(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """Registers a factory under the name that the family has in `fade.backbones.FAMILIES`."""
+
+    def register(build: Callable[[], Any]) -> Callable[[], Any]:
+        FACTORIES[name] = build
+        return build
+
+    return register
+
+
+def build(name: str, seed: int = 0) -> Any:
+    """A family's pipeline in evaluation mode: every parameter random, none of them zero, as gates at initialisation are.
+
+    Leaves torch's generator as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = FACTORIES[name]()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                randomise(part)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def randomise(module: nn.Module) -> None:
+    """Matrices with variance 1/fan-in, vectors near what they were: nothing is switched off, nothing explodes."""
+    module.eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def clip(width: int = 32, length: int = 16, projected: bool = False) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=length,
+        bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"], pad_token_id=VOCABULARY["<pad>"],
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def t5(width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(VOCABULARY), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4,
+            pad_token_id=0, eos_token_id=VOCABULARY["</s>"], dropout_rate=0.1,
+        )
+    )  # fmt: skip
+
+
+def kl(channels: int, **config: Any) -> AutoencoderKL:
+    """Factor 2."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=8, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config,
+    )  # fmt: skip
+
+
+def flow_scheduler(**config: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+def unet(**config: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **config,
+    )  # fmt: skip
+
+
+def ddim() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        set_alpha_to_one=False,
+    )  # fmt: skip
+
+
+@family("Stable Diffusion 1.x/2.x")
+def stable_diffusion() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=kl(4), text_encoder=clip(), tokenizer=word_tokenizer(16),
+        unet=unet(cross_attention_dim=32, attention_head_dim=4), scheduler=ddim(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@family("Stable Diffusion XL")
+def sdxl() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=kl(4), text_encoder=clip(), tokenizer=word_tokenizer(16), text_encoder_2=clip(projected=True),
+        tokenizer_2=word_tokenizer(16),
+        unet=unet(
+            cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32, transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=ddim(), add_watermarker=False,
+    )  # fmt: skip
+
+
+@family("Stable Diffusion 3/3.5")
+def sd3() -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=8,
+            pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+        scheduler=flow_scheduler(shift=3.0), vae=kl(8, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False,
+                                                    use_post_quant_conv=False),
+        text_encoder=clip(projected=True, length=77), tokenizer=word_tokenizer(77),
+        text_encoder_2=clip(projected=True, length=77), tokenizer_2=word_tokenizer(77),
+        text_encoder_3=t5(64), tokenizer_3=word_tokenizer(16, begin=False),
+    )  # fmt: skip
+
+
+def _flux(guided: bool) -> FluxPipeline:
+    return FluxPipeline(
+        scheduler=flow_scheduler(shift=3.0, use_dynamic_shifting=guided),
+        vae=kl(
+            4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False, sample_size=16
+        ),
+        text_encoder=clip(), tokenizer=word_tokenizer(16), text_encoder_2=t5(),
+        tokenizer_2=word_tokenizer(16, begin=False),
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guided,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )  # fmt: skip
+
+
+@family("FLUX.1")
+def flux() -> FluxPipeline:
+    return _flux(guided=True)

@@ -1,0 +1,192 @@
+"""Every family, on a tiny random pipeline: what is told the denoiser is what the pipeline tells it, and a whole run.
+
+A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fade
+from fade.backbones import FAMILIES, Backbone, backbone_for
+from fade.base_model import fingerprint, target_layers
+from fade.config import Config
+from fade.modes import out_of_inference_mode
+
+from .pipelines import FACTORIES, build
+
+NAMES = [family.name for family in FAMILIES]
+PROMPTS = ["a cat in the house", "van gogh"]
+
+
+def test_every_family_has_a_pipeline_here() -> None:
+    assert sorted(FACTORIES) == sorted(NAMES)
+
+
+@pytest.fixture(params=NAMES)
+def pipeline(request: pytest.FixtureRequest) -> Any:
+    return build(request.param)
+
+
+@pytest.fixture
+def backbone(pipeline: Any) -> Iterator[Backbone]:
+    backbone = backbone_for(pipeline)
+    backbone.denoiser.requires_grad_(False)
+    yield backbone
+
+
+def noised(backbone: Backbone, count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents of the family's shape, noised latents, and their times."""
+    clean = backbone.sample_latents(PROMPTS[:1], [3], steps=1).expand(count, -1, -1, -1)
+    times = backbone.draw_times(count, torch.Generator().manual_seed(0), 0.2, 0.8)
+    return clean, backbone.add_noise(clean, torch.randn_like(clean), times), times
+
+
+def test_the_prediction_is_the_pipelines_own_first_step(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sign, time, packing, positions and prompt at once: what the scheduler is given in the first step."""
+    pipeline, seen = backbone.pipeline, []
+    step = pipeline.scheduler.step
+
+    def recorded(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append((output.clone(), torch.as_tensor(timestep).clone(), sample.clone()))
+        return step(output, timestep, sample, *rest, **named)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", recorded)
+    conditioning = backbone.encode_prompts(PROMPTS[:1])
+    guidance = backbone.family.guidance if backbone.tells_guidance else 1.0
+    backbone.sample_latents(conditioning, [5], steps=3, guidance_scale=guidance)
+    for output, timestep, sample in (seen[0], seen[-1]):
+        given = {"latents": sample, "answer": output}
+        if backbone.family.kind == "flow":
+            time = timestep.reshape(1).float() / pipeline.scheduler.config.num_train_timesteps
+            side = backbone.side(None)
+            given = {name: backbone.family.unpack_result(backbone, value, side) for name, value in given.items()}
+        else:
+            time = timestep.reshape(1).long()
+        with torch.no_grad():
+            found = backbone.predict(given["latents"].to(backbone.dtype), time, conditioning)
+        torch.testing.assert_close(found, given["answer"].to(found.dtype), rtol=2e-4, atol=2e-4)
+
+
+def test_pictures_go_to_latents_and_back_by_one_affine_map(backbone: Backbone) -> None:
+    vae, family = backbone.pipeline.vae, backbone.family
+    images = [Image.effect_noise((40, 30), 80).convert("RGB")] * 2
+    latents = backbone.encode_images(images, None, torch.Generator().manual_seed(0))
+    drawn = backbone.sample_latents(PROMPTS, [0, 1], steps=1)
+    assert latents.shape == drawn.shape and latents.dim() == 4
+    there = family.vae.denormalise(vae, latents)
+    torch.testing.assert_close(family.vae.normalise(vae, there), latents, rtol=1e-5, atol=1e-5)
+    decoded = backbone.decode(latents)
+    assert decoded.shape == (2, 3, backbone.side(None), backbone.side(None))
+    assert torch.isfinite(decoded).all() and 0 <= decoded.min() and decoded.max() <= 1
+
+
+def test_latents_are_the_ones_that_the_pipeline_decodes(backbone: Backbone) -> None:
+    conditioning = backbone.encode_prompts(PROMPTS[:1])
+    arguments = backbone.family.call(backbone, conditioning, backbone.negative(), 1.0)
+    side = backbone.side(None)
+    theirs = backbone.pipeline(
+        **arguments, num_inference_steps=2, height=side, width=side, output_type="pt",
+        generator=[torch.Generator().manual_seed(7)],
+    )[0]  # fmt: skip
+    ours = backbone.decode(backbone.sample_latents(conditioning, [7], steps=2, guidance_scale=1.0))
+    torch.testing.assert_close(ours, theirs.float().reshape(ours.shape), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_batch_of_two_prompts_is_two_batches_of_one(backbone: Backbone) -> None:
+    _, latents, times = noised(backbone)
+    together = backbone.encode_prompts(PROMPTS)
+    both = backbone.predict(latents, times, together)
+    for i, prompt in enumerate(PROMPTS):
+        alone = backbone.predict(latents[i : i + 1], times[i : i + 1], backbone.encode_prompts([prompt]))
+        torch.testing.assert_close(alone, both[i : i + 1], rtol=1e-3, atol=1e-4)
+    assert (both[0] - backbone.predict(latents, times, together.rows([1, 0]))[0]).abs().max() > 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing_and_every_target_has_a_gradient(backbone: Backbone) -> None:
+    clean, latents, times = noised(backbone)
+    conditioning = backbone.encode_prompts(PROMPTS)
+    layers = target_layers(backbone.denoiser, backbone.targets)
+    out_of_inference_mode(backbone.denoiser)
+    weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
+
+    def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        output = backbone.predict(latents, times, conditioning)
+        target = backbone.target(clean, torch.ones_like(clean), times)
+        return output.detach(), torch.autograd.grad((output - target).square().mean(), weights, allow_unused=True)
+
+    output, gradients = run()
+    without = [name for name, g in zip(layers, gradients, strict=True) if g is None or not g.abs().max() > 0]
+    assert not without
+    if backbone.family.checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()
+        again, others = run()
+        torch.testing.assert_close(again, output)
+        for ours, theirs in zip(gradients, others, strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6 * float(ours.abs().max()))
+
+
+def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -> None:
+    """Their input in a forward pass is `text_states`."""
+    _, latents, times = noised(backbone)
+    conditioning = backbone.encode_prompts(PROMPTS)
+    for reader, names in backbone.text_layers().items():
+        states = backbone.text_states(reader, conditioning)
+        for name in sorted(names)[:3]:
+            layer, seen = backbone.denoiser.get_submodule(name), []
+            hook = layer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+            with torch.no_grad():
+                backbone.predict(latents, times, conditioning)
+            hook.remove()
+            assert layer.weight.shape[1] == states.shape[-1]
+            torch.testing.assert_close(seen[0].reshape(states.shape), states)
+
+
+def quick() -> Config:
+    return Config().replace(
+        data__forget_samples=2, data__retain_samples=2, data__sampling_steps=1, locate__batch_size=2,
+        locate__keep=0.1, overwrite__steps=3, overwrite__batch_size=2, overwrite__retain_batch_size=2,
+        overwrite__method="distillation", overwrite__stop_forget=0.0, overwrite__learning_rate=0.1,
+        overwrite__pool=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["distillation", "closed-form"])
+def test_a_whole_run(pipeline: Any, method: str, tmp_path: Path) -> None:
+    """Unlearn, save, load into a fresh pipeline, merge and unmerge bit for bit; at scale 0 the base answers."""
+    backbone = backbone_for(pipeline)
+    if method == "closed-form" and not backbone.family.readers:
+        pytest.skip("no layer of this family reads the prompt alone")
+    config = quick().replace(overwrite__method=method)
+    _, latents, times = noised(backbone)
+    conditioning = backbone.encode_prompts(["a picture of cat"])
+
+    def answer(backbone: Backbone) -> torch.Tensor:
+        with torch.no_grad():
+            return backbone.predict(latents[:1], times[:1], conditioning)
+
+    base, before = answer(backbone), fingerprint(backbone.denoiser)
+    adapter = fade.unlearn(
+        pipeline, "cat", "dog", templates=["a picture of {}", "{}"], retain=["a house", "a red car"],
+        config=config, output=tmp_path / "run", progress=False,
+    )  # fmt: skip
+    edited = answer(backbone)
+    assert (edited - base).abs().max() > 1e-5
+    adapter.scale = 0.0
+    torch.testing.assert_close(answer(backbone), base, rtol=1e-5, atol=1e-6)
+    adapter.scale = 1.0
+    adapter.merge()
+    torch.testing.assert_close(answer(backbone), edited, rtol=1e-3, atol=1e-4)
+    adapter.unmerge()
+    adapter.disable()
+    assert fingerprint(backbone.denoiser) == before and torch.equal(answer(backbone), base)
+
+    other = build(backbone.family.name)
+    loaded = fade.load_adapter(other, tmp_path / "run" / "adapter.safetensors")
+    torch.testing.assert_close(answer(backbone_for(other)), edited, rtol=1e-4, atol=1e-5)
+    assert loaded.metadata["component"] == backbone.family.component
