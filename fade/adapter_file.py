@@ -170,10 +170,9 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             told = str(version)[:40]
             raise AdapterFileError(f"{path} has format version {told}; this release reads up to {VERSION_WITH_PARTS}")
         kernels = metadata.get("kernels")
+        prefix, form = _prefix(metadata), metadata["form"]
         layers = {
-            name: read_layer(
-                _prefix(metadata) + name, shape, metadata["form"], tensors, None if kernels is None else kernels.get(name, [])
-            )
+            name: read_layer(prefix + name, shape, form, tensors, None if kernels is None else kernels.get(name, []))
             for name, shape in metadata["shapes"].items()
         }
         check_metadata(metadata, layers)

@@ -515,8 +515,8 @@ def _dense_prices(equations: NormalEquations) -> Tensor:
 
 
 def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
-    """The optimum on the masks of the equations' layers: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
-    float64's precision before it is rounded.
+    """The optimum on the masks of the equations' layers: float32 [mask.count], row-major; where there are protected
+    tokens, 0 on them to float64's precision before it is rounded.
 
     Raises FadeError for a singular system, and where every row has fewer entries than there are constraints.
     """

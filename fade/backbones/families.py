@@ -87,7 +87,8 @@ class Family:
         guidance: the guidance scale that people draw with.
         multiple: pixels that a side must be a multiple of.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers that read the prompt alone, by a name.
+        targets: patterns of the attention's projections, or a function of the backbone that names them.
+        readers: layers that read the prompt alone, by a name.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
@@ -143,6 +144,13 @@ def _affine(vae: Any, latents: Tensor, invert: bool = False) -> Tensor:
     if invert:
         return latents / scale if not shift else latents / scale + shift
     return latents * scale if not shift else (latents - shift) * scale
+
+
+_SCALED = Vae(
+    normalise=lambda vae, latents: latents * vae.config.scaling_factor,
+    denormalise=lambda vae, latents: latents / vae.config.scaling_factor,
+)
+"""As Stable Diffusion's pipelines do it, whatever else the VAE's config says."""
 
 
 def _latent_side(backbone: Backbone) -> int:
@@ -244,6 +252,7 @@ STABLE_DIFFUSION = Family(
         **_told_guidance(backbone, noised),
     },
     resolution=_latent_side,
+    vae=_SCALED,
     readers={"prompt": _UNET_READER},
     refuse=_refuse_other_inputs,
 )
@@ -286,6 +295,8 @@ def _refuse_refiner(backbone: Backbone) -> None:
         raise FadeError(
             "this is SDXL's refiner, which finishes pictures that another model begins: unlearn on the base model"
         )
+    if backbone.denoiser.config.addition_embed_type != "text_time":
+        raise FadeError("this UNet takes no pooled prompt and no sizes, so it is none of SDXL's")
     _refuse_other_inputs(backbone, ("addition_embed_type", "text_time"))
 
 

@@ -18,6 +18,7 @@ import fade.closed_form
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.backbones import backbone_for
+from fade.backbones.families import PROJECTIONS
 from fade.base_model import target_layers
 from fade.cli import main
 from fade.closed_form import (
@@ -426,7 +427,7 @@ def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
     run = adapter.run
     assert run["path"] == "text path" and run["saliency"] == "closed-form"
     assert run["selected"] == int(0.05 * run["total"])
-    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, quick.locate.targets).values())
+    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, PROJECTIONS).values())
     assert all(".attn2.to_" in layer["name"] for layer in run["layers"] if layer["selected"])
     assert run["losses"] == {"forget": [], "retain": []}
     assert 0 < run["residual"]["forget"] < 1 and run["residual"]["retain_weight"] > 0

@@ -213,7 +213,9 @@ def _change_entry(parts: Parts, rng: random.Random) -> None:
         parts.data[name], parts.data[other] = parts.data.get(other, b""), parts.data[name]
         return
     if kind == 3:
-        new = rng.choice((rng.choice(parts.entries)[0], name + "x", "fade.unet.", name.replace("values", "a"), *HOSTILE_TEXT))
+        new = rng.choice(
+            (rng.choice(parts.entries)[0], name + "x", "fade.unet.", name.replace("values", "a"), *HOSTILE_TEXT)
+        )
         parts.data[new] = parts.data[name]
         name = new
     elif kind == 4:

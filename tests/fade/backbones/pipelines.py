@@ -39,7 +39,7 @@ def family(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """A family's pipeline in evaluation mode: every parameter random, none of them zero, as gates at initialisation are.
+    """A family's pipeline in evaluation mode: every parameter random, none zero, as gates are at initialisation.
 
     Leaves torch's generator as it was.
     """

@@ -3,7 +3,6 @@
 A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ def pipeline(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def backbone(pipeline: Any) -> Iterator[Backbone]:
+def backbone(pipeline: Any) -> Backbone:
     backbone = backbone_for(pipeline)
     backbone.denoiser.requires_grad_(False)
-    yield backbone
+    return backbone
 
 
 def noised(backbone: Backbone, count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

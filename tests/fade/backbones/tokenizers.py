@@ -6,7 +6,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["a", "an", "the", "of", "in", "and", "cat", "dog", "house", "tree", "car", "horse", "picture", "image", "painting", "photo", "van", "gogh", "two", "red", "blue"]
+WORDS = [
+    "a", "an", "the", "of", "in", "and", "cat", "dog", "house", "tree", "car", "horse", "picture", "image", "painting",
+    "photo", "van", "gogh", "two", "red", "blue",
+]  # fmt: skip
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>")
 VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
 
