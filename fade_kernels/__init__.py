@@ -5,8 +5,8 @@ The whole public surface, and nothing else. Usable without the `fade` package, d
 """
 
 from fade_kernels import (
-    _ops,  # noqa: F401  defines the operators, which extension and dispatch then serve
-    dispatch,  # noqa: F401  registers the GPU kernels, and imports none of them yet
+    _ops,  # noqa: F401  defines the operators, which extension and registration then serve
+    registration,  # noqa: F401  registers the GPU kernels, and imports none of them yet
 )
 from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_

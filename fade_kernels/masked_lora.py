@@ -15,6 +15,7 @@ from torch import Tensor
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels.bitmask import BitMask
+from fade_kernels.window import Window
 
 # How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
 # auto: the cheapest by the measured cost table there. gather: only at the mask's positions. tile: dense, in the
@@ -138,7 +139,7 @@ def masked_lora_conv2d(
     """
     _check_groups(groups)
     _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
-    window = (_pair(stride), _pair(padding), _pair(dilation))
+    window = Window(_pair(stride), _pair(padding), _pair(dilation))
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
         return _ops.masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), *window)
@@ -176,10 +177,10 @@ def masked_values_conv2d(
     kernel = _pair(kernel_size)
     _check_mask(mask, mask.shape[:1], (x.shape[1], *kernel) if x.dim() == 4 else ())
     _check_count(values, mask)
-    window = (kernel, _pair(stride), _pair(padding), _pair(dilation))
+    window = Window(_pair(stride), _pair(padding), _pair(dilation))
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
-        return _ops.masked_values_conv2d(x, weight, bias, values, mask.words, _scale(scale), *window)
+        return _ops.masked_values_conv2d(x, weight, bias, values, mask.words, _scale(scale), kernel, *window)
 
 
 def effective_weight(
@@ -351,15 +352,10 @@ def _values_weight(
     return out.reshape(mask_words.shape[0], *shape)
 
 
-def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], *window: list[int]) -> Tensor:
+def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], window: Window) -> Tensor:
     """The whole weight gradient [C_out, C_in kh kw], for as long as it takes to contract it."""
     shape = (grad_output.shape[1], x.shape[1], *kernel)
     return torch.nn.grad.conv2d_weight(_wide(x), shape, _wide(grad_output), *window).flatten(1)
-
-
-def is_linear(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
-    """A 1 x 1 convolution that touches every pixel once is a linear layer on the pixels."""
-    return list(kernel) == [1, 1] and list(stride) == [1, 1] and list(padding) == [0, 0]
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -375,13 +371,11 @@ def _masked_lora_conv2d_cpu(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = _wide(x)
     effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
-    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), *window)
     return reference.in_layout_of(x, y.to(x.dtype))
 
 
@@ -393,13 +387,11 @@ def _masked_lora_conv2d_input_gradient_cpu(
     mask_words: Tensor,
     scale: Tensor,
     input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = _wide(grad_output)
     effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
-    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
     return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -410,17 +402,15 @@ def _masked_lora_conv2d_factor_gradients_cpu(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     kernel, factors = list(lora_a.shape[2:]), (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if is_linear(kernel, stride, padding):
+    if window.is_linear(kernel):
         grads = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(
             pixels(grad_output), pixels(x), *factors, REGIMES["auto"]
         )
     else:
-        gradient = _conv2d_weight_gradient(grad_output, x, kernel, stride, padding, dilation)
+        gradient = _conv2d_weight_gradient(grad_output, x, kernel, window)
         grads = torch.ops.fade_kernels.masked_factor_gradients(gradient, *factors)
     return grads[0].reshape(lora_a.shape), grads[1].reshape(lora_b.shape)
 
@@ -433,13 +423,11 @@ def _masked_values_conv2d_cpu(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = _wide(x)
     effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (x.shape[1], *kernel_size))
-    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), *window)
     return reference.in_layout_of(x, y.to(x.dtype))
 
 
@@ -451,13 +439,11 @@ def _masked_values_conv2d_input_gradient_cpu(
     scale: Tensor,
     input_size: list[int],
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = _wide(grad_output)
     effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (input_size[1], *kernel_size))
-    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
     return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -468,15 +454,13 @@ def _masked_values_conv2d_gradient_cpu(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
-    if is_linear(kernel_size, stride, padding):
+    if window.is_linear(kernel_size):
         return torch.ops.fade_kernels.masked_values_linear_gradient(
             pixels(grad_output), pixels(x), values, mask_words, scale, REGIMES["auto"]
         )
-    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation)
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, window)
     gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel())
     return (scale.to(gathered.dtype) * gathered).to(values.dtype)
 

@@ -1,13 +1,15 @@
 """Each operator in plain PyTorch: the definition, the default kernel, and what tests compare the compiled kernels with.
 
 Written for reading, not for speed; works on every device and, where the arithmetic is floating point, in the dtype of
-its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
+its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops`.
 """
 
 from math import prod
 
 import torch
 from torch import Tensor
+
+from fade_kernels.window import Window
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 #
@@ -467,14 +469,12 @@ def _conv2d(
     weight: Tensor | None,
     bias: Tensor | None,
     delta: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = x.to(delta.dtype)
-    y = torch.nn.functional.conv2d(wide, delta, None, stride, padding, dilation)
+    y = torch.nn.functional.conv2d(wide, delta, None, *window)
     if weight is not None:
-        y = torch.nn.functional.conv2d(wide, weight.to(delta.dtype), None, stride, padding, dilation) + y
+        y = torch.nn.functional.conv2d(wide, weight.to(delta.dtype), None, *window) + y
     if bias is not None:
         y = y + bias.to(delta.dtype).reshape(-1, 1, 1)
     return in_layout_of(x, y.to(x.dtype))
@@ -485,15 +485,13 @@ def _conv2d_input_gradient(
     weight: Tensor | None,
     delta: Tensor,
     input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     wide = grad_output.to(delta.dtype)
-    gradient = torch.nn.grad.conv2d_input(input_size, delta, wide, stride, padding, dilation)
+    gradient = torch.nn.grad.conv2d_input(input_size, delta, wide, *window)
     if weight is not None:
         frozen = weight.to(delta.dtype)
-        gradient = torch.nn.grad.conv2d_input(input_size, frozen, wide, stride, padding, dilation) + gradient
+        gradient = torch.nn.grad.conv2d_input(input_size, frozen, wide, *window) + gradient
     return in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -501,13 +499,11 @@ def _conv2d_weight_gradient(
     grad_output: Tensor,
     x: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     dtype = _compute_dtype(x)
     size = (grad_output.shape[1], x.shape[1], *kernel_size)
-    return torch.nn.grad.conv2d_weight(x.to(dtype), size, grad_output.to(dtype), stride, padding, dilation)
+    return torch.nn.grad.conv2d_weight(x.to(dtype), size, grad_output.to(dtype), *window)
 
 
 def masked_lora_conv2d(
@@ -518,14 +514,12 @@ def masked_lora_conv2d(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """The linear's definition for W [C_out, C_in, kh, kw], A [r, C_in, kh, kw], B [C_out, r, 1, 1]."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x))
     delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
-    return _conv2d(x, weight, bias, delta, stride, padding, dilation)
+    return _conv2d(x, weight, bias, delta, window)
 
 
 def masked_lora_conv2d_input_gradient(
@@ -536,14 +530,12 @@ def masked_lora_conv2d_input_gradient(
     mask_words: Tensor,
     scale: Tensor,
     input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """dX of `masked_lora_conv2d`."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(grad_output))
     delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
-    return _conv2d_input_gradient(grad_output, weight, delta, input_size, stride, padding, dilation)
+    return _conv2d_input_gradient(grad_output, weight, delta, input_size, window)
 
 
 def masked_lora_conv2d_factor_gradients(
@@ -553,12 +545,10 @@ def masked_lora_conv2d_factor_gradients(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     """dA, dB of `masked_lora_conv2d`, in the factors' four-dimensional shapes."""
-    gradient = _conv2d_weight_gradient(grad_output, x, list(lora_a.shape[2:]), stride, padding, dilation)
+    gradient = _conv2d_weight_gradient(grad_output, x, list(lora_a.shape[2:]), window)
     flat_a, flat_b = lora_a.flatten(1), lora_b.flatten(1)
     grad_a, grad_b = masked_factor_gradients(gradient.flatten(1), flat_a, flat_b, mask_words, scale)
     return grad_a.reshape(lora_a.shape), grad_b.reshape(lora_b.shape)
@@ -572,14 +562,12 @@ def masked_values_conv2d(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """`masked_values_linear` for convolutions: Delta [C_out, C_in kh kw] seen as [C_out, C_in, kh, kw]."""
     shape = (mask_words.shape[0], x.shape[1], *kernel_size)
     delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(x))
-    return _conv2d(x, weight, bias, delta.reshape(shape), stride, padding, dilation)
+    return _conv2d(x, weight, bias, delta.reshape(shape), window)
 
 
 def masked_values_conv2d_input_gradient(
@@ -590,14 +578,12 @@ def masked_values_conv2d_input_gradient(
     scale: Tensor,
     input_size: list[int],
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """dX of `masked_values_conv2d`."""
     shape = (mask_words.shape[0], input_size[1], *kernel_size)
     delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(grad_output))
-    return _conv2d_input_gradient(grad_output, weight, delta.reshape(shape), input_size, stride, padding, dilation)
+    return _conv2d_input_gradient(grad_output, weight, delta.reshape(shape), input_size, window)
 
 
 def masked_values_conv2d_gradient(
@@ -607,10 +593,8 @@ def masked_values_conv2d_gradient(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """dV of `masked_values_conv2d`: [nnz] in the values' dtype."""
-    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation).flatten(1)
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, window).flatten(1)
     return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)
