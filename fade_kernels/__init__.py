@@ -14,6 +14,7 @@ from fade_kernels.least_squares import masked_least_squares, masked_least_square
 from fade_kernels.masked_lora import (
     effective_weight,
     effective_weights,
+    effective_weights_from_values,
     masked_factor_values,
     masked_lora_conv2d,
     masked_lora_linear,
@@ -38,6 +39,7 @@ __all__ = [
     "build_info",
     "effective_weight",
     "effective_weights",
+    "effective_weights_from_values",
     "gather_masked",
     "masked_factor_values",
     "masked_least_squares",

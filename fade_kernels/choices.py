@@ -19,24 +19,24 @@ class Thresholds(NamedTuple):
     """
 
     gather_density: float = 0.0125
-    """Up to this density over the share of occupied tiles, only the mask's positions are computed. Two paths take
-    equally long at 0.0132 (8192 tokens, 3072 channels) and 0.0135 (4096 tokens, 1280 channels); at 0.01 363 us against
-    414 and 38 against 43. Clear of 0.01, which a random mask of 1 % meets on one side or the other."""
-    gather_occupancy: float = 0.4
-    """Below this share of occupied tiles they are cheaper, however few bits they hold: 4096 tokens at 1280 channels,
-    both passes, 77 us against 74."""
-    gather_flops: float = 1e10
-    """Below, the memory that the products at positions move, and their launches, cost more than the tiles: 8192 tokens
-    at 640 channels 24 us against 23."""
+    """Up to this density over the share of occupied tiles, only the mask's positions are computed: 8192 tokens at 3072
+    channels 425 us at 0.01, all tiles 505; equally long at 0.0143. Clear of 0.01, which a random mask of 1 % meets on
+    one side or the other."""
+    gather_occupancy: float = 0.6
+    """Below this share of occupied tiles they are cheaper, however few bits they hold: 8192 tokens at 1280 channels
+    74 us against 87, at 3072 398 against 312."""
+    gather_flops: float = 3e10
+    """Below this much arithmetic in x W^T, the sum in fp32 that the positions are added to costs more than the tiles:
+    8192 tokens at 1280 channels, 2.7e10, 89 us against 90; 32768 at 640 channels 129 against 90."""
+    sampled_flops: float = 1e10
+    """The same of the gradient at the positions, which needs no such sum: 8192 tokens at 640 channels 24 us, 23 by the
+    tiles."""
     sampled_density: float = 0.003
     """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
     tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
-    library_flops: float = 1.3e10
-    """From this much arithmetic in x W^T on, a library product and a second kernel for the delta beat one fused kernel:
-    46 us either way at 1.3e10 (4096 tokens, 1280 channels), 472 against 505 at 1.5e11, tiles all occupied."""
-    whole_occupancy: float = 0.85
-    """From this share of occupied tiles on, the delta's product is the library's too, on a delta in scratch: 43 us at
-    1.3e10, where all tiles take 46; at 1.5e11 414, where they take 472."""
+    rounded_density: float = 0.2
+    """Up to this density the noise of rounding W + Delta stochastically is small beside that of rounding y: rounding a
+    share d of bf16 weights adds an error of 2.3e-3 sqrt(d) of y to the 1.7e-3 of y's own rounding, at 0.2 a sixth."""
     compact_channels: float = 0.75
     """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
     guess: the model has no convolutions."""
@@ -57,26 +57,22 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
 
     Returns:
         `frozen`: the mask is empty. `scratch`: one product with W + Delta, exact enough in fp32 alone. `gather`: a
-        library product, then the delta at the mask's positions. `fused`: both terms in one kernel. `split`: a library
-        product, then the delta's occupied tiles. `whole`: two library products.
+        library product with its sum in fp32, to which the delta is added at the mask's positions. `fused`: both terms
+        in one kernel, summed in fp32.
     """
     if facts.density == 0.0:
         return "frozen"
     if dtype == torch.float32 and not tf32:
         return "scratch"
-    flops = 2.0 * tokens * rows * columns
-    if _sparse_enough(facts, THRESHOLDS.gather_density) and flops >= THRESHOLDS.gather_flops:
-        return "gather"
-    if flops < THRESHOLDS.library_flops:
-        return "fused"
-    return "whole" if facts.occupancy >= THRESHOLDS.whole_occupancy else "split"
+    large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
+    return "gather" if large and _sparse_enough(facts, THRESHOLDS.gather_density) else "fused"
 
 
 def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
     """`zero`: an empty mask. `gather`: the weight gradient at the mask's positions. `tile`: in its occupied tiles."""
     if facts.density == 0.0:
         return "zero"
-    large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
+    large = 2.0 * tokens * rows * columns >= THRESHOLDS.sampled_flops
     return "gather" if large and _sparse_enough(facts, THRESHOLDS.sampled_density) else "tile"
 
 
@@ -86,3 +82,66 @@ def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:
     A product in full fp32 uses no matrix unit, and the library's is the faster one there.
     """
     return "scratch" if dtype == torch.float32 and not tf32 else "fused"
+
+
+# --- the training mode -----------------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """The constants of the roofline model, those of an H200; their sources: `bench/roofline.py`."""
+
+    bandwidth: float = 4.3e12
+    """Bytes a second."""
+    matrix: float = 0.77e15
+    """FLOP/s of the library's 16-bit products."""
+    gathered: float = 10e12
+    """FLOP/s at a mask's positions."""
+    launch: float = 2.5e-6
+    """Seconds."""
+    efficiency: float = 0.85
+    """Of both rates, in kernels of our own."""
+
+    def seconds(self, flops: float, moved: float, rate: float, efficiency: float = 1.0) -> float:
+        """One kernel: the longer of its arithmetic and its memory traffic, and a launch."""
+        return max(flops / rate, moved / self.bandwidth) / efficiency + self.launch
+
+
+_CHIP = Chip()
+_RANK, _ROW_TILE = 16, 128  # a usual rank; rows of x for which the fused kernel makes a tile of Delta once
+
+
+def choose_training_mode(
+    dtype: torch.dtype, tokens: int, rows: int, columns: int, density: float, occupancy: float
+) -> str:
+    """Training mode of a layer by the roofline model: what the products of a step take, forward and for dX.
+
+    The adapter's gradients are the same in both modes and left out. In the one-product mode W + Delta is counted as
+    made in both directions, as with a seed; made for many layers at once it costs less.
+
+    Args:
+        dtype: of the activations; tokens, rows, columns: T, N, K (a convolution: pixels, C_out, C_in kh kw).
+        density: share of set bits in the mask; occupancy: share of its 64 x 64 tiles that hold any.
+
+    Returns:
+        "exact" or "one-product"; "exact" wherever nothing is rounded to 16 bits, the mask is empty, or too dense for
+        rounding noise to be small (`Thresholds.rounded_density`).
+    """
+    if dtype.itemsize != 2 or not 0.0 < density <= THRESHOLDS.rounded_density:
+        return "exact"
+    t, n, k, chip = tokens, rows, columns, _CHIP
+    product, weights = 2.0 * t * n * k, n * k
+    activations = t * (n + k)
+    once = chip.seconds(product, 2 * (activations + weights), chip.matrix)
+    made = chip.seconds(2.0 * weights * _RANK, (2 + 2 + 1 / 8) * weights, chip.matrix, chip.efficiency)
+    if choose_linear(dtype, t, n, k, MaskFacts(0, density, occupancy), tf32=False) == "gather":
+        written = activations / 2  # on average of both directions: y [T, N], dX [T, K]
+        library = chip.seconds(product, 2 * (written + weights) + 4 * written, chip.matrix)
+        positions = chip.seconds(
+            2.0 * t * density * weights, 8 * density * weights + 10 * written, chip.gathered, chip.efficiency
+        )
+        rounded = chip.seconds(0.0, 6 * written, chip.matrix)
+        exact = library + positions + rounded
+    else:
+        delta = occupancy * (product + 2.0 * -(-t // _ROW_TILE) * weights * _RANK)
+        exact = chip.seconds(product + delta, 2 * (activations + weights) + weights / 8, chip.matrix, chip.efficiency)
+    return "one-product" if once + made < exact else "exact"

@@ -40,6 +40,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
         merging.effective_weight_out,
         merging.effective_weights_out,
         merging.effective_weight_from_values_out,
+        merging.effective_weights_from_values_out,
         saliency.accumulate_linear_gradient_magnitude_,
     )
 }

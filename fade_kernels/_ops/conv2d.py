@@ -12,6 +12,7 @@ from fade_kernels._ops.define import (
     check_floats,
     check_images,
     check_mask_words,
+    check_one_product,
     check_same_device,
     check_same_dtype,
     check_scale,
@@ -42,6 +43,8 @@ def _check_masked_lora_conv2d(
     mask_words: Tensor,
     scale: Tensor,
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_factors(lora_a, lora_b, 4)
     check_images("x", x, lora_a.shape[1])
@@ -49,6 +52,7 @@ def _check_masked_lora_conv2d(
     check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, lora_b.shape[0], flat_columns(lora_a.shape))
     check_scale(scale, mask_words)
+    check_one_product(x, (lora_b.shape[0], *lora_a.shape[1:]), seed, rounded)
     _check_window(x.shape, lora_a.shape[2:], window)
     check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
 
@@ -62,6 +66,8 @@ def _check_masked_lora_conv2d_input_gradient(
     scale: Tensor,
     input_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_factors(lora_a, lora_b, 4)
     check_images("grad_output", grad_output, lora_b.shape[0])
@@ -69,6 +75,7 @@ def _check_masked_lora_conv2d_input_gradient(
     check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, lora_b.shape[0], flat_columns(lora_a.shape))
     check_scale(scale, mask_words)
+    check_one_product(grad_output, (lora_b.shape[0], *lora_a.shape[1:]), seed, rounded)
     _check_window(tuple(input_size), lora_a.shape[2:], window)
 
 
@@ -99,6 +106,8 @@ def _check_masked_values_conv2d(
     scale: Tensor,
     kernel_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_values(values)
     if x.dim() != 4:
@@ -110,6 +119,7 @@ def _check_masked_values_conv2d(
     check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, shape[0], flat_columns(shape))
     check_scale(scale, mask_words)
+    check_one_product(x, shape, seed, rounded)
     check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
 
 
@@ -122,6 +132,8 @@ def _check_masked_values_conv2d_input_gradient(
     input_size: list[int],
     kernel_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_values(values)
     check_images("grad_output", grad_output, mask_words.shape[0])
@@ -131,6 +143,7 @@ def _check_masked_values_conv2d_input_gradient(
     check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, shape[0], flat_columns(shape))
     check_scale(scale, mask_words)
+    check_one_product(grad_output, shape, seed, rounded)
 
 
 def _check_masked_values_conv2d_gradient(
@@ -148,13 +161,13 @@ def _check_masked_values_conv2d_gradient(
 
 
 def _setup_masked_lora_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, lora_a, lora_b, mask_words, scale, ctx.window = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale)
+    x, weight, _, lora_a, lora_b, mask_words, scale, ctx.window, ctx.seed, rounded = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale, rounded)
 
 
 def _setup_masked_values_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, values, mask_words, scale, ctx.kernel_size, ctx.window = inputs
-    ctx.save_for_backward(x, weight, values, mask_words, scale)
+    x, weight, _, values, mask_words, scale, ctx.kernel_size, ctx.window, ctx.seed, rounded = inputs
+    ctx.save_for_backward(x, weight, values, mask_words, scale, rounded)
 
 
 def _backward_frozen_conv2d(
@@ -168,37 +181,37 @@ def _backward_frozen_conv2d(
 
 
 def _backward_masked_lora_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
+    x, weight, lora_a, lora_b, mask_words, scale, rounded = ctx.saved_tensors
     delta = (lora_a, lora_b, mask_words, scale)
     grad_x = grad_a = grad_b = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_lora_conv2d_input_gradient(
-                grad_output, weight, *delta, x.shape, *ctx.window
+                grad_output, weight, *delta, x.shape, *ctx.window, ctx.seed, rounded
             )
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             grad_a, grad_b = torch.ops.fade_kernels.masked_lora_conv2d_factor_gradients(
                 grad_output, x, *delta, *ctx.window
             )
         grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight)
-    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None, None, None
 
 
 def _backward_masked_values_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, mask_words, scale = ctx.saved_tensors
+    x, weight, values, mask_words, scale, rounded = ctx.saved_tensors
     delta = (values, mask_words, scale)
     grad_x = grad_values = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_values_conv2d_input_gradient(
-                grad_output, weight, *delta, x.shape, ctx.kernel_size, *ctx.window
+                grad_output, weight, *delta, x.shape, ctx.kernel_size, *ctx.window, ctx.seed, rounded
             )
         if ctx.needs_input_grad[3]:
             grad_values = torch.ops.fade_kernels.masked_values_conv2d_gradient(
                 grad_output, x, *delta, ctx.kernel_size, *ctx.window
             )
         grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight)
-    return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None, None, None, None
 
 
 def _new_images(like: Tensor, size: Sequence[int]) -> Tensor:
@@ -209,8 +222,8 @@ def _new_images(like: Tensor, size: Sequence[int]) -> Tensor:
 
 define(
     "masked_lora_conv2d_input_gradient(Tensor grad_output, Tensor? weight, Tensor lora_a, Tensor lora_b, "
-    "Tensor mask_words, Tensor scale, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
-    "-> Tensor",
+    "Tensor mask_words, Tensor scale, SymInt[] input_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_lora_conv2d_input_gradient,
     fake=lambda grad_output, weight, lora_a, lora_b, words, scale, input_size, *_: _new_images(grad_output, input_size),
     default=reference.masked_lora_conv2d_input_gradient,
@@ -229,9 +242,10 @@ define(
 
 masked_lora_conv2d = define(
     "masked_lora_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
-    "Tensor scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    "Tensor scale, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt? seed=None, "
+    "Tensor? rounded=None) -> Tensor",
     check=_check_masked_lora_conv2d,
-    fake=lambda x, weight, bias, lora_a, lora_b, mask_words, scale, window: _new_images(
+    fake=lambda x, weight, bias, lora_a, lora_b, mask_words, scale, window, *_: _new_images(
         x, (x.shape[0], lora_b.shape[0], *window.output_size(x.shape[2:], lora_a.shape[2:]))
     ),
     default=reference.masked_lora_conv2d,
@@ -241,8 +255,8 @@ masked_lora_conv2d = define(
 
 define(
     "masked_values_conv2d_input_gradient(Tensor grad_output, Tensor? weight, Tensor values, Tensor mask_words, "
-    "Tensor scale, SymInt[] input_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) "
-    "-> Tensor",
+    "Tensor scale, SymInt[] input_size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    "SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_values_conv2d_input_gradient,
     fake=lambda grad_output, weight, values, words, scale, input_size, *_: _new_images(grad_output, input_size),
     default=reference.masked_values_conv2d_input_gradient,
@@ -258,9 +272,10 @@ define(
 
 masked_values_conv2d = define(
     "masked_values_conv2d(Tensor x, Tensor? weight, Tensor? bias, Tensor values, Tensor mask_words, Tensor scale, "
-    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt? seed=None, "
+    "Tensor? rounded=None) -> Tensor",
     check=_check_masked_values_conv2d,
-    fake=lambda x, weight, bias, values, mask_words, scale, kernel_size, window: _new_images(
+    fake=lambda x, weight, bias, values, mask_words, scale, kernel_size, window, *_: _new_images(
         x, (x.shape[0], mask_words.shape[0], *window.output_size(x.shape[2:], kernel_size))
     ),
     default=reference.masked_values_conv2d,

@@ -184,6 +184,24 @@ def check_weight(weight: Tensor | None, bias: Tensor | None, shape: tuple[int, .
         raise ValueError(f"bias {shape_of(bias)} must be [{shape[0]}]")
 
 
+def check_one_product(like: Tensor, shape: tuple[int, ...], seed: int | None, rounded: Tensor | None) -> None:
+    """Raises unless seed and rounded weight fit a layer: its weight's shape, the dtype of its rows or images."""
+    if seed is not None:
+        if rounded is not None:
+            raise ValueError("give rounding_seed or rounded_weight, not both: a rounded weight has been rounded")
+        if seed < 0:
+            raise ValueError(f"rounding_seed must not be negative, got {seed}")
+    if rounded is None:
+        return
+    if tuple(rounded.shape) != shape:
+        raise ValueError(f"rounded_weight {shape_of(rounded)} does not fit the adapter, which is for {list(shape)}")
+    if rounded.dtype != like.dtype:
+        raise TypeError(f"rounded_weight is {rounded.dtype}, the activations {like.dtype}: round the weight to theirs")
+    if rounded.requires_grad:
+        raise ValueError("rounded_weight must not require a gradient: the adapter's gradients come from its factors")
+    check_same_device(input=like, rounded_weight=rounded)
+
+
 def check_images(name: str, images: Tensor, channels: int) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"{name} {shape_of(images)} must be [n, {channels}, height, width]")

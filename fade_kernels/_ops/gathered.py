@@ -35,7 +35,13 @@ def _check_positions(starts: Tensor, segments: int, **positions: Tensor | None) 
 def _check_products(names: tuple[str, str], first: Tensor, second: Tensor) -> None:
     if first.dim() != 2 or second.dim() != 2 or first.shape[0] != second.shape[0]:
         raise ValueError(f"{names[0]} {shape_of(first)} and {names[1]} {shape_of(second)} must be [T, *] with one T")
-    check_same_dtype(**{names[0]: first, names[1]: second})
+
+
+def _check_sum(y: Tensor, x: Tensor) -> None:
+    """A sum y in fp32 may take products of 16 bits: its caller then rounds the whole of it once."""
+    _check_products(("y", "x"), y, x)
+    if y.dtype != torch.float32 or x.dtype == torch.float64:
+        check_same_dtype(y=y, x=x)
 
 
 def _check_add_gathered_lora_(
@@ -50,7 +56,7 @@ def _check_add_gathered_lora_(
     scale: Tensor,
 ) -> None:
     check_factors(lora_a, lora_b, 2)
-    _check_products(("y", "x"), y, x)
+    _check_sum(y, x)
     widths = (lora_b.shape[0], lora_a.shape[1])
     if (y.shape[1], x.shape[1]) != (widths[::-1] if by_column else widths):
         raise ValueError(f"y {shape_of(y)} and x {shape_of(x)} do not fit B A [{widths[0]}, {widths[1]}]")
@@ -63,7 +69,7 @@ def _check_add_gathered_values_(
     y: Tensor, x: Tensor, values: Tensor, order: Tensor | None, starts: Tensor, index: Tensor, scale: Tensor
 ) -> None:
     check_values(values)
-    _check_products(("y", "x"), y, x)
+    _check_sum(y, x)
     _check_positions(starts, y.shape[1], index=index, order=order)
     if values.numel() != index.numel():
         raise ValueError(f"values {shape_of(values)} must be one for each of the {index.numel()} positions")
@@ -73,6 +79,7 @@ def _check_add_gathered_values_(
 
 def _check_sampled_gradient(grad_output: Tensor, x: Tensor, starts: Tensor, index: Tensor, segment: Tensor) -> None:
     _check_products(("grad_output", "x"), grad_output, x)
+    check_same_dtype(grad_output=grad_output, x=x)
     _check_positions(starts, grad_output.shape[1], index=index, segment=segment)
     check_same_device(grad_output=grad_output, x=x, starts=starts, index=index, segment=segment)
 

@@ -9,6 +9,7 @@ from fade_kernels import reference
 from fade_kernels._ops.define import (
     check_factors,
     check_mask_words,
+    check_one_product,
     check_rows,
     check_same_device,
     check_same_dtype,
@@ -32,6 +33,8 @@ def _check_masked_lora_linear(
     mask_words: Tensor,
     scale: Tensor,
     regime: int,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_factors(lora_a, lora_b, 2)
     rows, columns = lora_b.shape[0], lora_a.shape[1]
@@ -40,6 +43,7 @@ def _check_masked_lora_linear(
     check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, rows, columns)
     check_scale(scale, mask_words)
+    check_one_product(x, (rows, columns), seed, rounded)
     check_same_device(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, mask=mask_words)
 
 
@@ -51,6 +55,8 @@ def _check_masked_lora_linear_input_gradient(
     mask_words: Tensor,
     scale: Tensor,
     regime: int,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_factors(lora_a, lora_b, 2)
     rows, columns = lora_b.shape[0], lora_a.shape[1]
@@ -59,6 +65,7 @@ def _check_masked_lora_linear_input_gradient(
     check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, rows, columns)
     check_scale(scale, mask_words)
+    check_one_product(grad_output, (rows, columns), seed, rounded)
 
 
 def _check_alike(grad_output: Tensor, x: Tensor) -> None:
@@ -86,9 +93,8 @@ def _check_masked_lora_linear_factor_gradients(
 
 
 def _setup_masked_lora_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, lora_a, lora_b, mask_words, scale, regime = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale)
-    ctx.regime = regime
+    x, weight, _, lora_a, lora_b, mask_words, scale, ctx.regime, ctx.seed, rounded = inputs
+    ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale, rounded)
 
 
 def _backward_frozen_linear(ctx: Any, grad_output: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -99,21 +105,23 @@ def _backward_frozen_linear(ctx: Any, grad_output: Tensor, x: Tensor) -> tuple[T
 
 
 def _backward_masked_lora_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_a, lora_b, mask_words, scale = ctx.saved_tensors
+    x, weight, lora_a, lora_b, mask_words, scale, rounded = ctx.saved_tensors
     delta = (lora_a, lora_b, mask_words, scale, ctx.regime)
     grad_x = grad_a = grad_b = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fade_kernels.masked_lora_linear_input_gradient(grad_output, weight, *delta)
+            grad_x = torch.ops.fade_kernels.masked_lora_linear_input_gradient(
+                grad_output, weight, *delta, ctx.seed, rounded
+            )
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             grad_a, grad_b = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(grad_output, x, *delta)
         grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
-    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None
 
 
 define(
     "masked_lora_linear_input_gradient(Tensor grad_output, Tensor? weight, Tensor lora_a, Tensor lora_b, "
-    "Tensor mask_words, Tensor scale, int regime) -> Tensor",
+    "Tensor mask_words, Tensor scale, int regime, SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_lora_linear_input_gradient,
     fake=lambda grad_output, weight, lora_a, *_: grad_output.new_empty((*grad_output.shape[:-1], lora_a.shape[1])),
     default=reference.masked_lora_linear_input_gradient,
@@ -132,7 +140,7 @@ define(
 
 masked_lora_linear = define(
     "masked_lora_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor mask_words, "
-    "Tensor scale, int regime) -> Tensor",
+    "Tensor scale, int regime, SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_lora_linear,
     fake=lambda x, weight, bias, lora_a, lora_b, *_: x.new_empty((*x.shape[:-1], lora_b.shape[0])),
     default=reference.masked_lora_linear,
@@ -152,6 +160,8 @@ def _check_masked_values_linear(
     mask_words: Tensor,
     scale: Tensor,
     regime: int,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_values(values)
     if x.dim() < 1:
@@ -162,6 +172,7 @@ def _check_masked_values_linear(
     check_same_dtype(x=x, weight=weight, bias=bias)
     check_mask_words(mask_words, *shape)
     check_scale(scale, mask_words)
+    check_one_product(x, shape, seed, rounded)
     check_same_device(x=x, weight=weight, bias=bias, values=values, mask=mask_words)
 
 
@@ -173,6 +184,8 @@ def _check_masked_values_linear_input_gradient(
     scale: Tensor,
     in_features: int,
     regime: int,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
     check_values(values)
     check_rows("grad_output", grad_output, mask_words.shape[0])
@@ -180,6 +193,7 @@ def _check_masked_values_linear_input_gradient(
     check_same_dtype(grad_output=grad_output, weight=weight)
     check_mask_words(mask_words, columns=in_features)
     check_scale(scale, mask_words)
+    check_one_product(grad_output, (mask_words.shape[0], in_features), seed, rounded)
 
 
 def _check_masked_values_linear_gradient(
@@ -193,32 +207,31 @@ def _check_masked_values_linear_gradient(
 
 
 def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, values, mask_words, scale, regime = inputs
-    ctx.save_for_backward(x, weight, values, mask_words, scale)
-    ctx.regime = regime
+    x, weight, _, values, mask_words, scale, ctx.regime, ctx.seed, rounded = inputs
+    ctx.save_for_backward(x, weight, values, mask_words, scale, rounded)
 
 
 def _backward_masked_values_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, mask_words, scale = ctx.saved_tensors
+    x, weight, values, mask_words, scale, rounded = ctx.saved_tensors
     grad_x = grad_values = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.fade_kernels.masked_values_linear_input_gradient(
-                grad_output, weight, values, mask_words, scale, x.shape[-1], ctx.regime
+                grad_output, weight, values, mask_words, scale, x.shape[-1], ctx.regime, ctx.seed, rounded
             )
         if ctx.needs_input_grad[3]:
             grad_values = torch.ops.fade_kernels.masked_values_linear_gradient(
                 grad_output, x, values, mask_words, scale, ctx.regime
             )
         grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
-    return grad_x, grad_weight, grad_bias, grad_values, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None
 
 
 define(
     "masked_values_linear_input_gradient(Tensor grad_output, Tensor? weight, Tensor values, Tensor mask_words, "
-    "Tensor scale, int in_features, int regime) -> Tensor",
+    "Tensor scale, int in_features, int regime, SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_values_linear_input_gradient,
-    fake=lambda grad_output, weight, values, mask_words, scale, in_features, regime: grad_output.new_empty(
+    fake=lambda grad_output, weight, values, mask_words, scale, in_features, *_: grad_output.new_empty(
         (*grad_output.shape[:-1], in_features)
     ),
     default=reference.masked_values_linear_input_gradient,
@@ -234,7 +247,7 @@ define(
 
 masked_values_linear = define(
     "masked_values_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor values, Tensor mask_words, Tensor scale, "
-    "int regime) -> Tensor",
+    "int regime, SymInt? seed=None, Tensor? rounded=None) -> Tensor",
     check=_check_masked_values_linear,
     fake=lambda x, weight, bias, values, mask_words, *_: x.new_empty((*x.shape[:-1], mask_words.shape[0])),
     default=reference.masked_values_linear,

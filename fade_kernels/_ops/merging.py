@@ -1,5 +1,6 @@
 """Effective weights, a delta's values, and the contraction of a dense weight gradient with the factors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def _check_effective_weight_out(
     check_same_dtype(out=out, weight=weight)
 
 
+def _check_layers(check: Callable[..., None], seed: int, **lists: list[Any]) -> None:
+    """`check`s each layer, in words that name it; every list holds one thing a layer, the first the outputs."""
+    if len({len(tensors) for tensors in lists.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
+        raise ValueError(f"every layer needs one of each, got {lengths}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    for i, layer in enumerate(zip(*lists.values(), strict=True)):
+        try:
+            check(*layer)
+            check_same_device(out=layer[0], **{"out[0]": lists["out"][0]})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
+
+
 def _check_effective_weights_out(
     out: list[Tensor],
     weight: list[Tensor],
@@ -52,17 +68,7 @@ def _check_effective_weights_out(
     seed: int,
 ) -> None:
     lists = {"out": out, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "mask": mask_words, "scale": scale}
-    if len({len(tensors) for tensors in lists.values()}) > 1:
-        lengths = ", ".join(f"{name} {len(tensors)}" for name, tensors in lists.items())
-        raise ValueError(f"every layer needs one of each, got {lengths}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    for i, layer in enumerate(zip(*lists.values(), strict=True)):
-        try:
-            _check_effective_weight_out(*layer)
-            check_same_device(out=layer[0], **{"out[0]": out[0]})
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {i}: {error}") from None
+    _check_layers(_check_effective_weight_out, seed, **lists)
 
 
 def _check_effective_weight_from_values_out(
@@ -77,6 +83,19 @@ def _check_effective_weight_from_values_out(
     check_mask_words(mask_words, *out.shape)
     check_scale(scale, mask_words)
     check_same_device(out=out, weight=weight, values=values, mask=mask_words)
+
+
+def _check_effective_weights_from_values_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    values: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    lists = {"out": out, "weight": weight, "values": values, "mask": mask_words, "scale": scale}
+    _check_layers(_check_effective_weight_from_values_out, seed, **lists)
 
 
 def _check_masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> None:
@@ -170,6 +189,14 @@ effective_weight_from_values_out = define(
     check=_check_effective_weight_from_values_out,
     fake=no_output,
     default=reference.effective_weight_from_values_out,
+)
+
+effective_weights_from_values_out = define(
+    "effective_weights_from_values_out(Tensor(a!)[] out, Tensor[] weight, Tensor[] values, Tensor[] mask_words, "
+    "Tensor[] scale, bool stochastic, int seed) -> ()",
+    check=_check_effective_weights_from_values_out,
+    fake=no_output,
+    default=reference.effective_weights_from_values_out,
 )
 
 masked_factor_values = define(

@@ -1,7 +1,9 @@
 """Masked LoRA and masked values of a convolution on a CUDA device.
 
-1 x 1 is a linear layer on the pixels. k x k: the library's convolution with W, and one with the delta on the channels
-that have any, in the activations' dtype; where fp32 convolutions do not round to TF32, one with W + Delta.
+1 x 1 is a linear layer on the pixels. k x k, exact: the library's convolution with W, and one with the delta on the
+channels that have any, both in fp32 and their sum rounded once. Where such convolutions round to TF32, 16-bit images
+and weights lose nothing by it; where they do not, one convolution with W + Delta does. One product: the library's
+convolution with the rounded weight.
 """
 
 from collections.abc import Sequence
@@ -19,10 +21,14 @@ from fade_kernels.cuda.linear import (
     masked_values_linear_gradient,
     masked_values_linear_input_gradient,
 )
-from fade_kernels.cuda.merging import on, values_weight
+from fade_kernels.cuda.merging import lora_weight, on, values_weight
 from fade_kernels.mask_facts import Channels, active_channels
 from fade_kernels.masked_lora import REGIMES, pixels
 from fade_kernels.window import Window
+
+
+def _one_product(like: Tensor, seed: int | None, rounded: Tensor | None) -> bool:
+    return rounded is not None or (seed is not None and like.dtype.itemsize == 2)
 
 
 def _one_convolution(x: Tensor) -> bool:
@@ -46,23 +52,18 @@ def _select(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
 
 
 def _conv2d(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    delta: Tensor,
-    mask_words: Tensor,
-    window: Window,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor, mask_words: Tensor, window: Window
 ) -> Tensor:
-    """conv(x, W) + conv(x, Delta) for Delta [C_out, C_in, kh, kw]."""
+    """conv(x, W) + conv(x, Delta) of fp32 images x, for Delta [C_out, C_in, kh, kw]."""
     channels = _compact(mask_words, delta.shape[1], list(delta.shape[2:]))
     part = _select(_select(delta, 0, channels.rows), 1, channels.inputs)
     term = F.conv2d(_select(x, 1, channels.inputs), part, None, *window)
     if weight is None:
         y = term.new_zeros((x.shape[0], delta.shape[0], *term.shape[2:]))
-        if bias is not None:
-            y += bias.reshape(-1, 1, 1)
     else:
-        y = F.conv2d(x, weight, bias, *window)
+        y = F.conv2d(x, weight.float(), None, *window)
+    if bias is not None:
+        y += bias.reshape(-1, 1, 1)
     return y.add_(term) if channels.rows is None else y.index_add_(1, channels.rows, term)
 
 
@@ -81,7 +82,7 @@ def _conv2d_input_gradient(
     if weight is None:
         dx = term.new_zeros(input_size)
     else:
-        dx = torch.nn.grad.conv2d_input(input_size, weight, grad_output, *window)
+        dx = torch.nn.grad.conv2d_input(input_size, weight.float(), grad_output, *window)
     return dx.add_(term) if channels.inputs is None else dx.index_add_(1, channels.inputs, term)
 
 
@@ -114,19 +115,25 @@ def masked_lora_conv2d(
     mask_words: Tensor,
     scale: Tensor,
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """Forward of x [n, C_in, h, w]."""
-    from fade_kernels.triton_kernels import effective_weight as merging
-
     shape = (lora_b.shape[0], *lora_a.shape[1:])
     delta = (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if _on_pixels(x, list(shape[2:]), window):
+    if _one_product(x, seed, rounded):
+        effective = lora_weight(x, _flat(weight), *delta, seed).reshape(shape) if rounded is None else rounded
+        y = F.conv2d(x, effective, bias, *window)
+    elif _on_pixels(x, list(shape[2:]), window):
         y = _images(masked_lora_linear(pixels(x), _flat(weight), bias, *delta, REGIMES["auto"]), x)
-    elif _one_convolution(x):
-        y = F.conv2d(x, merging.effective_weight(_flat(weight), *delta, dtype=x.dtype).reshape(shape), bias, *window)
     else:
-        added = merging.effective_weight(None, *delta, dtype=x.dtype).reshape(shape)
-        y = _conv2d(x, weight, bias, added, mask_words, window)
+        wide = x.float()
+        if _one_convolution(wide):
+            effective = lora_weight(wide, _flat(weight), *delta).reshape(shape)
+            y = F.conv2d(wide, effective, None if bias is None else bias.float(), *window)
+        else:
+            y = _conv2d(wide, weight, bias, lora_weight(wide, None, *delta).reshape(shape), mask_words, window)
+        y = y.to(x.dtype)
     return reference.in_layout_of(x, y)
 
 
@@ -139,21 +146,29 @@ def masked_lora_conv2d_input_gradient(
     scale: Tensor,
     input_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX of `masked_lora_conv2d`."""
-    from fade_kernels.triton_kernels import effective_weight as merging
-
     shape = (lora_b.shape[0], *lora_a.shape[1:])
     delta = (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if _on_pixels(grad_output, list(shape[2:]), window):
+    if _one_product(grad_output, seed, rounded):
+        effective = rounded
+        if effective is None:
+            effective = lora_weight(grad_output, _flat(weight), *delta, seed).reshape(shape)
+        dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
+    elif _on_pixels(grad_output, list(shape[2:]), window):
         rows = masked_lora_linear_input_gradient(pixels(grad_output), _flat(weight), *delta, REGIMES["auto"])
         dx = _images(rows, grad_output)
-    elif _one_convolution(grad_output):
-        effective = merging.effective_weight(_flat(weight), *delta, dtype=grad_output.dtype).reshape(shape)
-        dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
     else:
-        added = merging.effective_weight(None, *delta, dtype=grad_output.dtype).reshape(shape)
-        dx = _conv2d_input_gradient(grad_output, weight, added, mask_words, list(input_size), window)
+        wide = grad_output.float()
+        if _one_convolution(wide):
+            effective = lora_weight(wide, _flat(weight), *delta).reshape(shape)
+            dx = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
+        else:
+            added = lora_weight(wide, None, *delta).reshape(shape)
+            dx = _conv2d_input_gradient(wide, weight, added, mask_words, list(input_size), window)
+        dx = dx.to(grad_output.dtype)
     return reference.in_layout_of(grad_output, dx)
 
 
@@ -186,18 +201,29 @@ def masked_values_conv2d(
     scale: Tensor,
     kernel_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """`masked_lora_conv2d` with the delta given by its values."""
     shape = (mask_words.shape[0], x.shape[1], *kernel_size)
+    delta = (values, mask_words, scale)
     columns = shape[1] * shape[2] * shape[3]
-    if _on_pixels(x, kernel_size, window):
-        y = _images(masked_values_linear(pixels(x), _flat(weight), bias, values, mask_words, scale, REGIMES["auto"]), x)
-    elif _one_convolution(x):
-        effective = values_weight(x, _flat(weight), values, mask_words, scale, columns)
-        y = F.conv2d(x, effective.reshape(shape), bias, *window)
+    if _one_product(x, seed, rounded):
+        effective = rounded
+        if effective is None:
+            effective = values_weight(x, _flat(weight), *delta, columns, seed).reshape(shape)
+        y = F.conv2d(x, effective, bias, *window)
+    elif _on_pixels(x, kernel_size, window):
+        y = _images(masked_values_linear(pixels(x), _flat(weight), bias, *delta, REGIMES["auto"]), x)
     else:
-        added = values_weight(x, None, values, mask_words, scale, columns)
-        y = _conv2d(x, weight, bias, added.reshape(shape), mask_words, window)
+        wide = x.float()
+        if _one_convolution(wide):
+            effective = values_weight(wide, _flat(weight), *delta, columns).reshape(shape)
+            y = F.conv2d(wide, effective, None if bias is None else bias.float(), *window)
+        else:
+            added = values_weight(wide, None, *delta, columns).reshape(shape)
+            y = _conv2d(wide, weight, bias, added, mask_words, window)
+        y = y.to(x.dtype)
     return reference.in_layout_of(x, y)
 
 
@@ -210,20 +236,31 @@ def masked_values_conv2d_input_gradient(
     input_size: list[int],
     kernel_size: list[int],
     window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX of `masked_values_conv2d`."""
     shape = (mask_words.shape[0], input_size[1], *kernel_size)
+    delta = (values, mask_words, scale)
     columns = shape[1] * shape[2] * shape[3]
-    if _on_pixels(grad_output, kernel_size, window):
-        frozen, delta = _flat(weight), (values, mask_words, scale)
-        flat_dx = masked_values_linear_input_gradient(pixels(grad_output), frozen, *delta, shape[1], REGIMES["auto"])
+    if _one_product(grad_output, seed, rounded):
+        effective = rounded
+        if effective is None:
+            effective = values_weight(grad_output, _flat(weight), *delta, columns, seed).reshape(shape)
+        dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
+    elif _on_pixels(grad_output, kernel_size, window):
+        rows = pixels(grad_output)
+        flat_dx = masked_values_linear_input_gradient(rows, _flat(weight), *delta, shape[1], REGIMES["auto"])
         dx = _images(flat_dx, grad_output)
-    elif _one_convolution(grad_output):
-        effective = values_weight(grad_output, _flat(weight), values, mask_words, scale, columns)
-        dx = torch.nn.grad.conv2d_input(input_size, effective.reshape(shape), grad_output, *window)
     else:
-        added = values_weight(grad_output, None, values, mask_words, scale, columns).reshape(shape)
-        dx = _conv2d_input_gradient(grad_output, weight, added, mask_words, list(input_size), window)
+        wide = grad_output.float()
+        if _one_convolution(wide):
+            effective = values_weight(wide, _flat(weight), *delta, columns).reshape(shape)
+            dx = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
+        else:
+            added = values_weight(wide, None, *delta, columns).reshape(shape)
+            dx = _conv2d_input_gradient(wide, weight, added, mask_words, list(input_size), window)
+        dx = dx.to(grad_output.dtype)
     return reference.in_layout_of(grad_output, dx)
 
 

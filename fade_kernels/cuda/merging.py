@@ -3,18 +3,46 @@
 import torch
 from torch import Tensor
 
+from fade_kernels.mask_facts import mask_positions
+from fade_kernels.one_product import write_rounded
+
 
 def on(scale: Tensor, like: Tensor) -> Tensor:
     """The scale as fp32; a 0-d tensor on the host may multiply one on the device, and need not be copied there."""
     return scale.to(like.dtype)
 
 
-def values_weight(
-    like: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, columns: int
+def lora_weight(
+    like: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    seed: int | None = None,
 ) -> Tensor:
-    """Scratch [N, K] with W + Delta, or Delta alone, in the dtype of `like`."""
+    """Scratch [N, K] with W + Delta, or Delta alone, in the dtype of `like`; with a seed rounded stochastically."""
+    from fade_kernels.triton_kernels import effective_weight as merging
+
+    delta = (lora_a, lora_b, mask_words, scale)
+    return merging.effective_weight(weight, *delta, dtype=like.dtype, stochastic=seed is not None, seed=seed or 0)
+
+
+def values_weight(
+    like: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    columns: int,
+    seed: int | None = None,
+) -> Tensor:
+    """The same with the delta given by its values."""
     out = like.new_empty((mask_words.shape[0], columns))
-    effective_weight_from_values_out(out, weight, values, mask_words, scale)
+    if seed is not None and out.dtype.itemsize == 2:
+        write_rounded_values(out, weight, values, mask_words, scale, 0, seed)
+    else:
+        effective_weight_from_values_out(out, weight, values, mask_words, scale)
     return out
 
 
@@ -67,6 +95,33 @@ def effective_weight_from_values_out(
     delta = on(scale, values.float()) * values.float()
     changed = (delta if before is None else before + delta).to(out.dtype)
     torch.ops.fade_kernels.scatter_masked_(out, changed, mask_words)
+
+
+def effective_weights_from_values_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    values: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    """The same of many layers, layer by layer."""
+    for i, (result, base, *delta) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
+        if stochastic and result.dtype.itemsize == 2:
+            write_rounded_values(result, base, *delta, i, seed)
+        else:
+            effective_weight_from_values_out(result, base, *delta)
+
+
+def write_rounded_values(
+    out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, layer: int, seed: int
+) -> None:
+    """out [N, K] = W + Delta rounded stochastically; at the mask's positions, which stay with the mask."""
+    by_row = mask_positions(mask_words, out.shape[1]).by_row
+    elements = by_row.segment.long() * out.shape[1] + by_row.index
+    delta = on(scale, values.float()) * values.float()
+    write_rounded(out, weight, delta, mask_words, elements, layer, seed)
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
