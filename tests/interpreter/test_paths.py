@@ -18,12 +18,14 @@ from fade_kernels.window import Window
 PATHS: dict[str, tuple[int, dict[str, float]]] = {
     "gather": (REGIMES["gather"], {}),
     "fused": (REGIMES["tile"], {}),
-    "whole": (REGIMES["whole"], {}),
+    "two products": (REGIMES["whole"], {}),
     "sampled": (
         REGIMES["auto"],
-        {"gather_density": 9e9, "sampled_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+        {
+            **{"gather_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+            **{"sampled_density": 9e9, "sampled_flops": 0.0},
+        },
     ),
-    "split": (REGIMES["auto"], {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0}),
     "auto": (REGIMES["auto"], {}),
 }
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
@@ -177,6 +179,60 @@ def test_merging_many_layers(stochastic: bool, rng: torch.Generator) -> None:
         assert (got == want).float().mean() > 0.98 or got.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.3])
+def test_one_product(dtype: torch.dtype, density: float, rng: torch.Generator) -> None:
+    """The definition's random bits, whether the weight is made inside or beforehand."""
+    layer = Layer(dtype, density, rng)
+    words, scale = layer.mask.words, layer.scale
+    adapters = {"lora": (layer.lora_a, layer.lora_b), "values": (layer.values,)}
+    for kind, adapter in adapters.items():
+        weight, drawn = torch.full_like(layer.weight, float("nan")), torch.empty_like(layer.weight)
+        name = "effective_weights_out" if kind == "lora" else "effective_weights_from_values_out"
+        lists = ([layer.weight], *([tensor] for tensor in adapter), [words], [scale], True, 7)
+        KERNELS[name]([weight], *lists)
+        getattr(reference, name)([drawn], *lists)
+        assert (weight == drawn).float().mean() > 0.98 or dtype == torch.float32
+        delta = (*adapter, words, scale)
+        for given, name, rest in (
+            ((layer.x, layer.weight, layer.bias), f"masked_{kind}_linear", ()),
+            ((layer.dy, layer.weight), f"masked_{kind}_linear_input_gradient", (70,) if kind == "values" else ()),
+        ):
+            inside = KERNELS[name](*given, *delta, *rest, REGIMES["auto"], 7, None)
+            beforehand = KERNELS[name](*given, *delta, *rest, REGIMES["auto"], None, weight)
+            assert torch.equal(inside, beforehand) or dtype == torch.float32
+            exact = getattr(reference, name)(*wide(given), *wide(delta), *rest, 0, None, weight.double())
+            assert frobenius_error(inside, exact) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("kernel", [[1, 1], [3, 3]], ids=str)
+def test_one_product_of_a_convolution(dtype: torch.dtype, kernel: list[int], rng: torch.Generator) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    size = (6, 5, *kernel)
+    bits = torch.rand(size, generator=rng) < 0.3
+    words, scale, window = BitMask.pack(bits).words, torch.tensor(0.1), Window([1, 1], [0, 0], [1, 1])
+    x, weight, bias = random(2, 5, 8, 7), random(*size) * 0.2, random(6)
+    values = torch.randn(int(bits.sum()), generator=rng)
+    adapters = {"lora": (random(3, 5, *kernel), random(6, 3, 1, 1)), "values": (values,)}
+    dy = random(2, 6, 9 - kernel[0], 8 - kernel[1])
+    for kind, adapter in adapters.items():
+        delta, place = (*adapter, words, scale), (kernel,) if kind == "values" else ()
+        for given, name, rest in (
+            ((x, weight, bias), f"masked_{kind}_conv2d", place),
+            ((dy, weight), f"masked_{kind}_conv2d_input_gradient", (list(x.shape), *place)),
+        ):
+            inside = KERNELS[name](*given, *delta, *rest, window, 7, None)
+            expected = getattr(reference, name)(*given, *delta, *rest, window, 7, None)
+            assert frobenius_error(inside, expected.double()) <= TOLERANCES[dtype]
+            made = random(*size)
+            beforehand = KERNELS[name](*given, *delta, *rest, window, None, made)
+            exact = getattr(reference, name)(*wide(given), *wide(delta), *rest, window, None, made.double())
+            assert frobenius_error(beforehand, exact) <= TOLERANCES[dtype]
+
+
 def test_one_token_without_a_weight_leaves_the_bias_alone(regime: int, rng: torch.Generator) -> None:
     layer = Layer(torch.float32, 0.3, rng)
     words, scale, bias = layer.mask.words, layer.scale, layer.bias.clone()
@@ -309,12 +365,10 @@ def test_choices_follow_the_thresholds() -> None:
     sparse = choices.THRESHOLDS.gather_density
     assert choose(sparse, 1.0, 100_000, half) == "gather"
     assert choose(sparse, 1.0, 100, half) == "fused"
-    assert choose(sparse, 0.9, 100_000, half) == "whole"
-    assert choose(sparse / 2, 0.5, 100_000, half) == "gather"
-    assert choose(sparse / 9, 0.3, 100_000, half) == "split"
-    assert choose(0.1, 1.0, 100, half) == "fused"
-    assert choose(0.1, 0.2, 100_000, half) == "split"
-    assert choose(0.1, 1.0, 100_000, half) == "whole"
+    assert choose(sparse, 0.9, 100_000, half) == "fused"
+    assert choose(sparse / 2, 0.6, 100_000, half) == "gather"
+    assert choose(sparse / 9, 0.3, 100_000, half) == "fused"
+    assert choose(0.1, 1.0, 100_000, half) == "fused"
 
 
 def test_gradients_are_sampled_of_sparser_masks_than_products_are() -> None:
