@@ -14,6 +14,7 @@ in the paper noise is fresh and the number of steps fixed.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
+from fade.captured_step import CapturedStep, why_not_captured
 from fade.config import OverwriteConfig
 from fade.errors import DivergedError
 from fade.latents import Latents
@@ -31,6 +33,7 @@ from fade.layers import MaskedLoraLayer
 from fade.noise import epoch_order, forget_timesteps, loss_scale, step_generator, uniform_timesteps
 from fade.progress import progress_bar
 from fade.run_folder import Checkpoint
+from fade.training_mode import ResolvedMode, rows_in
 
 
 @dataclass
@@ -64,6 +67,23 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What training made, beside the adapter."""
+
+    losses: Losses
+    training_mode: dict[str, Any]
+    """`ResolvedMode.record`."""
+    cuda_graph: str
+    """`captured`, or why the student's passes were launched one kernel at a time."""
+
+    def record(self, config: OverwriteConfig) -> dict[str, Any]:
+        """What a run's record says of its training."""
+        return {
+            **self.losses.record(config), "training_mode": self.training_mode, "cuda_graph": self.cuda_graph,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class _Batch:
     """Noised latents [n, 4, h, w], the forget half first, and what the teacher says of them."""
 
@@ -89,8 +109,8 @@ def overwrite(
     seed: int,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
-) -> Losses:
-    """Trains the adapter in place and returns the losses.
+) -> Trained:
+    """Trains the adapter in place and returns the losses, and how they were computed.
 
     `embeddings` maps every prompt of `latents` to [tokens, width]. With `checkpoint` the state is written there every
     `config.checkpoint_every` steps; where one is there already, training goes on from it and ends as it would have
@@ -131,12 +151,21 @@ def overwrite(
             for r, n, t, y in zip(rows, noised, timesteps, taught, strict=True)
         ]
 
-    def batch_losses(batch: _Batch) -> tuple[Tensor, Tensor]:
+    def student_inputs(batch: _Batch) -> tuple[Tensor, ...]:
         i_f, i_r = batch.rows
         prompts = torch.cat([forget[i_f], retain[i_r]])
-        predicted = backbone.predict(batch.noised.to(device), batch.timesteps.to(device), prompts).float()
-        taught = batch.taught.to(device).float()
-        return tuple(F.mse_loss(*halved) for halved in zip(predicted.split(halves), taught.split(halves), strict=True))
+        return batch.noised.to(device), batch.timesteps.to(device), prompts, batch.taught.to(device)
+
+    def halved_losses(noised: Tensor, timesteps: Tensor, prompts: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = backbone.predict(noised, timesteps, prompts).float()
+        pairs = zip(predicted.split(halves), taught.float().split(halves), strict=True)
+        return tuple(F.mse_loss(*halved) for halved in pairs)
+
+    def student_losses(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is differentiated, and the losses of both halves."""
+        loss_forget, loss_retain = halved_losses(*inputs)
+        loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
+        return scale * loss / config.accumulation, loss_forget, loss_retain
 
     def pooled() -> list[_Batch]:
         pool: list[_Batch] = []
@@ -151,7 +180,14 @@ def overwrite(
 
     def held_out_losses() -> list[float]:
         with torch.inference_mode():
-            return [loss.item() for loss in batch_losses(held_out)]
+            return [loss.item() for loss in halved_losses(*student_inputs(held_out))]
+
+    def rows_in_a_step() -> list[int]:
+        """Counted in a pass of the frozen model on one sample: every sample has as many."""
+        one = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.inference_mode(), _adapters_off(layers):
+            rows = rows_in(layers, lambda: backbone.predict(latents.retain[:1], one, retain[:1]))
+        return [sum(halves) * count for count in rows]
 
     parameters = adapter.parameters()
     for parameter in parameters:
@@ -159,6 +195,12 @@ def overwrite(
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
     losses = Losses() if checkpoint is None else _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
+    mode = ResolvedMode.of(
+        config.training_mode, adapter.name, layers, rows_in_a_step, keep=config.cuda_graph == "on"
+    )  # fmt: skip
+    eager, captured = why_not_captured(config.cuda_graph, backbone, mode), None
+    if eager is not None and config.cuda_graph == "on":
+        _warn_of_eager(eager)
     pool = pooled() if config.pool else None
     held_out, frozen = None, 1.0
     if config.stops:
@@ -175,6 +217,22 @@ def overwrite(
         losses.held_out_forget.append(shares[0])
         losses.held_out_retain.append(shares[1])
 
+    def learn(batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Adds a batch's gradients to those of the step, and returns both its losses."""
+        nonlocal captured, eager
+        inputs = student_inputs(batch)
+        if captured is None and eager is None:
+            try:
+                captured = CapturedStep(student_losses, parameters, inputs)
+            except RuntimeError as error:
+                eager = f"it cannot be captured ({str(error).splitlines()[0]})"
+                _warn_of_eager(eager)
+        if captured is not None:
+            return captured(*inputs)[1:]
+        loss, *both = student_losses(*inputs)
+        loss.backward()
+        return tuple(both)
+
     end, forgotten = losses.end(config)
     with progress_bar("overwriting", config.steps, progress) as advance:
         for _ in range(first):
@@ -182,16 +240,14 @@ def overwrite(
         step = first
         while step < end:
             sums = torch.zeros(2)
-            for micro in range(config.accumulation):
-                number = step * config.accumulation + micro
-                if pool is None:
-                    (batch,) = batches("overwrite", [number])
-                else:
-                    batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
-                loss_forget, loss_retain = batch_losses(batch)
-                loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
-                (scale * loss / config.accumulation).backward()
-                sums += torch.stack([loss_forget, loss_retain]).detach().cpu() / config.accumulation
+            with mode.step(step):
+                for micro in range(config.accumulation):
+                    number = step * config.accumulation + micro
+                    if pool is None:
+                        (batch,) = batches("overwrite", [number])
+                    else:
+                        batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
+                    sums += torch.stack(learn(batch)).detach().cpu() / config.accumulation
             if not torch.isfinite(sums).all():
                 raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
@@ -205,7 +261,7 @@ def overwrite(
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_rate * _rate(step, end, config)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=captured is None)
             losses.forget.append(float(f"{sums[0].item():.5g}"))
             losses.retain.append(float(f"{sums[1].item():.5g}"))
             step += 1
@@ -215,7 +271,12 @@ def overwrite(
             advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return losses
+        parameter.grad = None
+    return Trained(losses, mode.record(config.training_mode), eager or "captured")
+
+
+def _warn_of_eager(reason: str) -> None:
+    warnings.warn(f"the student's step is launched kernel by kernel and not as a CUDA graph: {reason}", stacklevel=3)
 
 
 def _rate(step: int, end: int, config: OverwriteConfig) -> float:
