@@ -223,7 +223,7 @@ def test_the_training_mode_is_asked_for_and_told(
 ) -> None:
     toml, output = tmp_path / "quick.toml", tmp_path / "out"
     toml.write_text(QUICK_TOML)
-    words = ["unlearn", model, "--forget", "cat", "--surrogate", "dog", "--config", toml, "--device", "cpu", "--quiet"]
+    words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--config", toml, "--device", "cpu", "--quiet"]
     words += ["--training-mode", "one-product", "--output", output]
     assert cli.main([str(word) for word in [*words, "--dtype", "bf16"]]) == 0
     printed = " ".join(capsys.readouterr().out.split())
