@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fade.layers import MASKED_LAYERS, MaskedLoraLayer, Rounding, is_hooked
 from fade_kernels import choices, effective_weights, effective_weights_from_values
+from fade_kernels.mask_facts import OCCUPANCY_TILE
 
 Plan = Literal["kept", "refilled"]
 
@@ -169,6 +170,6 @@ def _why_exact(asked: str, adapter: str, layer: MaskedLoraLayer) -> str | None:
 
 def _why_exact_by_cost(adapter: str, layer: MaskedLoraLayer, rows: int) -> str | None:
     weight, mask = layer.get_base_layer().weight, layer.lora_mask[adapter].mask
-    occupancy = mask.occupancy(choices.OCCUPANCY_TILE).float().mean().item()
+    occupancy = mask.occupancy(OCCUPANCY_TILE).float().mean().item()
     mode = choices.choose_training_mode(weight.dtype, rows, *mask.shape, mask.density, occupancy)
     return None if mode == "one-product" else "the cost model prefers it"
