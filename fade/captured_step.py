@@ -53,7 +53,13 @@ def record_cuda_graph(work: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Ten
 class CapturedStep:
     """Forward and backward pass of a loss: called with inputs, adds its gradients to those of the parameters.
 
-    The gradients' memory is part of the graph: they must be set to zero between steps, not to None.
+        step = CapturedStep(lambda x, y: (F.mse_loss(model(x), y),), adapter.parameters(), (x, y))
+        for x, y in batches:  # of the same shapes
+            (loss,) = step(x, y)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+    The gradients' memory is part of the graph, so they are set to zero between steps and not to None.
     """
 
     def __init__(
