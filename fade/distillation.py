@@ -225,7 +225,8 @@ def overwrite(
             try:
                 captured = CapturedStep(student_losses, parameters, inputs)
             except RuntimeError as error:
-                eager = f"it cannot be captured ({str(error).splitlines()[0]})"
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                eager = f"it cannot be captured ({reason})"
                 _warn_of_eager(eager)
         if captured is not None:
             return captured(*inputs)[1:]

@@ -79,7 +79,7 @@ class ResolvedMode:
             rows: tells each layer's rows (`rows_in`) in one training step; asked only where "auto" needs it.
             keep: keep the rounded weights whatever they take.
         """
-        why = [_why_exact(asked, adapter, layer) for layer in layers]
+        why = [_why_exact(asked, layer) for layer in layers]
         if asked == "auto" and not all(why):
             for i, (layer, count) in enumerate(zip(layers, rows(), strict=True)):
                 why[i] = why[i] or _why_exact_by_cost(adapter, layer, count)
@@ -153,7 +153,7 @@ def rows_in(layers: Sequence[MaskedLoraLayer], call: Callable[[], Any]) -> list[
     return rows
 
 
-def _why_exact(asked: str, adapter: str, layer: MaskedLoraLayer) -> str | None:
+def _why_exact(asked: str, layer: MaskedLoraLayer) -> str | None:
     """Why a layer trains exactly whatever it would cost; None where it may train in one product."""
     base = layer.get_base_layer()
     weight = base._parameters.get("weight")
