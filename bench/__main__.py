@@ -29,7 +29,7 @@ from bench.harness import ROOT, DeviceLostError, environment
 from bench.plans import Budget, Plan, run_plans
 from bench.results_file import BadResultsError, Results, Table, show
 from bench.roofline import CHIPS, Chip
-from fade_kernels import dispatch
+from fade_kernels import registration
 
 NO_GPU = """There is no CUDA device here, so the GPU tables cannot be measured.
   python -m bench --device cpu --output FILE.json   measures the CPU kernels
@@ -208,7 +208,7 @@ def run_worker(arguments: argparse.Namespace) -> int:
         return EXIT_RED
     finally:
         before = results.payload.get("definitions", ())
-        results.payload["definitions"] = sorted({*before, *dispatch.served_by_definitions()})
+        results.payload["definitions"] = sorted({*before, *registration.served_by_definitions()})
         results.save()
     return 0
 

@@ -32,7 +32,8 @@ from bench.masked_layer import (
 from bench.plans import REPEATS, Plan, Prepared, Row
 from bench.roofline import CHIPS, Chip, Cost
 from bench.shapes import MODELS, SD15, SD35, Conv2d, Linear, Model, batched
-from fade_kernels import accumulate_gradient_magnitude_, dispatch, select_top_fraction
+from fade_kernels import accumulate_gradient_magnitude_, choices, select_top_fraction
+from fade_kernels.mask_facts import MaskFacts
 from fade_kernels.masked_lora import REGIMES
 
 SCALE = 2.0  # alpha / rank; not 1, so that nobody can leave the multiplication out
@@ -159,10 +160,10 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
 
 def _chosen(costs: Mapping[str, Cost], mask: Mask, layer: Linear) -> Cost:
     """What the dispatch would choose: a path for the products, and one for the factors' gradients."""
-    facts = dispatch.MaskFacts(0, mask.keep, occupancy(mask))
+    facts = MaskFacts(0, mask.keep, occupancy(mask))
     sizes = (layer.tokens, layer.out_features, layer.in_features)
-    path = dispatch.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
-    gradients = dispatch.choose_factor_gradients(*sizes, facts)
+    path = choices.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
+    gradients = choices.choose_factor_gradients(*sizes, facts)
     return roofline.combined(costs["tile" if path == "fused" else path], costs[gradients])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import Conv2d, Linear
-from fade_kernels import BitMask, dispatch, masked_lora_conv2d, masked_lora_linear
+from fade_kernels import BitMask, choices, masked_lora_conv2d, masked_lora_linear
 from fade_kernels.masked_lora import force_regime
 
 RANK = 16
@@ -220,12 +220,12 @@ def _forced(regime: str) -> Iterator[None]:
         with force_regime(regime):
             yield
         return
-    chosen = dispatch.choose_linear
-    dispatch.choose_linear = lambda *_: regime
+    chosen = choices.choose_linear
+    choices.choose_linear = lambda *_: regime
     try:
         yield
     finally:
-        dispatch.choose_linear = chosen
+        choices.choose_linear = chosen
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

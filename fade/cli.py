@@ -263,6 +263,14 @@ def unlearn(
             "solved, else factors.",
         ),
     ] = None,
+    training_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.TrainingMode),
+            help="How a model in 16 bits is trained: with both products summed in float32, or in one product with a "
+            f"stochastically rounded weight. Default {_OVERWRITE.training_mode}.",
+        ),
+    ] = None,
     seed: Seed = None,
     config: Annotated[
         Path | None,
@@ -300,13 +308,14 @@ def unlearn(
         overwrite__retain_weight=retain_weight,
         overwrite__timesteps=timesteps,
         overwrite__parameters=parameters,
+        overwrite__training_mode=training_mode,
         closed_form__protect=protect or None,
         closed_form__hardening=hardening,
         seed=seed,
     )
     _refuse_ignored(
         chosen, steps=steps, learning_rate=learning_rate, forget_weight=forget_weight, retain_weight=retain_weight,
-        timesteps=timesteps,
+        timesteps=timesteps, training_mode=training_mode,
     )  # fmt: skip
     if not chosen.concepts:
         raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
@@ -359,7 +368,7 @@ def _concept_words(forget: list[str], surrogate: str | None) -> "tuple[settings.
 
 def _tell_of_run(record: dict[str, Any], file: Path) -> None:
     """What an unlearning run did and cost, and the file it wrote."""
-    from fade.report import where_it_sits
+    from fade.report import how_it_was_trained, where_it_sits
 
     seconds, memory = record["seconds"], record["peak_memory_bytes"]
     _console().print(
@@ -373,7 +382,7 @@ def _tell_of_run(record: dict[str, Any], file: Path) -> None:
         why = {"forgotten": ", until held-out noise said that the concept is forgotten"}.get(record["stopped_by"], "")
         if not why and "held_out_losses" in record:
             why = ", all that were allowed, before held-out noise said forgotten; evaluate it, or raise --steps"
-        _say(f"trained for {record['steps']} steps{why}")
+        _say(f"trained for {record['steps']} steps{why}; {how_it_was_trained(record)}")
     _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
 
 

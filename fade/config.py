@@ -21,6 +21,8 @@ Scaling = Literal["none", "module"]
 Granularity = Literal["element", "tile", "channel", "module", "none"]
 Parameters = Literal["factors", "values", "auto"]
 Method = Literal["distillation", "closed-form", "both"]
+TrainingMode = Literal["exact", "one-product", "auto"]
+CudaGraph = Literal["auto", "on", "off"]
 TimestepSampler = Literal["uniform", "band", "targeted"]
 
 MOST_SEED = 2**40
@@ -157,6 +159,13 @@ class OverwriteConfig:
     """Bounds of the band as fractions of the training timesteps."""
     checkpoint_every: int = 50
     """Steps between checkpoints, when there is an output folder."""
+    training_mode: TrainingMode = "exact"
+    """How a model in 16 bits is trained (`fade.training_mode`; the run's record says what each layer used): `exact`
+    sums x Wᵀ and x Δᵀ in float32, `one-product` multiplies by W + Δ stochastically rounded once a step, `auto` takes
+    for each layer what the cost model prefers on a GPU. In float32 there is nothing to round: always exact."""
+    cuda_graph: CudaGraph = "auto"
+    """Record the student's pass once as a CUDA graph and replay it, which spares the launches from Python: `auto` where
+    it can be, `on` also keeps whatever memory that takes and warns where it cannot be, `off` never."""
 
     @property
     def peak_rate(self) -> float:

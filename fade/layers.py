@@ -176,6 +176,16 @@ class Merged:
     held: bool
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """One adapter's one-product mode (`fade.training_mode`) in one training step of one layer: the seed by which W + Δ
+    is rounded, or the weight made so beforehand."""
+
+    adapter: str
+    seed: int | None = None
+    weight: Tensor | None = None
+
+
 DENSE_FROM = 1 / 16
 """Density of the masks from which Δ is kept dense where nothing is trained; below, it takes less memory as it is."""
 
@@ -224,6 +234,8 @@ class MaskedLoraLayer:
     other_param_names: ClassVar[tuple[str, ...]] = (
         *lora.LoraLayer.other_param_names, "lora_mask", "values_form", "pinned"
     )  # fmt: skip
+    rounding: Rounding | None = None
+    """Set while a step of the one-product mode is trained; else every product is exact."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PEFT's constructor calls this before ours could add anything, and it walks `other_param_names`.
@@ -662,6 +674,8 @@ class MaskedLoraLayer:
     ) -> Tensor:
         """The base layer's output with what the adapters `acting` add to it."""
         masked = [name for name in acting if name in self.lora_mask]
+        if self.rounding is not None:  # what is trained shares the product with the weight
+            masked.sort(key=lambda name: name != self.rounding.adapter)
         plain = [name for name in acting if name not in self.lora_mask]
         base = self.base_layer
         fused = (
@@ -774,12 +788,15 @@ class MaskedLoraLayer:
         mask, scale = self.lora_mask[name]()
         lora_a, _ = _lent(self.lora_A[name])
         lora_b, own_bias = _lent(self.lora_B[name])
+        rounded = {}
+        if self.rounding is not None and self.rounding.adapter == name and weight is not None:
+            rounded = {"rounding_seed": self.rounding.seed, "rounded_weight": self.rounding.weight}
         if self.has_values(name):
-            return self._values_product(x, weight, bias, _values(lora_a, lora_b), mask, scale)
+            return self._values_product(x, weight, bias, _values(lora_a, lora_b), mask, scale, **rounded)
         if own_bias is not None:
             own_bias = (own_bias * scale).to(x.dtype)
             bias = own_bias if bias is None else bias + own_bias
-        return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale)
+        return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale, **rounded)
 
 
 class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
@@ -789,15 +806,16 @@ class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
         return F.linear(x, weight, bias)
 
     def _values_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
-    ) -> Tensor:
-        return masked_values_linear(x, weight, bias, values, mask, scale)
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor,
+        **rounded: Any,
+    ) -> Tensor:  # fmt: skip
+        return masked_values_linear(x, weight, bias, values, mask, scale, **rounded)
 
     def _factors_product(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
-        scale: Tensor,
+        scale: Tensor, **rounded: Any,
     ) -> Tensor:  # fmt: skip
-        return masked_lora_linear(x, weight, bias, lora_a, lora_b, mask, scale)
+        return masked_lora_linear(x, weight, bias, lora_a, lora_b, mask, scale, **rounded)
 
 
 class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
@@ -812,21 +830,22 @@ class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
         return self.get_base_layer()._conv_forward(x, weight, bias)
 
     def _values_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
-    ) -> Tensor:
-        base, (x, padding) = self.get_base_layer(), self._padded(x)
-        geometry = (base.stride, padding, base.dilation, base.groups)
-        return masked_values_conv2d(
-            x, weight, bias, values, mask, scale, *geometry, kernel_size=base.kernel_size
-        )  # fmt: skip
-
-    def _factors_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
-        scale: Tensor,
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor,
+        **rounded: Any,
     ) -> Tensor:  # fmt: skip
         base, (x, padding) = self.get_base_layer(), self._padded(x)
         geometry = (base.stride, padding, base.dilation, base.groups)
-        return masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask, scale, *geometry)
+        return masked_values_conv2d(
+            x, weight, bias, values, mask, scale, *geometry, kernel_size=base.kernel_size, **rounded
+        )
+
+    def _factors_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
+        scale: Tensor, **rounded: Any,
+    ) -> Tensor:  # fmt: skip
+        base, (x, padding) = self.get_base_layer(), self._padded(x)
+        geometry = (base.stride, padding, base.dilation, base.groups)
+        return masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask, scale, *geometry, **rounded)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | int]:
         """The input with the padding that is not zeros of a fixed width, and what padding is left for the product."""

@@ -43,7 +43,7 @@ from fade.concept import Concept, Pair, digitcanvas_caption, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
 from fade.config import ClosedFormConfig, Config
-from fade.distillation import Losses
+from fade.distillation import Losses, Trained
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
@@ -311,18 +311,18 @@ def _run(
                     solved=solved,
                 )  # fmt: skip
                 adapter.enable()
-                losses = Losses()
+                trained: Trained | None = None
                 if config.trains:
                     with stage("overwrite"):
-                        losses = run_overwrite(
+                        trained = run_overwrite(
                             backbone, adapter, latents, prompts, config.overwrite, config.seed,
                             folder and folder.checkpoint(located), progress,
                         )  # fmt: skip
             adapter.metadata["run"] = {
                 "path": edit_path(located.masks, text_path(backbone, layers)),
                 "saliency": config.saliency,
-                **_run_record(costs, losses, located, left),
-                **(losses.record(config.overwrite) if config.trains else {}),
+                **_run_record(costs, trained.losses if trained else Losses(), located, left),
+                **(trained.record(config.overwrite) if trained else {}),
             }
             if folder is not None:
                 folder.finish(adapter)

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "common/bitmask.h"
+#include "common/stochastic.h"
 #include "cpu/kernel.h"
 #include "cpu/mask_words.h"
 
@@ -947,15 +948,65 @@ std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, co
   return {da, db};
 }
 
+// ---- the one-product mode -------------------------------------------------------------------------------------------
+
+using Seed = std::optional<int64_t>;
+
+// Whether a seed asks for a rounded weight: where nothing is rounded to 16 bits it changes nothing.
+bool rounds(const Tensor& x, const Seed& seed) {
+  return seed && (x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16);
+}
+
+// W + delta rounded stochastically to the dtype of x, in fp32: outside the mask the weight is representable as it is.
+Tensor round_weight(const Tensor& x, const Optional& weight, const Delta<float>& delta, int64_t seed) {
+  const Mask& mask = delta.mask;
+  const Tensor sum = delta.effective_weight(as_type(weight, ScalarType::Float), x);
+  const int32_t* columns = mask.positions();
+  const uint32_t key = rounding_key(0, seed);
+  const bool fp16 = x.scalar_type() == ScalarType::Half;
+  torch::stable::parallel_for(0, mask.rows, mask.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float* row = write<float>(sum) + n * mask.columns;
+      for (int64_t i = mask.offsets[n]; i < mask.offsets[n + 1]; ++i) {
+        const uint32_t random = hash_bits(hash_bits(static_cast<uint32_t>(n * mask.columns + columns[i])) + key);
+        float& value = row[columns[i]];
+        value = fp16 ? round_stochastically<true>(value, random) : round_stochastically<false>(value, random);
+      }
+    }
+  });
+  return sum;
+}
+
+// x W'^T + bias for the rounded W', in T and rounded once.
+template <typename T>
+Tensor forward_rounded(const Tensor& x, const Tensor& rounded, const Optional& bias) {
+  const ScalarType type = dtype_of<T>();
+  return as_type(linear(as_type(x, type), as_type(rounded, type), as_type(bias, type)), x.scalar_type());
+}
+
+// dy W' for dy [..., N].
+template <typename T>
+Tensor input_gradient_rounded(const Tensor& dy, const Tensor& rounded) {
+  const Rows rows = as_rows<T>(dy, rounded.size(0));
+  const Tensor dx = empty_rows(dy, rounded.size(1), dtype_of<T>());
+  matmul_out(as_two_dimensions(dx, rounded.size(1)), rows.tensor, as_type(rounded, dtype_of<T>()));
+  return as_type(dx, dy.scalar_type());
+}
+
 // ---- operators ------------------------------------------------------------------------------------------------------
 
 Tensor masked_lora_linear(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& lora_a,
-                          const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale, int64_t regime) {
+                          const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale, int64_t regime,
+                          const Seed& seed, const Optional& rounded) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
+    if (rounded) return forward_rounded<T>(x, *rounded, bias);
     const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounds(x, seed)) return forward_rounded<T>(x, round_weight(x, weight, delta, *seed), bias);
+    }
     const Tensor y = forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
@@ -963,12 +1014,18 @@ Tensor masked_lora_linear(const Tensor& x, const Optional& weight, const Optiona
 
 Tensor masked_lora_linear_input_gradient(const Tensor& grad_output, const Optional& weight, const Tensor& lora_a,
                                          const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale,
-                                         int64_t regime) {
+                                         int64_t regime, const Seed& seed, const Optional& rounded) {
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
+    if (rounded) return input_gradient_rounded<T>(grad_output, *rounded);
     const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounds(grad_output, seed)) {
+        return input_gradient_rounded<T>(grad_output, round_weight(grad_output, weight, delta, *seed));
+      }
+    }
     const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
     return as_type(dx, grad_output.scalar_type());
   });
@@ -1028,12 +1085,17 @@ Tensor checked_values(const Tensor& values, const Mask& mask, ScalarType dtype) 
 }
 
 Tensor masked_values_linear(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& values,
-                            const Tensor& mask_words, const Tensor& scale, int64_t regime) {
+                            const Tensor& mask_words, const Tensor& scale, int64_t regime, const Seed& seed,
+                            const Optional& rounded) {
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
+    if (rounded) return forward_rounded<T>(x, *rounded, bias);
     const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounds(x, seed)) return forward_rounded<T>(x, round_weight(x, weight, delta, *seed), bias);
+    }
     const Tensor y = forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
@@ -1041,12 +1103,18 @@ Tensor masked_values_linear(const Tensor& x, const Optional& weight, const Optio
 
 Tensor masked_values_linear_input_gradient(const Tensor& grad_output, const Optional& weight, const Tensor& values,
                                            const Tensor& mask_words, const Tensor& scale, int64_t in_features,
-                                           int64_t regime) {
+                                           int64_t regime, const Seed& seed, const Optional& rounded) {
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
+    if (rounded) return input_gradient_rounded<T>(grad_output, *rounded);
     const Mask mask(mask_words, mask_words.size(0), in_features);
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounds(grad_output, seed)) {
+        return input_gradient_rounded<T>(grad_output, round_weight(grad_output, weight, delta, *seed));
+      }
+    }
     const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
     return as_type(dx, grad_output.scalar_type());
   });

@@ -1,6 +1,6 @@
 // What every CUDA kernel file needs: launches on the current stream of a tensor's device, tables of many tensors passed
 // as kernel arguments, and scans within a block. Kernels register themselves with
-// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CUDA, m); their schemas live in fade_kernels/_ops.py.
+// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CUDA, m); their schemas live in fade_kernels/_ops.
 #pragma once
 
 #include <cuda_runtime.h>

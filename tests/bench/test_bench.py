@@ -349,12 +349,12 @@ def test_stages_in_toy_size():
 
 def test_paths_of_the_dispatch_are_forced_and_given_back():
     from bench.masked_layer import _forced
-    from fade_kernels import dispatch, masked_lora
+    from fade_kernels import choices, masked_lora
 
-    chosen = dispatch.choose_linear
+    chosen = choices.choose_linear
     with _forced("split"):
-        assert dispatch.choose_linear(None, 1, 1, 1, None, False) == "split"
-    assert dispatch.choose_linear is chosen
+        assert choices.choose_linear(None, 1, 1, 1, None, False) == "split"
+    assert choices.choose_linear is chosen
     with _forced("gather"):
         assert masked_lora._regime == masked_lora.REGIMES["gather"]
     assert masked_lora._regime == masked_lora.REGIMES["auto"]

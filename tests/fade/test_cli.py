@@ -218,6 +218,22 @@ def test_the_whole_walk_on_a_model_folder(
     assert "there is no judge 'clip'" in refused(*evaluate, "--judge", "clip", "--classes", "cat,horse")
 
 
+def test_the_training_mode_is_asked_for_and_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml, output = tmp_path / "quick.toml", tmp_path / "out"
+    toml.write_text(QUICK_TOML)
+    words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--config", toml, "--device", "cpu", "--quiet"]
+    words += ["--training-mode", "one-product", "--output", output]
+    assert cli.main([str(word) for word in [*words, "--dtype", "bf16"]]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    layers = json.loads((output / "run.json").read_text())["run"]["training_mode"]["layers"]["one-product"]
+    assert layers > 0
+    assert f"{layers} layers in one product, weights rounded once a step and kept" in printed
+    assert cli.main([str(word) for word in [*words, "--overwrite"]]) == 0
+    assert "every product exact (nothing to round in float32)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_keep_that_selects_nothing_is_refused(refused: Any, model: Path, tmp_path: Path) -> None:
     toml = tmp_path / "quick.toml"
     toml.write_text(QUICK_TOML)

@@ -19,9 +19,10 @@ from kernel_testing import OPS, generator, opcheck
 from torch import Tensor, nn
 
 import fade_kernels
-from fade_kernels import BitMask, dispatch, reference
+from fade_kernels import BitMask, choices, reference, registration
 from fade_kernels.masked_lora import REGIMES, force_regime
 from fade_kernels.positions import find_positions
+from fade_kernels.window import Window
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
 DEVICES = [
@@ -61,7 +62,7 @@ def exact_fp32_products() -> Iterator[None]:
 def kernels_run_themselves() -> Iterator[None]:
     """A definition in place of a kernel would pass every test of numbers."""
     yield
-    assert not dispatch.served_by_definitions()
+    assert not registration.served_by_definitions()
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -311,7 +312,7 @@ def test_masked_lora_linear_on_every_chosen_path(
     thresholds: dict[str, float], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paths that no regime names are reached by moving the thresholds."""
-    monkeypatch.setattr(dispatch, "THRESHOLDS", dispatch.THRESHOLDS._replace(**thresholds))
+    monkeypatch.setattr(choices, "THRESHOLDS", choices.THRESHOLDS._replace(**thresholds))
     shape = (2048, 1280, 1280, 16) if device == "cuda" else (64, 256, 256, 16)
     for kind in ("0.1 %", "10 %", "corner"):
         check_lora(make_linear(device, shape, kind, dtype), True, True, dtype, kind)
@@ -518,7 +519,7 @@ def test_masked_conv2d(
         for name in ("x", "weight", "grad_output"):
             layer.tensors[name] = layer.tensors[name].contiguous(memory_format=memory_format)
         scale = torch.tensor(layer.scale, dtype=torch.float64)
-        w, lists = layer.wide, [list(pair) for pair in places]
+        w, moves = layer.wide, Window(*(list(pair) for pair in places))
 
         y, gradients = run(
             lambda x, a, b, layer=layer: fade_kernels.masked_lora_conv2d(
@@ -528,10 +529,10 @@ def test_masked_conv2d(
             layer.grad_output,
         )
         delta = (w["lora_a"], w["lora_b"], layer.words, scale)
-        assert error(y, reference.masked_lora_conv2d(w["x"], w["weight"], w["bias"], *delta, *lists)) <= FORWARD[dtype]
+        assert error(y, reference.masked_lora_conv2d(w["x"], w["weight"], w["bias"], *delta, moves)) <= FORWARD[dtype]
         expected = [
-            reference.masked_lora_conv2d_input_gradient(w["grad_output"], w["weight"], *delta, sizes["x"], *lists),
-            *reference.masked_lora_conv2d_factor_gradients(w["grad_output"], w["x"], *delta, *lists),
+            reference.masked_lora_conv2d_input_gradient(w["grad_output"], w["weight"], *delta, sizes["x"], moves),
+            *reference.masked_lora_conv2d_factor_gradients(w["grad_output"], w["x"], *delta, moves),
         ]
         for a, e in zip(gradients, expected, strict=True):
             assert error(a, e) <= FORWARD[dtype], kind
@@ -544,13 +545,13 @@ def test_masked_conv2d(
             layer.grad_output,
         )
         delta, size = (w["values"], layer.words, scale), list(kernel)
-        exact = reference.masked_values_conv2d(w["x"], w["weight"], w["bias"], *delta, size, *lists)
+        exact = reference.masked_values_conv2d(w["x"], w["weight"], w["bias"], *delta, size, moves)
         assert error(y, exact) <= FORWARD[dtype]
         expected = [
             reference.masked_values_conv2d_input_gradient(
-                w["grad_output"], w["weight"], *delta, sizes["x"], size, *lists
+                w["grad_output"], w["weight"], *delta, sizes["x"], size, moves
             ),
-            reference.masked_values_conv2d_gradient(w["grad_output"], w["x"], *delta, size, *lists),
+            reference.masked_values_conv2d_gradient(w["grad_output"], w["x"], *delta, size, moves),
         ]
         for a, e in zip(gradients, expected, strict=True):
             assert error(a, e) <= FORWARD[dtype], kind
