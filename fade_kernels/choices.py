@@ -24,7 +24,7 @@ class Thresholds(NamedTuple):
     one side or the other."""
     gather_occupancy: float = 0.6
     """Below this share of occupied tiles they are cheaper, however few bits they hold: 8192 tokens at 1280 channels
-    74 us against 87, at 3072 398 against 312."""
+    71 us against 86; above, larger layers gain: at 3072, 0.6 of them occupied, 398 against 380."""
     gather_flops: float = 3e10
     """Below this much arithmetic in x W^T, the sum in fp32 that the positions are added to costs more than the tiles:
     8192 tokens at 1280 channels, 2.7e10, 89 us against 90; 32768 at 640 channels 129 against 90."""

@@ -75,8 +75,8 @@ def masked_lora_linear(
         scale: a number or a 0-d tensor, on the host or on x's device; not differentiable. Under torch.compile another
             number compiles again, another tensor does not.
         rounding_seed: seed of the one-product mode, from 0 on, counted modulo 2^31; the training step, so that every
-            step rounds anew. The rounded weight is made twice, forward and for the input gradient, and kept in between
-            by nobody.
+            step rounds anew. The rounded weight is made twice, forward and for the input gradient, and not kept in
+            between.
         rounded_weight: [N, K] in x's dtype; the one-product mode with a weight that `effective_weights(...,
             stochastic=True, seed=step)` made beforehand, for many layers at once. It is used as it is, without a check
             that it holds this adapter, and must stay as it is until the backward pass is over.
