@@ -2,7 +2,8 @@
 
 The public functions, and CPU kernels that are compositions: the convolutions, of torch's own with the effective weight,
 and the effective weights of many layers. Definitions: `reference.py`; the linear's CPU kernels and their choice:
-csrc/cpu/masked_lora.cpp. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
+csrc/cpu/masked_lora.cpp and cost.h. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv
+2410.03750).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from fade_kernels.bitmask import BitMask
 from fade_kernels.one_product import write_rounded
 from fade_kernels.window import Window
 
-# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
+# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/cost.h.
 # auto: the cheapest by the measured cost table there. gather: only at the mask's positions. tile: dense, in the
 # occupied 32 x 32 tiles. whole: one more matrix product, in blocks of rows.
 REGIMES = {"auto": 0, "gather": 1, "tile": 2, "whole": 3}

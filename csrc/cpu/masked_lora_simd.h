@@ -1,6 +1,7 @@
-// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora.cpp includes
-// this file once per instruction set (so no include guard): FADE_SIMD names the namespace, FADE_TARGET the instruction
-// set, FADE_REGISTER_BYTES its vectors. target_clones would not do: it clones after the compiler has split the vectors.
+// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora_kernels.h
+// includes this file once per instruction set (so no include guard): FADE_SIMD names the namespace, FADE_TARGET the
+// instruction set, FADE_REGISTER_BYTES its vectors. target_clones would not do: it clones after the compiler has split
+// the vectors.
 //
 // Names: x [T, K], dy [T, N], panel = a block of rows transposed to [columns, 16 * NV] so that one vector holds 16
 // rows; offsets, columns, values = the mask as compressed sparse rows; a_t [K, rp] and b [N, rp] = factors with the
