@@ -19,8 +19,8 @@ constexpr double kCopy = 0.40;          // element of W copied to scratch and re
 constexpr double kScatter = 2.0;        // value added to the scratch at a position [T 256, N K 1280, 10 %]
 constexpr double kScatterFilled = 0.3;  // the same where whole words are set [T 256, N K 1280, 100 %]
 constexpr double kTranspose = 0.30;     // element of x, y, dy or dx to or from a panel [T 4096, N K 320, 1 %]
-constexpr double kRows = 0.033;         // multiply-add of the gather product, T nnz [T 4096, N K 320, 10 %]
-constexpr double kColumns = 0.060;      // multiply-add of its transpose, T nnz [T 4096, N K 320, 10 %]
+constexpr double kRows = 0.033;         // multiply-add of a gather product, T nnz [T 4096, N K 320, 10 %]
+constexpr double kSort = 3.0;           // value sorted by its column [an estimate]
 constexpr double kSampled = 0.045;      // multiply-add of the sampled product, T nnz [T 256, N K 1280, 10 %]
 constexpr double kTiles = 0.027;        // multiply-add of the tile kernel, 1024 T tiles [T 4096, N K 320, 20 %]
 constexpr double kContract = 3.4;       // value decoded and contracted with A and B [N K 1280, 100 %]
@@ -30,14 +30,15 @@ constexpr double kContractBlock = 1.0;  // element of a dense gradient masked an
 
 enum class Product { kGather, kEffectiveWeight };
 
-// `multiply` is kRows or kColumns; `filled` says whether the mask's occupied words are well filled.
+// `prepare`: what the gather product costs for each value beforehand; `filled` says whether the mask's occupied words
+// are well filled; `transposed`: the columns of panels that only this product needs.
 inline Product choose_product(Regime forced, bool has_weight, bool filled, int64_t t, int64_t n, int64_t k,
-                              int64_t nonzeros, double multiply) {
+                              int64_t nonzeros, double prepare, int64_t transposed) {
   if (forced == Regime::kGather) return Product::kGather;
   if (forced != Regime::kAuto) return Product::kEffectiveWeight;
   const double base = has_weight ? 0.0 : cost::kGemm * t * n * k;  // without W, the GEMM exists only for the delta
   const double effective = base + cost::kCopy * n * k + (filled ? cost::kScatterFilled : cost::kScatter) * nonzeros;
-  const double gather = cost::kTranspose * t * (n + k) + multiply * t * nonzeros;
+  const double gather = cost::kTranspose * t * transposed + (cost::kRows * t + prepare) * nonzeros;
   return gather < effective ? Product::kGather : Product::kEffectiveWeight;
 }
 

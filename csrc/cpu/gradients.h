@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -15,42 +16,67 @@ namespace fade {
 
 constexpr int64_t kPartialValues = 1 << 20;  // most gradient values held in partial sums
 
-// gradient [nnz] = sum_t dy[t, n] x[t, k] at the mask's positions, from transposed panels. A task has its own rows of x
-// and dy, and, where x has too few rows for all threads, its own rows of the mask. The rows of x are cut into parts by
-// the shape and the mask alone, each with its own sum, so the result does not depend on the number of threads.
+// How the rows of x and dy, and those of the mask, are shared out while a gradient is sampled. A task has its own rows
+// of x and dy, and, where x has too few rows for all threads, its own rows of the mask. The rows of x are cut into
+// parts by the shape and the mask alone, each with its own sum, so the result does not depend on the number of threads.
+struct SampledTasks {
+  static constexpr int64_t kPanelRows = 8 * kLanes;
+
+  SampledTasks(const Mask& mask, const Rows& x)
+      : parts(std::clamp<int64_t>(std::min(kPartialValues / mask.count(), x.count / kPanelRows), 1, 16)),
+        count_(x.count) {
+    const int64_t threads = torch::stable::get_num_threads();
+    groups = std::min((threads + parts - 1) / parts, (mask.rows + kBand - 1) / kBand);
+    group_rows = (mask.rows + groups - 1) / groups;
+  }
+
+  // First row of x of a part.
+  int64_t cut(int64_t part) const {
+    return part == parts ? count_ : count_ * part / parts / kPanelRows * kPanelRows;
+  }
+
+  int64_t parts, groups, group_rows;
+
+ private:
+  int64_t count_;
+};
+
+// gradient [nnz] = sum_t dy[t, n] x[t, k] at the mask's positions, from transposed panels. With `transposed`, the delta
+// by columns, the same panels of dy also serve dx [T, K] += dy delta; a task must then have all rows of the mask.
 template <typename T>
-void sampled_gradient(const Mask& mask, const Rows& dy, const Rows& x, T* gradient) {
-  const int64_t k = mask.columns, n = mask.rows, count = mask.count(), widest = 8 * kLanes;
-  const int64_t parts = std::clamp<int64_t>(std::min(kPartialValues / count, x.count / widest), 1, 16);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = std::min((threads + parts - 1) / parts, (n + kBand - 1) / kBand);
-  const int64_t group_rows = (n + groups - 1) / groups;
+void sampled_gradient(const Mask& mask, const SampledTasks& tasks, const Rows& dy, const Rows& x, T* gradient,
+                      const SparseRows<T>* transposed = nullptr, T* dx = nullptr) {
+  const int64_t k = mask.columns, n = mask.rows, count = mask.count(), widest = SampledTasks::kPanelRows;
   const int64_t block = std::min(k, std::max<int64_t>(64, 8 * n * k / count));  // about 8 positions of a row
   const int32_t* columns = mask.positions();
-  Buffer<T> partial((parts - 1) * count);
-  const auto cut = [&](int64_t part) { return part == parts ? x.count : x.count * part / parts / widest * widest; };
-  share_tasks(parts * groups, x.count * (n + k), [&](TaskQueue& queue) {
-    Buffer<T> x_panel(k * widest), dy_panel(kBand * widest);
+  Buffer<T> partial((tasks.parts - 1) * count);
+  share_tasks(tasks.parts * tasks.groups, x.count * (n + k), [&](TaskQueue& queue) {
+    // For dx all of dy's panel is kept, else a band at a time.
+    Buffer<T> x_panel(k * widest), dy_panel((transposed ? n : kBand) * widest),
+        dx_panel(transposed ? kBand * widest : 0);
     int64_t cursor[kBand];
     for (int64_t i; queue.next(i);) {
-      const int64_t part = i / groups, first = i % groups * group_rows, last = std::min(n, first + group_rows);
+      const int64_t part = i / tasks.groups, first = i % tasks.groups * tasks.group_rows;
+      const int64_t last = std::min(n, first + tasks.group_rows);
       T* sum = part == 0 ? gradient : partial.get() + (part - 1) * count;
       if (first >= last) continue;
       std::fill(sum + mask.offsets[first], sum + mask.offsets[last], T(0));
-      for (const Panel& panel : split_rows(cut(part), cut(part + 1), widest)) {
+      for (const Panel& panel : split_rows(tasks.cut(part), tasks.cut(part + 1), widest)) {
         kernels<T>().transpose_in(x.data<T>() + panel.first * x.stride, x.stride, panel.tall, k, x_panel.get(),
                                   panel.wide);
         for (int64_t band = first; band < last; band += kBand) {
           const int64_t end = std::min(last, band + kBand);
+          T* dy_band = dy_panel.get() + (transposed ? band * panel.wide : 0);
           kernels<T>().transpose_in(dy.data<T>() + panel.first * dy.stride + band, dy.stride, panel.tall, end - band,
-                                    dy_panel.get(), panel.wide);
-          kernels<T>().sampled_rows[panel.level()](dy_panel.get(), x_panel.get(), band, end, k, block,
-                                                   mask.offsets.data(), columns, cursor, sum);
+                                    dy_band, panel.wide);
+          kernels<T>().sampled_rows[panel.level()](dy_band, x_panel.get(), band, end, k, block, mask.offsets.data(),
+                                                   columns, cursor, sum);
         }
+        if (transposed) add_panel_product(*transposed, panel, dy_panel.get(), dx_panel.get(), dx);
       }
     }
   });
-  for (int64_t part = 0; part + 1 < parts; ++part) {
+  for (int64_t part = 0; part + 1 < tasks.parts; ++part) {
     const T* own = partial.get() + part * count;
     for (int64_t i = 0; i < count; ++i) gradient[i] += own[i];
   }
@@ -166,7 +192,7 @@ Buffer<T> gradient_values(const Mask& mask, const Rows& dy, const Rows& x, Regim
   if (mask.count() == 0 || x.count == 0) {
     std::fill_n(gradient.get(), mask.count(), T(0));
   } else if (regime == Regime::kGather) {
-    sampled_gradient(mask, dy, x, gradient.get());
+    sampled_gradient(mask, SampledTasks(mask, x), dy, x, gradient.get());
   } else if (regime == Regime::kTile) {
     tiled_gradient(mask, dy, x, gradient.get());
   } else {
@@ -322,13 +348,17 @@ void contract_blocks(const Mask& mask, const Factors<T>& factors, T scale, Tenso
   scale_all(write<T>(db), db.numel(), scale);
 }
 
-// dA [r, K], dB [N, r] in T.
+// dA [r, K], dB [N, r] in T, from a `gradient` [nnz] at the mask's positions where there is one already.
 template <typename T>
 std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, const Rows& x, const Factors<T>& factors,
-                                            T scale, Regime forced) {
+                                            T scale, Regime forced, const T* gradient = nullptr) {
   check_same_count(dy, x);
   Tensor da = torch::stable::new_empty(factors.a(), {factors.rank, mask.columns});
   Tensor db = torch::stable::new_empty(factors.b(), {mask.rows, factors.rank});
+  if (gradient) {
+    contract_sparse<T>(mask, gradient, factors, scale, da, db);
+    return {da, db};
+  }
   const Regime regime = choose_gradient(forced, x.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
   if (regime == Regime::kWhole) {
     contract_blocks<T>(mask, factors, scale, da, db,
@@ -336,10 +366,66 @@ std::tuple<Tensor, Tensor> factor_gradients(const Mask& mask, const Rows& dy, co
   } else if (regime == Regime::kTile) {
     contract_tiles<T>(mask, dy, x, factors, scale, da, db);
   } else {
-    const Buffer<T> gradient = gradient_values<T>(mask, dy, x, regime);
-    contract_sparse<T>(mask, gradient.get(), factors, scale, da, db);
+    contract_sparse<T>(mask, gradient_values<T>(mask, dy, x, regime).get(), factors, scale, da, db);
   }
   return {da, db};
+}
+
+// dX in T and the unscaled gradient at the mask's positions, both from the same transposed panels of dY.
+template <typename T>
+struct GatheredBackward {
+  Tensor dx;
+  Buffer<T> gradient;
+};
+
+// Where another way is cheaper, or where a task would not have all rows of the mask, nothing.
+template <typename T>
+std::optional<GatheredBackward<T>> gathered_backward(const Tensor& grad_output, const Rows& dy, const Rows& x,
+                                                     const Optional& weight, const Delta<T>& delta, Regime forced) {
+  const Mask& mask = delta.mask;
+  const int64_t t = x.count, n = mask.rows, k = mask.columns;
+  check_same_count(dy, x);
+  if (t == 0 || mask.count() == 0) return {};
+  const SampledTasks tasks(mask, x);
+  if (tasks.groups > 1 || choose_gradient(forced, t, n, k, mask.count(), mask.occupied_tiles()) != Regime::kGather ||
+      choose_product(forced, weight.has_value(), mask.filled(), t, n, k, mask.count(), cost::kSort, k) !=
+          Product::kGather) {
+    return {};
+  }
+  GatheredBackward<T> result{frozen_input_gradient<T>(grad_output, dy, weight, k), Buffer<T>(mask.count())};
+  const SparseRows<T> transposed = delta.by_column();
+  sampled_gradient(mask, tasks, dy, x, result.gradient.get(), &transposed, write<T>(result.dx));
+  return result;
+}
+
+// What a backward operator returns for a gradient that nobody needs.
+inline Tensor not_needed(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// dX in grad_output's dtype; what the adapter needs is made by adapter(dy, x, gradient), `gradient` being the one at
+// the mask's positions where dX gave it on the way, else null. The mask is decoded, and 16 bits are widened, once for
+// both. one_product: makes the weight of the one-product mode, which then makes dX alone.
+template <typename T, typename OneProduct, typename Adapter>
+Tensor backward(const Tensor& grad_output, const Tensor& x, const Optional& weight, const Delta<T>& delta,
+                Regime regime, bool need_input, bool need_adapter, OneProduct one_product, Adapter adapter) {
+  Optional dx;
+  if (need_input) {
+    if (const Optional rounded = one_product()) dx = one_product_input_gradient(grad_output, *rounded);
+  }
+  const bool exact_input = need_input && !dx;
+  if (exact_input || need_adapter) {
+    const Rows dy = as_rows<T>(grad_output, delta.mask.rows);
+    const Optional frozen = exact_input ? as_type(weight, dtype_of<T>()) : Optional();
+    std::optional<GatheredBackward<T>> both;
+    if (need_adapter) {
+      const Rows rows = as_rows<T>(x, delta.mask.columns);
+      if (exact_input) both = gathered_backward(grad_output, dy, rows, frozen, delta, regime);
+      adapter(dy, rows, both ? both->gradient.get() : nullptr);
+    }
+    if (exact_input) {
+      dx = as_type(both ? both->dx : input_gradient(grad_output, dy, frozen, delta, regime), grad_output.scalar_type());
+    }
+  }
+  return dx ? *dx : not_needed(grad_output);
 }
 
 }  // namespace fade

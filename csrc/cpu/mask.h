@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu/mask_words.h"
@@ -23,12 +24,9 @@ class Mask {
         dense_(valid_words(words, rows, columns)) {
     STD_TORCH_CHECK(columns < (int64_t{1} << 31), "more than 2^31 columns");
     words_ = read<uint32_t>(dense_);
-    const auto count_bits = kernels<float>().count_bits;
     std::atomic<int64_t> occupied_words{0};
     torch::stable::parallel_for(0, rows, 8 * grain(), [&](int64_t begin, int64_t end) {
-      int64_t sum = 0, occupied = 0;
-      for (int64_t n = begin; n < end; ++n, sum += occupied) count_bits(row(n), width, &offsets[n + 1], &occupied);
-      occupied_words += sum;
+      occupied_words += kernels<float>().count_rows(row(begin), end - begin, width, &offsets[begin + 1]);
     });
     for (int64_t n = 0; n < rows; ++n) offsets[n + 1] += offsets[n];
     filled_ = count() >= kFilledWord * occupied_words;
@@ -63,9 +61,9 @@ class Mask {
   const int32_t* positions() const {
     if (!positions_.get()) {
       positions_ = Buffer<int32_t>(count());
-      const auto decode_row = kernels<float>().decode_row;
       torch::stable::parallel_for(0, rows, 8 * grain(), [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) decode_row(row(n), width, count(n), positions_.get() + offsets[n]);
+        kernels<float>().decode(words_, begin * width, end * width, width, offsets[end] - offsets[begin],
+                                positions_.get() + offsets[begin]);
       });
     }
     return positions_.get();
@@ -121,6 +119,17 @@ class Factors {
   Buffer<T> a_t_, b_padded_;
 };
 
+// A sparse matrix in compressed rows, as the inner loops of a product take it.
+template <typename T>
+struct SparseRows {
+  int64_t rows, columns;
+  const int64_t* offsets;  // [rows + 1]
+  const int32_t* index;    // [nnz]: columns
+  Buffer<T> values;        // [nnz]
+  std::vector<int64_t> own_offsets = {};
+  Buffer<int32_t> own_index = {};
+};
+
 // The sparse matrix s M o (B A), or s scatter(values), row by row.
 template <typename T>
 class Delta {
@@ -158,17 +167,32 @@ class Delta {
     return buffer;
   }
 
-  // All values times the scale, [nnz].
-  Buffer<T> scaled_values() const {
-    Buffer<T> all(mask.count());
-    torch::stable::parallel_for(0, mask.rows, mask.grain(), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        T* out = all.get() + mask.offsets[n];
-        const T* in = row(n, out);
-        for (int64_t i = 0; i < mask.count(n); ++i) out[i] = scale * in[i];
+  // The delta [N, K]; offsets and index are the mask's.
+  SparseRows<T> by_row() const {
+    return {mask.rows, mask.columns, mask.offsets.data(), mask.positions(), scaled_values()};
+  }
+
+  // Its transpose [K, N], by a counting sort: less work than products that add to all of dX for every row of dY.
+  SparseRows<T> by_column() const {
+    const int32_t* columns = mask.positions();
+    const Buffer<T> values = scaled_values();
+    const int64_t count = mask.count();
+    std::vector<int64_t> offsets(mask.columns + 1, 0), next;
+    for (int64_t i = 0; i < count; ++i) ++offsets[columns[i] + 1];
+    for (int64_t k = 0; k < mask.columns; ++k) offsets[k + 1] += offsets[k];
+    next.assign(offsets.begin(), offsets.end());
+    SparseRows<T> result{mask.columns, mask.rows, nullptr, nullptr, Buffer<T>(count), std::move(offsets),
+                         Buffer<int32_t>(count)};
+    for (int64_t n = 0; n < mask.rows; ++n) {
+      for (int64_t i = mask.offsets[n]; i < mask.offsets[n + 1]; ++i) {
+        const int64_t at = next[columns[i]]++;
+        result.own_index.get()[at] = static_cast<int32_t>(n);
+        result.values.get()[at] = values.get()[i];
       }
-    });
-    return all;
+    }
+    result.offsets = result.own_offsets.data();
+    result.index = result.own_index.get();
+    return result;
   }
 
   // out [N, K] = weight (or 0) + delta; out may be the weight.
@@ -204,6 +228,19 @@ class Delta {
   const T scale;
 
  private:
+  // All values times the scale, [nnz].
+  Buffer<T> scaled_values() const {
+    Buffer<T> all(mask.count());
+    torch::stable::parallel_for(0, mask.rows, mask.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* out = all.get() + mask.offsets[n];
+        const T* in = row(n, out);
+        for (int64_t i = 0; i < mask.count(n); ++i) out[i] = scale * in[i];
+      }
+    });
+    return all;
+  }
+
   const Factors<T>* factors_ = nullptr;
   const T* a_padded_ = nullptr;  // A [r, 32 * width]
   const T* values_ = nullptr;

@@ -2,8 +2,9 @@
 // delta given by its values. Dense work goes to torch's BLAS; what the mask makes sparse is done here, by the regime
 // that cost.h predicts to be fastest. Here: the operators. Definitions: fade_kernels/reference.py.
 #include <algorithm>
+#include <optional>
 #include <tuple>
-#include <type_traits>
+#include <vector>
 
 #include "cpu/cost.h"
 #include "cpu/gradients.h"
@@ -17,36 +18,32 @@ namespace {
 
 Tensor masked_lora_linear(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& lora_a,
                           const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale, int64_t regime,
-                          const Seed& seed, const Optional& rounded) {
+                          std::optional<int64_t> seed, const Optional& rounded) {
+  if (rounded) return linear(x, *rounded, bias);
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    if (rounded) return forward_rounded<T>(x, *rounded, bias);
     const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounds(x, seed)) return forward_rounded<T>(x, round_weight(x, weight, delta, *seed), bias);
-    }
-    const Tensor y = forward(x, weight, bias, delta, Regime{regime});
+    const Optional one_product = one_product_weight(x, weight, delta, seed, rounded);
+    const Tensor y = one_product ? linear(x, *one_product, bias) : forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
 }
 
 Tensor masked_lora_linear_input_gradient(const Tensor& grad_output, const Optional& weight, const Tensor& lora_a,
                                          const Tensor& lora_b, const Tensor& mask_words, const Tensor& scale,
-                                         int64_t regime, const Seed& seed, const Optional& rounded) {
+                                         int64_t regime, std::optional<int64_t> seed, const Optional& rounded) {
+  if (rounded) return one_product_input_gradient(grad_output, *rounded);
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
-    if (rounded) return input_gradient_rounded<T>(grad_output, *rounded);
     const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
     const Factors<T> factors(lora_a, lora_b);
     const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounds(grad_output, seed)) {
-        return input_gradient_rounded<T>(grad_output, round_weight(grad_output, weight, delta, *seed));
-      }
-    }
-    const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
+    const Optional one_product = one_product_weight(grad_output, weight, delta, seed, rounded);
+    if (one_product) return one_product_input_gradient(grad_output, *one_product);
+    const Rows dy = as_rows<T>(grad_output, mask.rows);
+    const Tensor dx = input_gradient(grad_output, dy, as_type(weight, dtype_of<T>()), delta, Regime{regime});
     return as_type(dx, grad_output.scalar_type());
   });
 }
@@ -62,6 +59,28 @@ std::tuple<Tensor, Tensor> masked_lora_linear_factor_gradients(const Tensor& gra
     const auto [da, db] = factor_gradients<T>(mask, as_rows<T>(grad_output, mask.rows), as_rows<T>(x, mask.columns),
                                               factors, static_cast<T>(scalar_value(scale)), Regime{regime});
     return std::make_tuple(as_type(da, lora_a.scalar_type()), as_type(db, lora_b.scalar_type()));
+  });
+}
+
+// dX and the factor gradients; what is not needed comes back empty, [0].
+std::tuple<Tensor, Tensor, Tensor> masked_lora_linear_backward(
+    const Tensor& grad_output, const Tensor& x, const Optional& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& mask_words, const Tensor& scale, int64_t regime, bool need_input, bool need_factors,
+    std::optional<int64_t> seed, const Optional& rounded) {
+  return with_compute_type(x, [&](auto element) {
+    using T = decltype(element);
+    const Mask mask(mask_words, lora_b.size(0), lora_a.size(1));
+    const Factors<T> factors(lora_a, lora_b);
+    const Delta<T> delta(mask, factors, static_cast<T>(scalar_value(scale)));
+    Optional da, db;
+    const auto one_product = [&] { return one_product_weight(grad_output, weight, delta, seed, rounded); };
+    const auto adapter = [&](const Rows& dy, const Rows& rows, const T* gradient) {
+      std::tie(da, db) = factor_gradients<T>(mask, dy, rows, factors, delta.scale, Regime{regime}, gradient);
+    };
+    const Tensor dx =
+        backward(grad_output, x, weight, delta, Regime{regime}, need_input, need_factors, one_product, adapter);
+    if (!da) return std::make_tuple(dx, not_needed(lora_a), not_needed(lora_b));
+    return std::make_tuple(dx, as_type(*da, lora_a.scalar_type()), as_type(*db, lora_b.scalar_type()));
   });
 }
 
@@ -98,39 +117,52 @@ std::tuple<Tensor, Tensor> masked_factor_gradients(const Tensor& weight_gradient
 }
 
 Tensor masked_values_linear(const Tensor& x, const Optional& weight, const Optional& bias, const Tensor& values,
-                            const Tensor& mask_words, const Tensor& scale, int64_t regime, const Seed& seed,
-                            const Optional& rounded) {
+                            const Tensor& mask_words, const Tensor& scale, int64_t regime,
+                            std::optional<int64_t> seed, const Optional& rounded) {
+  if (rounded) return linear(x, *rounded, bias);
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
-    if (rounded) return forward_rounded<T>(x, *rounded, bias);
     const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounds(x, seed)) return forward_rounded<T>(x, round_weight(x, weight, delta, *seed), bias);
-    }
-    const Tensor y = forward(x, weight, bias, delta, Regime{regime});
+    const Optional one_product = one_product_weight(x, weight, delta, seed, rounded);
+    const Tensor y = one_product ? linear(x, *one_product, bias) : forward(x, weight, bias, delta, Regime{regime});
     return as_type(y, x.scalar_type());
   });
 }
 
 Tensor masked_values_linear_input_gradient(const Tensor& grad_output, const Optional& weight, const Tensor& values,
                                            const Tensor& mask_words, const Tensor& scale, int64_t in_features,
-                                           int64_t regime, const Seed& seed, const Optional& rounded) {
+                                           int64_t regime, std::optional<int64_t> seed, const Optional& rounded) {
+  if (rounded) return one_product_input_gradient(grad_output, *rounded);
   return with_compute_type(grad_output, [&](auto element) {
     using T = decltype(element);
-    if (rounded) return input_gradient_rounded<T>(grad_output, *rounded);
     const Mask mask(mask_words, mask_words.size(0), in_features);
     const Tensor dense = checked_values(values, mask, dtype_of<T>());
     const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounds(grad_output, seed)) {
-        return input_gradient_rounded<T>(grad_output, round_weight(grad_output, weight, delta, *seed));
-      }
-    }
-    const Tensor dx = input_gradient(grad_output, as_type(weight, dtype_of<T>()), delta, Regime{regime});
+    const Optional one_product = one_product_weight(grad_output, weight, delta, seed, rounded);
+    if (one_product) return one_product_input_gradient(grad_output, *one_product);
+    const Rows dy = as_rows<T>(grad_output, mask.rows);
+    const Tensor dx = input_gradient(grad_output, dy, as_type(weight, dtype_of<T>()), delta, Regime{regime});
     return as_type(dx, grad_output.scalar_type());
   });
+}
+
+// s times a gradient [nnz] at the mask's positions, in the dtype of the values.
+template <typename T>
+Tensor values_gradient(const Mask& mask, const Tensor& values, T scale, const T* gradient) {
+  STD_TORCH_CHECK(values.numel() == mask.count(), "values has ", values.numel(), " elements, but the mask has ",
+                  mask.count(), " set bits");
+  const Tensor result = torch::stable::new_empty(values, {mask.count()}, dtype_of<T>());
+  T* out = write<T>(result);
+  for (int64_t i = 0; i < mask.count(); ++i) out[i] = scale * gradient[i];
+  return as_type(result, values.scalar_type());
+}
+
+template <typename T>
+Tensor values_gradient(const Mask& mask, const Tensor& values, T scale, const Rows& dy, const Rows& x, Regime forced) {
+  const Regime regime = choose_gradient(forced, x.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
+  return values_gradient<T>(mask, values, scale, gradient_values<T>(mask, dy, x, regime).get());
 }
 
 Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x, const Tensor& values,
@@ -138,17 +170,31 @@ Tensor masked_values_linear_gradient(const Tensor& grad_output, const Tensor& x,
   return with_compute_type(x, [&](auto element) {
     using T = decltype(element);
     const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
-    const Rows dy = as_rows<T>(grad_output, mask.rows), rows = as_rows<T>(x, mask.columns);
-    const Regime chosen =
-        choose_gradient(Regime{regime}, rows.count, mask.rows, mask.columns, mask.count(), mask.occupied_tiles());
-    const Buffer<T> gradient = gradient_values<T>(mask, dy, rows, chosen);
-    Tensor result = torch::stable::new_empty(values, {values.numel()}, dtype_of<T>());
-    STD_TORCH_CHECK(values.numel() == mask.count(), "values has ", values.numel(), " elements, but the mask has ",
-                    mask.count(), " set bits");
-    T* out = write<T>(result);
-    std::copy_n(gradient.get(), mask.count(), out);
-    scale_all(out, mask.count(), static_cast<T>(scalar_value(scale)));
-    return as_type(result, values.scalar_type());
+    return values_gradient<T>(mask, values, static_cast<T>(scalar_value(scale)), as_rows<T>(grad_output, mask.rows),
+                              as_rows<T>(x, mask.columns), Regime{regime});
+  });
+}
+
+// dX and the values' gradient; what is not needed comes back empty, [0].
+std::tuple<Tensor, Tensor> masked_values_linear_backward(const Tensor& grad_output, const Tensor& x,
+                                                         const Optional& weight, const Tensor& values,
+                                                         const Tensor& mask_words, const Tensor& scale, int64_t regime,
+                                                         bool need_input, bool need_values,
+                                                         std::optional<int64_t> seed, const Optional& rounded) {
+  return with_compute_type(x, [&](auto element) {
+    using T = decltype(element);
+    const Mask mask(mask_words, mask_words.size(0), x.size(x.dim() - 1));
+    const Tensor dense = checked_values(values, mask, dtype_of<T>());
+    const Delta<T> delta(mask, read<T>(dense), static_cast<T>(scalar_value(scale)));
+    Optional dv;
+    const auto one_product = [&] { return one_product_weight(grad_output, weight, delta, seed, rounded); };
+    const auto adapter = [&](const Rows& dy, const Rows& rows, const T* gradient) {
+      dv = gradient ? values_gradient(mask, values, delta.scale, gradient)
+                    : values_gradient(mask, values, delta.scale, dy, rows, Regime{regime});
+    };
+    const Tensor dx =
+        backward(grad_output, x, weight, delta, Regime{regime}, need_input, need_values, one_product, adapter);
+    return std::make_tuple(dx, dv ? *dv : not_needed(values));
   });
 }
 
@@ -184,6 +230,21 @@ Tensor effective_weight(const Tensor& weight, const Tensor& lora_a, const Tensor
   return out;
 }
 
+void effective_weights_out(std::vector<Tensor> out, std::vector<Tensor> weight, std::vector<Tensor> lora_a,
+                           std::vector<Tensor> lora_b, std::vector<Tensor> mask_words, std::vector<Tensor> scale,
+                           bool stochastic, int64_t seed) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (!stochastic || !has_16_bits(out[i].scalar_type())) {
+      effective_weight_out(out[i], weight[i], lora_a[i], lora_b[i], mask_words[i], scale[i]);
+      continue;
+    }
+    const Mask mask(mask_words[i], lora_b[i].size(0), lora_a[i].size(1));
+    const Factors<float> factors(lora_a[i], lora_b[i]);
+    const Delta<float> delta(mask, factors, static_cast<float>(scalar_value(scale[i])));
+    store_stochastically(out[i], weight[i], delta, rounding_key(i, seed));
+  }
+}
+
 void effective_weight_from_values_out(Tensor out, const Optional& weight, const Tensor& values,
                                       const Tensor& mask_words, const Tensor& scale) {
   with_compute_type(out, [&](auto element) {
@@ -194,6 +255,21 @@ void effective_weight_from_values_out(Tensor out, const Optional& weight, const 
   });
 }
 
+void effective_weights_from_values_out(std::vector<Tensor> out, std::vector<Tensor> weight, std::vector<Tensor> values,
+                                       std::vector<Tensor> mask_words, std::vector<Tensor> scale, bool stochastic,
+                                       int64_t seed) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (!stochastic || !has_16_bits(out[i].scalar_type())) {
+      effective_weight_from_values_out(out[i], weight[i], values[i], mask_words[i], scale[i]);
+      continue;
+    }
+    const Mask mask(mask_words[i], out[i].size(0), out[i].size(1));
+    const Tensor dense = checked_values(values[i], mask, ScalarType::Float);
+    const Delta<float> delta(mask, read<float>(dense), static_cast<float>(scalar_value(scale[i])));
+    store_stochastically(out[i], weight[i], delta, rounding_key(i, seed));
+  }
+}
+
 }  // namespace
 }  // namespace fade
 
@@ -201,12 +277,16 @@ STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m) {
   m.impl("masked_lora_linear", TORCH_BOX(&fade::masked_lora_linear));
   m.impl("masked_lora_linear_input_gradient", TORCH_BOX(&fade::masked_lora_linear_input_gradient));
   m.impl("masked_lora_linear_factor_gradients", TORCH_BOX(&fade::masked_lora_linear_factor_gradients));
+  m.impl("masked_lora_linear_backward", TORCH_BOX(&fade::masked_lora_linear_backward));
   m.impl("masked_factor_gradients", TORCH_BOX(&fade::masked_factor_gradients));
   m.impl("masked_values_linear", TORCH_BOX(&fade::masked_values_linear));
   m.impl("masked_values_linear_input_gradient", TORCH_BOX(&fade::masked_values_linear_input_gradient));
   m.impl("masked_values_linear_gradient", TORCH_BOX(&fade::masked_values_linear_gradient));
+  m.impl("masked_values_linear_backward", TORCH_BOX(&fade::masked_values_linear_backward));
   m.impl("masked_factor_values", TORCH_BOX(&fade::masked_factor_values));
   m.impl("effective_weight", TORCH_BOX(&fade::effective_weight));
   m.impl("effective_weight_out", TORCH_BOX(&fade::effective_weight_out));
+  m.impl("effective_weights_out", TORCH_BOX(&fade::effective_weights_out));
   m.impl("effective_weight_from_values_out", TORCH_BOX(&fade::effective_weight_from_values_out));
+  m.impl("effective_weights_from_values_out", TORCH_BOX(&fade::effective_weights_from_values_out));
 }

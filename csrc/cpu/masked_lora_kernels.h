@@ -7,6 +7,10 @@
 #include <string>
 #include <type_traits>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 #include "common/bitmask.h"
 
 namespace fade {
@@ -17,8 +21,8 @@ constexpr int64_t kTile = 32;   // rows and columns of a tile; one mask word wid
 // The inner loops for one instruction set; the arrays are indexed by log2 of the panel's vectors: 1, 2, 4, 8.
 template <typename T>
 struct Kernels {
-  void (*count_bits)(const uint32_t* words, int64_t width, int64_t* bits, int64_t* occupied);
-  void (*decode_row)(const uint32_t* words, int64_t width, int64_t count, int32_t* columns);
+  int64_t (*count_rows)(const uint32_t* words, int64_t rows, int64_t width, int64_t* counts);
+  void (*decode)(const uint32_t* words, int64_t first, int64_t last, int64_t width, int64_t count, int32_t* columns);
   void (*clear_outside)(const uint32_t* words, int64_t columns, T* row);
   void (*scatter_add_at)(const int32_t* columns, int64_t count, const T* values, T scale, T* row);
   void (*scatter_add)(const uint32_t* words, int64_t width, const T* values, T scale, T* row);
@@ -28,8 +32,6 @@ struct Kernels {
   void (*transpose_add)(const T* panel, int64_t wide, int64_t tall, int64_t columns, T* y, int64_t stride);
   void (*product_rows[4])(const T* x_panel, int64_t begin, int64_t end, const int64_t* offsets, const int32_t* columns,
                           const T* values, T* y_panel);
-  void (*product_columns[4])(const T* dy_panel, int64_t begin, int64_t end, const int64_t* offsets,
-                             const int32_t* columns, const T* values, T* dx_panel);
   void (*sampled_rows[4])(const T* dy_panel, const T* x_panel, int64_t begin, int64_t end, int64_t k, int64_t block,
                           const int64_t* offsets, const int32_t* columns, int64_t* cursor, T* gradient);
   void (*outer_product_tile)(const T* dy, const T* x, int64_t stride, int64_t tall, T* tile);

@@ -44,20 +44,22 @@ class Buffer {
 // [rows, columns] of uninitialised memory that this thread uses again next time, because fresh pages cost as much as
 // the copy of a weight into them. Valid until the next call; layers share it, so it is as large as the largest layer so
 // far, but nothing above kKept is held on to.
+inline Tensor scratch(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype, int64_t element_bytes) {
+  constexpr int64_t kKept = 64 << 20;                    // bytes
+  thread_local Buffer<char>* kept = new Buffer<char>();  // never freed: a thread may end after torch does
+  thread_local int64_t kept_bytes = 0;
+  const int64_t bytes = rows * columns * element_bytes;
+  if (bytes > kKept) return torch::stable::new_empty(like, {rows, columns}, dtype);
+  if (bytes > kept_bytes || !kept->get()) {
+    *kept = Buffer<char>(bytes);
+    kept_bytes = bytes;
+  }
+  return torch::stable::from_blob(kept->get(), {rows, columns}, {columns, 1}, like.device(), dtype);
+}
+
 template <typename T>
 Tensor scratch(const Tensor& like, int64_t rows, int64_t columns) {
-  constexpr int64_t kKept = 64 << 20;              // bytes
-  thread_local Buffer<T>* kept = new Buffer<T>();  // never freed: a thread may end after torch does
-  thread_local int64_t kept_size = 0;
-  const int64_t size = rows * columns;
-  if (size * static_cast<int64_t>(sizeof(T)) > kKept) {
-    return torch::stable::new_empty(like, {rows, columns}, dtype_of<T>());
-  }
-  if (size > kept_size || !kept->get()) {
-    *kept = Buffer<T>(size);
-    kept_size = size;
-  }
-  return torch::stable::from_blob(kept->get(), {rows, columns}, {columns, 1}, like.device(), dtype_of<T>());
+  return scratch(like, rows, columns, dtype_of<T>(), sizeof(T));
 }
 
 // Hands out tasks to whichever worker is free. A task's result must not depend on who runs it, so results stay
