@@ -332,6 +332,30 @@ def masked_lora_linear_factor_gradients(
     return masked_factor_gradients(_linear_weight_gradient(grad_output, x), lora_a, lora_b, mask_words, scale)
 
 
+def masked_lora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_factors: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA, dB of `masked_lora_linear`; what is not needed is empty, [0]."""
+    delta = (lora_a, lora_b, mask_words, scale, regime)
+    grad_x, grad_a, grad_b = (tensor.new_empty(0) for tensor in (grad_output, lora_a, lora_b))
+    if need_input:
+        grad_x = masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    if need_factors:
+        grad_a, grad_b = masked_lora_linear_factor_gradients(grad_output, x, *delta)
+    return grad_x, grad_a, grad_b
+
+
 def masked_factor_gradients(
     weight_gradient: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -382,6 +406,30 @@ def masked_values_linear_gradient(
     """dV = s (dY^T X) at the mask's positions: [nnz] in the values' dtype; of `values`, only size and dtype matter."""
     gradient = _linear_weight_gradient(grad_output, x)
     return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)
+
+
+def masked_values_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_values: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dX, dV of `masked_values_linear`; what is not needed is empty, [0]."""
+    delta = (values, mask_words, scale)
+    grad_x, grad_values = (tensor.new_empty(0) for tensor in (grad_output, values))
+    if need_input:
+        columns = x.shape[-1]
+        grad_x = masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+    if need_values:
+        grad_values = masked_values_linear_gradient(grad_output, x, *delta, regime)
+    return grad_x, grad_values
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
