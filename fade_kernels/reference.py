@@ -215,9 +215,9 @@ def _hash_bits(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def random_bits(elements: Tensor, layer: int, seed: int) -> Tensor:
-    """32 random bits, in int64, for elements (int64 indices in row-major order) of a layer's weight."""
-    key = _hash_bits(torch.tensor(layer, device=elements.device)) + seed % 2**31 & 0xFFFFFFFF
+def random_bits(elements: Tensor, layer: Tensor, seed: int) -> Tensor:
+    """32 random bits, in int64, for elements (int64 indices in row-major order) of the weights of layers (int64)."""
+    key = _hash_bits(layer) + seed % 2**31 & 0xFFFFFFFF
     return _hash_bits(_hash_bits(elements & 0xFFFFFFFF) + _hash_bits(key) & 0xFFFFFFFF)
 
 
@@ -250,7 +250,7 @@ def _add_delta(
     if seed is None or dtype.itemsize != 2:
         return exact.to(dtype)
     elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape)
-    return round_stochastically(exact, dtype, random_bits(elements, layer, seed))
+    return round_stochastically(exact, dtype, random_bits(elements, torch.tensor(layer, device=elements.device), seed))
 
 
 def _terms(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fade_kernels.mask_facts import mask_positions
-from fade_kernels.one_product import write_rounded
+from fade_kernels.one_product import RoundedLayer, write_rounded
 
 
 def on(scale: Tensor, like: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def values_weight(
     """The same with the delta given by its values."""
     out = like.new_empty((mask_words.shape[0], columns))
     if seed is not None and out.dtype.itemsize == 2:
-        write_rounded_values(out, weight, values, mask_words, scale, 0, seed)
+        write_rounded([_rounded_values(0, out, weight, values, mask_words, scale)], seed)
     else:
         effective_weight_from_values_out(out, weight, values, mask_words, scale)
     return out
@@ -106,22 +106,24 @@ def effective_weights_from_values_out(
     stochastic: bool,
     seed: int,
 ) -> None:
-    """The same of many layers, layer by layer."""
+    """The same of many layers; stochastically with the random numbers of all of them at once."""
+    rounded = []
     for i, (result, base, *delta) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
         if stochastic and result.dtype.itemsize == 2:
-            write_rounded_values(result, base, *delta, i, seed)
+            rounded.append(_rounded_values(i, result, base, *delta))
         else:
             effective_weight_from_values_out(result, base, *delta)
+    if rounded:
+        write_rounded(rounded, seed)
 
 
-def write_rounded_values(
-    out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, layer: int, seed: int
-) -> None:
-    """out [N, K] = W + Delta rounded stochastically; at the mask's positions, which stay with the mask."""
+def _rounded_values(
+    index: int, out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
+) -> RoundedLayer:
+    """What `write_rounded` writes into out [N, K], at positions which stay with the mask."""
     by_row = mask_positions(mask_words, out.shape[1]).by_row
     elements = by_row.segment.long() * out.shape[1] + by_row.index
-    delta = on(scale, values.float()) * values.float()
-    write_rounded(out, weight, delta, mask_words, elements, layer, seed)
+    return RoundedLayer(out, weight, on(scale, values.float()) * values.float(), mask_words, elements, index)
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
