@@ -215,12 +215,6 @@ def _hash_bits(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def random_bits(elements: Tensor, layer: Tensor, seed: int) -> Tensor:
-    """32 random bits, in int64, for elements (int64 indices in row-major order) of the weights of layers (int64)."""
-    key = _hash_bits(layer) + seed % 2**31 & 0xFFFFFFFF
-    return _hash_bits(_hash_bits(elements & 0xFFFFFFFF) + _hash_bits(key) & 0xFFFFFFFF)
-
-
 def round_stochastically(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     """fp32 values rounded to one of their two neighbours in fp16 or bf16 so that the mean over `random` is exact.
 
@@ -249,8 +243,10 @@ def _add_delta(
     exact = delta if weight is None else weight.to(delta.dtype) + delta
     if seed is None or dtype.itemsize != 2:
         return exact.to(dtype)
-    elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape)
-    return round_stochastically(exact, dtype, random_bits(elements, torch.tensor(layer, device=elements.device), seed))
+    elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape) & 0xFFFFFFFF
+    key = _hash_bits(torch.tensor(layer, device=exact.device)) + seed % 2**31 & 0xFFFFFFFF
+    random = _hash_bits(_hash_bits(elements) + _hash_bits(key) & 0xFFFFFFFF)
+    return round_stochastically(exact, dtype, random)
 
 
 def _terms(
