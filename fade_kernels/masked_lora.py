@@ -2,7 +2,8 @@
 
 The public functions, and CPU kernels that are compositions: the convolutions, of torch's own with the effective weight,
 and the effective weights of many layers. Definitions: `reference.py`; the linear's CPU kernels and their choice:
-csrc/cpu/masked_lora.cpp. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
+csrc/cpu/masked_lora.cpp and cost.h. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv
+2410.03750).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +16,9 @@ from torch import Tensor
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels.bitmask import BitMask
-from fade_kernels.one_product import write_rounded
 from fade_kernels.window import Window
 
-# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
+# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/cost.h.
 # auto: the cheapest by the measured cost table there. gather: only at the mask's positions. tile: dense, in the
 # occupied 32 x 32 tiles. whole: one more matrix product, in blocks of rows.
 REGIMES = {"auto": 0, "gather": 1, "tile": 2, "whole": 3}
@@ -75,8 +75,8 @@ def masked_lora_linear(
         scale: a number or a 0-d tensor, on the host or on x's device; not differentiable. Under torch.compile another
             number compiles again, another tensor does not.
         rounding_seed: seed of the one-product mode, from 0 on, counted modulo 2^31; the training step, so that every
-            step rounds anew. The rounded weight is made twice, forward and for the input gradient, and kept in between
-            by nobody.
+            step rounds anew. The rounded weight is made twice, forward and for the input gradient, and not kept in
+            between.
         rounded_weight: [N, K] in x's dtype; the one-product mode with a weight that `effective_weights(...,
             stochastic=True, seed=step)` made beforehand, for many layers at once. It is used as it is, without a check
             that it holds this adapter, and must stay as it is until the backward pass is over.
@@ -416,6 +416,11 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _flat_copy(like: Tensor, weight: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """The weight as [N, K] in new memory, zeros without one."""
+    return like.new_zeros(size) if weight is None else like.new_empty(size).copy_(weight.reshape(size))
+
+
 def _lora_weight(
     like: Tensor,
     weight: Tensor | None,
@@ -438,8 +443,9 @@ def _lora_weight(
         flat = None if weight is None else _wide(weight).flatten(1)
         torch.ops.fade_kernels.effective_weight_out(out, flat, *factors, mask_words, scale)
     else:
-        out = like.new_empty((lora_b.shape[0], prod(lora_a.shape[1:])))
-        _write_rounded_lora(out, weight, *factors, mask_words, scale, 0, seed)
+        out = _flat_copy(like, weight, (lora_b.shape[0], prod(lora_a.shape[1:])))
+        layer = ([tensor] for tensor in (*factors, mask_words, scale))
+        torch.ops.fade_kernels.effective_weights_out([out], [out], *layer, True, seed)
     return _wide(out).reshape(lora_b.shape[0], *lora_a.shape[1:])
 
 
@@ -461,40 +467,10 @@ def _values_weight(
         flat = None if weight is None else _wide(weight).flatten(1)
         torch.ops.fade_kernels.effective_weight_from_values_out(out, flat, values, mask_words, scale)
     else:
-        out = like.new_empty((mask_words.shape[0], prod(shape)))
-        _write_rounded_values(out, weight, values, mask_words, scale, 0, seed)
+        out = _flat_copy(like, weight, (mask_words.shape[0], prod(shape)))
+        layer = ([tensor] for tensor in (values, mask_words, scale))
+        torch.ops.fade_kernels.effective_weights_from_values_out([out], [out], *layer, True, seed)
     return _wide(out).reshape(mask_words.shape[0], *shape)
-
-
-def _write_rounded_lora(
-    out: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    mask_words: Tensor,
-    scale: Tensor,
-    layer: int,
-    seed: int,
-) -> None:
-    """out [N, K] = W + Delta rounded stochastically."""
-    elements = _elements(mask_words, out.shape[1])
-    values = torch.ops.fade_kernels.masked_factor_values(lora_a, lora_b, mask_words, elements.numel())
-    flat = None if weight is None else weight.flatten(1)
-    write_rounded(out, flat, scale.float() * values.float(), mask_words, elements, layer, seed)
-
-
-def _write_rounded_values(
-    out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, layer: int, seed: int
-) -> None:
-    """The same with the delta given by its values."""
-    flat = None if weight is None else weight.flatten(1)
-    delta = scale.float() * values.float()
-    write_rounded(out, flat, delta, mask_words, _elements(mask_words, out.shape[1]), layer, seed)
-
-
-def _elements(mask_words: Tensor, columns: int) -> Tensor:
-    """The mask's positions as n K + k."""
-    return torch.ops.fade_kernels.unpack_mask(mask_words, columns).flatten().nonzero().flatten()
 
 
 def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], window: Window) -> Tensor:
@@ -620,42 +596,7 @@ def _masked_values_conv2d_gradient_cpu(
     return (scale.to(gathered.dtype) * gathered).to(values.dtype)
 
 
-def _effective_weights_out_cpu(
-    out: list[Tensor],
-    weight: list[Tensor],
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    mask_words: list[Tensor],
-    scale: list[Tensor],
-    stochastic: bool,
-    seed: int,
-) -> None:
-    for i, (result, *layer) in enumerate(zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True)):
-        if stochastic and result.dtype.itemsize == 2:
-            _write_rounded_lora(result, *layer, i, seed)
-        else:
-            torch.ops.fade_kernels.effective_weight_out(result, *layer)
-
-
-def _effective_weights_from_values_out_cpu(
-    out: list[Tensor],
-    weight: list[Tensor],
-    values: list[Tensor],
-    mask_words: list[Tensor],
-    scale: list[Tensor],
-    stochastic: bool,
-    seed: int,
-) -> None:
-    for i, (result, *layer) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
-        if stochastic and result.dtype.itemsize == 2:
-            _write_rounded_values(result, *layer, i, seed)
-        else:
-            torch.ops.fade_kernels.effective_weight_from_values_out(result, *layer)
-
-
 _CPU_KERNELS = (
-    ("effective_weights_out", _effective_weights_out_cpu),
-    ("effective_weights_from_values_out", _effective_weights_from_values_out_cpu),
     ("masked_lora_conv2d", _masked_lora_conv2d_cpu),
     ("masked_lora_conv2d_input_gradient", _masked_lora_conv2d_input_gradient_cpu),
     ("masked_lora_conv2d_factor_gradients", _masked_lora_conv2d_factor_gradients_cpu),

@@ -215,12 +215,6 @@ def _hash_bits(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def random_bits(elements: Tensor, layer: int, seed: int) -> Tensor:
-    """32 random bits, in int64, for elements (int64 indices in row-major order) of a layer's weight."""
-    key = _hash_bits(torch.tensor(layer, device=elements.device)) + seed % 2**31 & 0xFFFFFFFF
-    return _hash_bits(_hash_bits(elements & 0xFFFFFFFF) + _hash_bits(key) & 0xFFFFFFFF)
-
-
 def round_stochastically(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     """fp32 values rounded to one of their two neighbours in fp16 or bf16 so that the mean over `random` is exact.
 
@@ -249,8 +243,10 @@ def _add_delta(
     exact = delta if weight is None else weight.to(delta.dtype) + delta
     if seed is None or dtype.itemsize != 2:
         return exact.to(dtype)
-    elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape)
-    return round_stochastically(exact, dtype, random_bits(elements, layer, seed))
+    elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape) & 0xFFFFFFFF
+    key = _hash_bits(torch.tensor(layer, device=exact.device)) + seed % 2**31 & 0xFFFFFFFF
+    random = _hash_bits(_hash_bits(elements) + _hash_bits(key) & 0xFFFFFFFF)
+    return round_stochastically(exact, dtype, random)
 
 
 def _terms(
@@ -332,6 +328,30 @@ def masked_lora_linear_factor_gradients(
     return masked_factor_gradients(_linear_weight_gradient(grad_output, x), lora_a, lora_b, mask_words, scale)
 
 
+def masked_lora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_factors: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA, dB of `masked_lora_linear`; what is not needed is empty, [0]."""
+    delta = (lora_a, lora_b, mask_words, scale, regime)
+    grad_x, grad_a, grad_b = (tensor.new_empty(0) for tensor in (grad_output, lora_a, lora_b))
+    if need_input:
+        grad_x = masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    if need_factors:
+        grad_a, grad_b = masked_lora_linear_factor_gradients(grad_output, x, *delta)
+    return grad_x, grad_a, grad_b
+
+
 def masked_factor_gradients(
     weight_gradient: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -382,6 +402,30 @@ def masked_values_linear_gradient(
     """dV = s (dY^T X) at the mask's positions: [nnz] in the values' dtype; of `values`, only size and dtype matter."""
     gradient = _linear_weight_gradient(grad_output, x)
     return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)
+
+
+def masked_values_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_values: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dX, dV of `masked_values_linear`; what is not needed is empty, [0]."""
+    delta = (values, mask_words, scale)
+    grad_x, grad_values = (tensor.new_empty(0) for tensor in (grad_output, values))
+    if need_input:
+        columns = x.shape[-1]
+        grad_x = masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+    if need_values:
+        grad_values = masked_values_linear_gradient(grad_output, x, *delta, regime)
+    return grad_x, grad_values
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:

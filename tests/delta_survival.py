@@ -66,6 +66,13 @@ class Layer:
         else:
             self.term, self.gradient_term = wide_x @ self.delta.t(), wide_dy @ self.delta
 
+    def to(self, device: str) -> "Layer":
+        """This layer with its tensors on a device."""
+        for name, value in vars(self).items():
+            if isinstance(value, (Tensor, BitMask)):
+                setattr(self, name, value.to(device))
+        return self
+
     def adapter(self, values: bool) -> tuple[Tensor, ...]:
         return (self.values,) if values else (self.lora_a, self.lora_b)
 
@@ -79,4 +86,5 @@ def share(term: Tensor, output: Callable[[float], Tensor], repeats: int = 1) -> 
 
 
 def assert_kept(shares: dict[str, float]) -> None:
+    """Raises unless every share is within 5 % of 1."""
     assert all(0.95 <= one <= 1.05 for one in shares.values()), shares

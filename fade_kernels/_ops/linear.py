@@ -92,6 +92,49 @@ def _check_masked_lora_linear_factor_gradients(
     check_scale(scale, mask_words)
 
 
+def _check_masked_lora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+    need_input: bool,
+    need_factors: bool,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> None:
+    delta = (lora_a, lora_b, mask_words, scale, regime)
+    _check_masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    _check_masked_lora_linear_factor_gradients(grad_output, x, *delta)
+
+
+def _masked_lora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+    need_input: bool,
+    need_factors: bool,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two operators in turn, for devices that have no kernel for both."""
+    delta, ops = (lora_a, lora_b, mask_words, scale, regime), torch.ops.fade_kernels
+    grad_x, grad_a, grad_b = (tensor.new_empty(0) for tensor in (grad_output, lora_a, lora_b))
+    if need_input:
+        grad_x = ops.masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    if need_factors:
+        grad_a, grad_b = ops.masked_lora_linear_factor_gradients(grad_output, x, *delta)
+    return grad_x, grad_a, grad_b
+
+
 def _setup_masked_lora_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, lora_a, lora_b, mask_words, scale, ctx.regime, ctx.seed, rounded = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b, mask_words, scale, rounded)
@@ -107,16 +150,16 @@ def _backward_frozen_linear(ctx: Any, grad_output: Tensor, x: Tensor) -> tuple[T
 def _backward_masked_lora_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_a, lora_b, mask_words, scale, rounded = ctx.saved_tensors
     delta = (lora_a, lora_b, mask_words, scale, ctx.regime)
+    need_input, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     grad_x = grad_a = grad_b = None
     with without_autocast(grad_output):
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fade_kernels.masked_lora_linear_input_gradient(
-                grad_output, weight, *delta, ctx.seed, rounded
+        if need_input or need_factors:
+            grad_x, grad_a, grad_b = torch.ops.fade_kernels.masked_lora_linear_backward(
+                grad_output, x, weight, *delta, need_input, need_factors, ctx.seed, rounded
             )
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grad_a, grad_b = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(grad_output, x, *delta)
         grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
-    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None
+    factors = (grad_a, grad_b) if need_factors else (None, None)
+    return grad_x if need_input else None, grad_weight, grad_bias, *factors, None, None, None, None, None
 
 
 define(
@@ -136,6 +179,20 @@ define(
         lora_b.new_empty(lora_b.shape),
     ),
     default=reference.masked_lora_linear_factor_gradients,
+)
+
+# One call for all gradients: the mask is decoded and dY read once. What is not needed comes back empty, [0].
+define(
+    "masked_lora_linear_backward(Tensor grad_output, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor mask_words, Tensor scale, int regime, bool need_input, bool need_factors, SymInt? seed=None, "
+    "Tensor? rounded=None) -> (Tensor, Tensor, Tensor)",
+    check=_check_masked_lora_linear_backward,
+    fake=lambda grad_output, x, weight, lora_a, lora_b, words, scale, regime, need_input, need_factors, *_: (
+        grad_output.new_empty(x.shape if need_input else 0),
+        lora_a.new_empty(lora_a.shape if need_factors else 0),
+        lora_b.new_empty(lora_b.shape if need_factors else 0),
+    ),
+    default=_masked_lora_linear_backward,
 )
 
 masked_lora_linear = define(
@@ -206,6 +263,48 @@ def _check_masked_values_linear_gradient(
     check_scale(scale, mask_words)
 
 
+def _check_masked_values_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+    need_input: bool,
+    need_values: bool,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> None:
+    delta = (values, mask_words, scale)
+    _check_masked_values_linear_input_gradient(grad_output, weight, *delta, x.shape[-1], regime, seed, rounded)
+    _check_masked_values_linear_gradient(grad_output, x, *delta, regime)
+
+
+def _masked_values_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int,
+    need_input: bool,
+    need_values: bool,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two operators in turn, for devices that have no kernel for both."""
+    delta, ops = (values, mask_words, scale), torch.ops.fade_kernels
+    grad_x, grad_values = (tensor.new_empty(0) for tensor in (grad_output, values))
+    if need_input:
+        columns = x.shape[-1]
+        grad_x = ops.masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+    if need_values:
+        grad_values = ops.masked_values_linear_gradient(grad_output, x, *delta, regime)
+    return grad_x, grad_values
+
+
 def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, values, mask_words, scale, ctx.regime, ctx.seed, rounded = inputs
     ctx.save_for_backward(x, weight, values, mask_words, scale, rounded)
@@ -213,18 +312,17 @@ def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tenso
 
 def _backward_masked_values_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, values, mask_words, scale, rounded = ctx.saved_tensors
+    need_input, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     grad_x = grad_values = None
     with without_autocast(grad_output):
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fade_kernels.masked_values_linear_input_gradient(
-                grad_output, weight, values, mask_words, scale, x.shape[-1], ctx.regime, ctx.seed, rounded
-            )
-        if ctx.needs_input_grad[3]:
-            grad_values = torch.ops.fade_kernels.masked_values_linear_gradient(
-                grad_output, x, values, mask_words, scale, ctx.regime
+        if need_input or need_values:
+            grad_x, grad_values = torch.ops.fade_kernels.masked_values_linear_backward(
+                *(grad_output, x, weight, values, mask_words, scale, ctx.regime),
+                *(need_input, need_values, ctx.seed, rounded),
             )
         grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
-    return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None
+    grads = (grad_x if need_input else None, grad_weight, grad_bias, grad_values if need_values else None)
+    return *grads, None, None, None, None, None
 
 
 define(
@@ -243,6 +341,18 @@ define(
     check=_check_masked_values_linear_gradient,
     fake=lambda grad_output, x, values, *_: values.new_empty(values.shape),
     default=reference.masked_values_linear_gradient,
+)
+
+define(
+    "masked_values_linear_backward(Tensor grad_output, Tensor x, Tensor? weight, Tensor values, Tensor mask_words, "
+    "Tensor scale, int regime, bool need_input, bool need_values, SymInt? seed=None, Tensor? rounded=None) "
+    "-> (Tensor, Tensor)",
+    check=_check_masked_values_linear_backward,
+    fake=lambda grad_output, x, weight, values, words, scale, regime, need_input, need_values, *_: (
+        grad_output.new_empty(x.shape if need_input else 0),
+        values.new_empty(values.shape if need_values else 0),
+    ),
+    default=_masked_values_linear_backward,
 )
 
 masked_values_linear = define(

@@ -23,6 +23,7 @@ from fade_kernels import BitMask, choices, reference, registration
 from fade_kernels.masked_lora import REGIMES, force_regime
 from fade_kernels.positions import find_positions
 from fade_kernels.window import Window
+from tests import delta_survival
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
 DEVICES = [
@@ -302,11 +303,13 @@ def test_masked_lora_linear_in_every_regime(regime: str, dtype: torch.dtype, dev
     "thresholds",
     [
         {},
-        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0},
-        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 0.0},
-        {"gather_density": 9e9, "sampled_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+        {"gather_density": -1.0, "sampled_density": -1.0},
+        {
+            **{"gather_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+            **{"sampled_density": 9e9, "sampled_flops": 0.0},
+        },
     ],
-    ids=["auto", "split", "whole", "gather"],
+    ids=["auto", "fused", "gather"],
 )
 def test_masked_lora_linear_on_every_chosen_path(
     thresholds: dict[str, float], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
@@ -354,6 +357,32 @@ def test_strided_and_empty_inputs(dtype: torch.dtype, device: str) -> None:
         assert y.shape == (*tokens, 48)
         assert grad_x.shape == empty.shape
         assert not grad_a.any() and not grad_b.any()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [0, 3])
+@pytest.mark.parametrize("regime", ["gather", "tile", "whole", "auto"])
+def test_a_delta_10000_times_smaller_survives_in_16_bit_outputs(
+    regime: str, kernel: int, dtype: torch.dtype, device: str
+) -> None:
+    sizes = {"kernel": 3, "side": 64, "tokens": 16, "rows": 64, "columns": 64} if kernel else {"tokens": 8192}
+    for density in (0.01, 0.1, 1.0):
+        layer = delta_survival.Layer(dtype, **{"rows": 512, "columns": 512, **sizes}, density=density).to(device)
+        for values in (False, True):
+
+            def both(sign: float, layer: Any = layer, values: bool = values) -> Tensor:
+                x = layer.x.clone().requires_grad_()
+                name = f"masked_{'values' if values else 'lora'}_{'conv2d' if kernel else 'linear'}"
+                window = {"padding": 1} if kernel else {}
+                given = (*layer.adapter(values), layer.mask, sign * layer.scale)
+                y = getattr(fade_kernels, name)(x, layer.weight, None, *given, **window)
+                (dx,) = torch.autograd.grad(y, x, layer.grad_output)
+                return torch.cat([y.detach().flatten(), dx.flatten()])
+
+            term = torch.cat([layer.term.flatten(), layer.gradient_term.flatten()])
+            with force_regime(regime):
+                delta_survival.assert_kept({f"{density} {values}": delta_survival.share(term, both)})
 
 
 def projection(actual: Tensor, base: Tensor, term: Tensor) -> float:
@@ -472,7 +501,9 @@ def test_effective_weights_of_many_layers(dtype: torch.dtype, device: str) -> No
     drawn, again = (fade_kernels.effective_weights(*lists, stochastic=True, seed=5) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(drawn, again, strict=True))
     # The definition draws the same bits; a sum in another order may fall on the other side of one.
-    cpu = [[tensor.cpu() for tensor in tensors] for tensors in lists[:3]]
+    # Where nothing is rounded to 16 bits it is computed in float64.
+    exact = torch.float64 if dtype == torch.float32 else dtype
+    cpu = [[tensor.cpu().to(exact) for tensor in tensors] for tensors in lists[:3]]
     words, scales = [layer.words for layer in layers], [torch.tensor(layer.scale) for layer in layers]
     expected = [torch.empty_like(weight) for weight in cpu[0]]
     reference.effective_weights_out(expected, *cpu, words, scales, True, 5)
@@ -675,6 +706,10 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "effective_weights_out": (
             [layer.weight.clone(), layer.weight.half()], [layer.weight, layer.weight.half()], [layer.lora_a] * 2,
             [layer.lora_b] * 2, [words] * 2, [scale] * 2, True, 3,
+        ),
+        "effective_weights_from_values_out": (
+            [layer.weight.clone(), layer.weight.half()], [layer.weight, layer.weight.half()], [layer.values] * 2,
+            [words] * 2, [scale] * 2, True, 3,
         ),
         "masked_lora_conv2d": (images, conv.weight, conv.bias, ca, cb, conv.mask.words, scale, *window),
         "masked_lora_conv2d_input_gradient": (
