@@ -1,84 +1,135 @@
-"""What is known of a mask on a device: its density and occupancy, where its bits are, the channels it touches.
+"""What is known of a mask on a device: density and occupancy, where its bits are, the order of its tiles, its channels.
 
 Found once, with a synchronisation, and kept as long as the mask's words live. While a CUDA graph is captured nothing
 may wait for the device: what is not known yet then counts as full.
 """
 
 import functools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fade_kernels._extension import cuda_library_loaded
-from fade_kernels.positions import MaskPositions, find_positions
+from fade_kernels.positions import MaskPositions, TileOrder, find_positions, find_tile_order
+
+Found = TypeVar("Found")
 
 OCCUPANCY_TILE = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class MaskFacts:
-    """Counted once per mask, with one synchronisation, and kept as long as its words live."""
+    """What a path is chosen by."""
 
-    version: int
     density: float
     occupancy: float
     """Share of 64 x 64 tiles that hold any set bit."""
 
 
-_facts: Any = WeakIdKeyDictionary()
-_positions: Any = WeakIdKeyDictionary()
-_UNKNOWN = MaskFacts(version=-1, density=1.0, occupancy=1.0)
+_UNKNOWN = MaskFacts(density=1.0, occupancy=1.0)
+
+_by_storage: Any = WeakIdKeyDictionary()
 
 
-def _capturing(tensor: Tensor) -> bool:
+def kept_with(words: Tensor) -> dict[Any, Any]:
+    """A dict that lives as long as the words' memory and their version: for what was found out about these words.
+
+    By memory and not by tensor, because another tensor may come in its place: hooks on saved tensors, detach and views
+    make new objects for the same words.
+    """
+    storage = words.untyped_storage()
+    views = _by_storage.get(storage)
+    if views is None:
+        views = _by_storage[storage] = {}
+    place = (words.storage_offset(), words.shape, words.stride())
+    version = 0 if words.is_inference() else words._version
+    known = views.get(place)
+    if known is None or known[0] != version:
+        views[place] = known = (version, {})
+    return known[1]
+
+
+def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@functools.cache
+def _warn_of_unknown_masks() -> None:
+    warnings.warn(
+        "a mask is used for the first time while a CUDA graph is captured, so that nothing is known of it: it counts as "
+        "full in this graph for good, which is right but slower. Run the step once before the capture.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _found(mask_words: Tensor, what: Any, find: Callable[[], Found]) -> Found | None:
+    """What is kept with the words under this key, found where it is missing; None while a graph is captured."""
+    known = kept_with(mask_words)
+    found = known.get(what)
+    if found is None:
+        if capturing(mask_words):
+            return None
+        found = find()
+        if mask_words.is_cuda:
+            # Other streams may read it without having waited for this one.
+            torch.cuda.current_stream(mask_words.device).synchronize()
+        known[what] = found
+    return found
+
+
 def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
-    """Density and tile occupancy of a mask. While a CUDA graph is captured an unknown mask counts as full."""
-    version = 0 if mask_words.is_inference() else mask_words._version
-    facts = _facts.get(mask_words)
-    if facts is not None and facts.version == version:
-        return facts
-    if _capturing(mask_words):
+    """Density and tile occupancy of a mask; while a CUDA graph is captured an unknown mask counts as full, with a
+    warning."""
+
+    def count() -> MaskFacts:
+        rows = mask_words.shape[0]
+        bits = torch.ops.fade_kernels.mask_row_counts(mask_words, columns).sum()
+        occupied = torch.ops.fade_kernels.mask_occupancy(mask_words, columns, OCCUPANCY_TILE, OCCUPANCY_TILE)
+        shares = torch.stack([bits.double() / max(1, rows * columns), occupied.double().mean()])
+        density, occupancy = shares.tolist()
+        return MaskFacts(density, occupancy if occupied.numel() else 0.0)
+
+    facts = _found(mask_words, "facts", count)
+    if facts is None:
+        _warn_of_unknown_masks()
         return _UNKNOWN
-    rows = mask_words.shape[0]
-    count = torch.ops.fade_kernels.mask_row_counts(mask_words, columns).sum()
-    occupied = torch.ops.fade_kernels.mask_occupancy(mask_words, columns, OCCUPANCY_TILE, OCCUPANCY_TILE)
-    density, occupancy = torch.stack([count.double() / max(1, rows * columns), occupied.double().mean()]).tolist()
-    facts = MaskFacts(version, density, occupancy if occupied.numel() else 0.0)
-    _facts[mask_words] = facts
     return facts
 
 
 def positions_known(mask_words: Tensor) -> bool:
     """Whether `mask_positions` would not have to find them."""
-    known = _positions.get(mask_words)
-    return known is not None and known[0] == (0 if mask_words.is_inference() else mask_words._version)
+    return "positions" in kept_with(mask_words)
 
 
 def mask_positions(mask_words: Tensor, columns: int) -> MaskPositions:
-    """Where a mask's bits are, found once per mask, with a synchronisation, and kept as long as its words live.
+    """Where a mask's bits are.
 
-    Raises RuntimeError where they are asked for first while a CUDA graph is captured.
+    Raises:
+        RuntimeError: they are asked for first while a CUDA graph is captured.
     """
-    if not positions_known(mask_words):
-        if _capturing(mask_words):
-            raise RuntimeError(
-                "the mask's positions are not known yet, and finding them cannot be captured in a CUDA graph: call the "
-                "operator once before the capture, on inputs of the same shapes"
-            )
-        positions = find_positions(mask_words, columns)
-        if mask_words.is_cuda:
-            # Other streams may read them without having waited for this one.
-            torch.cuda.current_stream(mask_words.device).synchronize()
-        _positions[mask_words] = (0 if mask_words.is_inference() else mask_words._version, positions)
-    return _positions[mask_words][1]
+    positions = _found(mask_words, "positions", lambda: find_positions(mask_words, columns))
+    if positions is None:
+        raise RuntimeError(
+            "the mask's positions are not known yet, and finding them cannot be captured in a CUDA graph: call the "
+            "operator once before the capture, on inputs of the same shapes"
+        )
+    return positions
+
+
+def tile_order(mask_words: Tensor, columns: int, tile_n: int, tile_k: int, *, along: str) -> TileOrder | None:
+    """The order in which the fused kernels walk the mask's tiles; None: asked for first while a graph is captured."""
+    return _found(
+        mask_words,
+        (tile_n, tile_k, along),
+        lambda: find_tile_order(mask_words, columns, tile_n, tile_k, along=along),
+    )
 
 
 @functools.cache
@@ -101,7 +152,7 @@ def facts_for_choice(mask_words: Tensor, columns: int) -> MaskFacts:
     So does one whose positions are not known while a graph is captured.
     """
     facts = mask_facts(mask_words, columns)
-    gatherable = _can_gather(mask_words, columns) and (not _capturing(mask_words) or positions_known(mask_words))
+    gatherable = _can_gather(mask_words, columns) and (not capturing(mask_words) or positions_known(mask_words))
     return facts if gatherable or facts.density == 0.0 else replace(facts, density=1.0)
 
 
@@ -112,23 +163,13 @@ class Channels(NamedTuple):
     inputs: Tensor | None
 
 
-_channels: Any = WeakIdKeyDictionary()
-
-
 def active_channels(mask_words: Tensor, in_channels: int, kernel: Sequence[int]) -> Channels:
     """The channels that a mask touches; not known where they are asked for first while a CUDA graph is captured."""
-    version = 0 if mask_words.is_inference() else mask_words._version
-    known = _channels.get(mask_words)
-    if known is None or known[0] != version:
-        if _capturing(mask_words):
-            return Channels(None, None)
+
+    def find() -> Channels:
         columns = in_channels * kernel[0] * kernel[1]
         mask = torch.ops.fade_kernels.unpack_mask(mask_words, columns).reshape(-1, in_channels, kernel[0] * kernel[1])
         touched = mask.any(dim=2)
-        active = Channels(touched.any(dim=1).nonzero().flatten(), touched.any(dim=0).nonzero().flatten())
-        if mask_words.is_cuda:
-            # Other streams may read them without having waited for this one.
-            torch.cuda.current_stream(mask_words.device).synchronize()
-        known = (version, active)
-        _channels[mask_words] = known
-    return known[1]
+        return Channels(touched.any(dim=1).nonzero().flatten(), touched.any(dim=0).nonzero().flatten())
+
+    return _found(mask_words, "channels", find) or Channels(None, None)

@@ -69,6 +69,10 @@ class Device {
       check(cudaFuncGetAttributes(&own, function), name);
       const auto most = static_cast<int>(this->shared_bytes() - static_cast<int64_t>(own.sharedSizeBytes));
       check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+      // All of L1 as shared memory, without which a second block may find no room beside the first.
+      check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared),
+            name);
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

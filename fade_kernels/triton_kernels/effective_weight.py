@@ -15,17 +15,28 @@ One launch for many layers reads a table of int64: addresses, sizes and first ti
 program finds its layer by counting the first tiles that are not after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fade_kernels.triton_kernels.blocks import any_nonzero, expand_rows
-from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, as_scale, on_device
+from fade_kernels.mask_facts import capturing
+from fade_kernels.triton_kernels.blocks import any_nonzero, column_bits, expand_rows
+from fade_kernels.triton_kernels.launch import (
+    TRITON_DTYPES,
+    CompileCase,
+    Launch,
+    Tiling,
+    as_scale,
+    ceil_div,
+    kept,
+    on_device,
+    power_of_2_from,
+)
 
 TABLE_FIELDS = tl.constexpr(13)
 """Columns of a `LayerTable`: addresses of out, weight, A, B, mask words, scale; N, K, R, row strides of weight and out,
@@ -92,10 +103,10 @@ def effective_weight_tile(
     o_k = i_k * BK + tl.arange(0, BK)
     m_n = o_n < N
     m_k = o_k < K
-    WORDS = tl.cdiv(K, 32)
     o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
-    p_words = mask_words + o_n.to(tl.int64)[:, None] * WORDS + o_word[None, :]
-    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word < WORDS)[None, :], other=0)  # [BN, BK/32]
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * tl.cdiv(K, 32) + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word * 32 < K)[None, :], other=0)  # [BN, BK/32]
+    b_words &= column_bits(o_word, K)[None, :]
     is_occupied = any_nonzero(b_words)
     if is_occupied or not IN_PLACE:
         m_out = m_n[:, None] & m_k[None, :]
@@ -310,43 +321,57 @@ def effective_weight(
         ValueError: `out` is no matrix with contiguous rows, or has another dtype than `dtype`.
     """
     layer = _matrices(Layer(weight, lora_a, lora_b, mask_words, scale, out, dtype))
-    (n, k), rank = layer.out.shape, layer.lora_a.shape[0]
     if layer.out.numel() == 0:
         return layer.result
-    tiling = tiling or TILINGS[0]
-    scale_argument, scale_pointer = as_scale(scale)
+    scale_argument = as_scale(scale)
+    base, rounded = layer.weight, stochastic and layer.out.dtype.itemsize == 2
+
+    def make() -> Launch:
+        (n, k), blocks = layer.out.shape, (tiling or TILINGS[0]).blocks
+        return Launch(
+            effective_weight_kernel,
+            (ceil_div(n, blocks["BN"]) * ceil_div(k, blocks["BK"]),),
+            (n, k, layer.lora_a.shape[0], 0 if base is None else base.stride(0), layer.out.stride(0)),
+            {
+                "HAS_WEIGHT": base is not None,
+                "IN_PLACE": layer.in_place,
+                "STOCHASTIC": rounded,
+                "SCALE_POINTER": isinstance(scale_argument, Tensor),
+            },
+            tiling or TILINGS[0],
+        )
+
+    if tiling is None:
+        key = (
+            *(layer.out.shape, layer.out.stride(), layer.out.dtype, layer.lora_a.shape[0], layer.lora_a.dtype),
+            None if base is None else (base.stride(), base.dtype, layer.in_place),
+            *(rounded, scale_argument.__class__ is float),
+        )
+        launch = kept(_launches, key, make)
+    else:
+        launch = make()
     with on_device(layer.out):
-        effective_weight_kernel[(triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"]),)](
+        launch(
             layer.out,
-            layer.out if layer.weight is None else layer.weight,
+            layer.out if base is None else base,
             layer.lora_a,
             layer.lora_b,
             layer.mask_words,
             scale_argument,
             seed % SEEDS,
-            n,
-            k,
-            rank,
-            0 if layer.weight is None else layer.weight.stride(0),
-            layer.out.stride(0),
-            HAS_WEIGHT=layer.weight is not None,
-            IN_PLACE=layer.in_place,
-            STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
-            SCALE_POINTER=scale_pointer,
-            **tiling.blocks,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
         )
     return layer.result
+
+
+_launches: dict[Hashable, Launch] = {}
 
 
 class _Group(NamedTuple):
     """Layers that one launch serves: of the same dtypes and alignment."""
 
     table: Tensor
-    layers: list[_Matrices]
-    tiles: int
-    aligned: bool
+    nearest: Launch
+    stochastic: Launch
 
 
 @dataclass(frozen=True)
@@ -357,33 +382,61 @@ class LayerTable:
     """
 
     groups: list[_Group]
+    layers: list[_Matrices]
     results: list[Tensor]
-    tiling: Tiling
 
     @classmethod
     def build(cls, layers: Sequence[Layer], tiling: Tiling | None = None) -> "LayerTable":
-        """One group, so one launch, for each combination of device, dtypes and alignment."""
+        """One group, so one launch, for each combination of device, dtypes and alignment.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, into which the table cannot be copied.
+        """
         tiling = tiling or TILINGS[0]
         matrices = [_matrices(layer, index) for index, layer in enumerate(layers)]
-        groups: dict[tuple[object, ...], list[_Matrices]] = {}
+        if any(capturing(layer.out) for layer in matrices):
+            raise RuntimeError(
+                "the effective weights of many layers are asked for first while a CUDA graph is captured, which cannot "
+                "take the copy of their addresses to the device: call once before the capture, with the same tensors "
+                "(results, weights, factors, masks and scales on the device)"
+            )
+        matrices = [
+            layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32)) for layer in matrices
+        ]
+        groups: dict[tuple[Any, ...], list[_Matrices]] = {}
         for layer in matrices:
-            if layer.out.numel() == 0:
-                continue
-            layer = layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32))
-            weight = layer.weight if layer.weight is not None else layer.out
-            aligned = _aligned(layer)
-            types = (layer.out.dtype, weight.dtype, layer.lora_a.dtype, layer.weight is None, layer.in_place)
-            groups.setdefault((layer.out.device, *types, aligned), []).append(layer)
+            if layer.out.numel() > 0:
+                weight = layer.weight if layer.weight is not None else layer.out
+                types = (layer.out.dtype, weight.dtype, layer.lora_a.dtype, layer.weight is not None, layer.in_place)
+                groups.setdefault((layer.out.device, *types, _aligned(layer)), []).append(layer)
         built = []
-        for key, members in groups.items():
+        for (device, out_type, weight_type, factor_type, has_weight, in_place, aligned), members in groups.items():
             rows, tiles = [], 0
             for layer in members:
                 rows.append(_row(layer, tiles))
                 n, k = layer.out.shape
-                tiles += triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"])
-            table = torch.tensor(rows, dtype=torch.int64).to(members[0].out.device)
-            built.append(_Group(table, members, tiles, bool(key[-1])))
-        return cls(built, [layer.result for layer in matrices], tiling)
+                tiles += ceil_div(n, tiling.blocks["BN"]) * ceil_div(k, tiling.blocks["BK"])
+            constants = {
+                "BL": power_of_2_from(len(members)),
+                "OUT_TYPE": TRITON_TYPES[out_type],
+                "WEIGHT_TYPE": TRITON_TYPES[weight_type],
+                "FACTOR_TYPE": TRITON_TYPES[factor_type],
+                "ALIGNED": aligned,
+                "HAS_WEIGHT": has_weight,
+                "IN_PLACE": in_place,
+            }
+            nearest, stochastic = (
+                Launch(
+                    effective_weights_kernel,
+                    (tiles,),
+                    (len(members),),
+                    constants | {"STOCHASTIC": rounded and out_type.itemsize == 2},
+                    tiling,
+                )
+                for rounded in (False, True)
+            )
+            built.append(_Group(torch.tensor(rows, dtype=torch.int64).to(device), nearest, stochastic))
+        return cls(built, matrices, [layer.result for layer in matrices])
 
 
 def _row(layer: _Matrices, first_tile: int) -> list[int]:
@@ -398,34 +451,60 @@ def _aligned(layer: _Matrices) -> bool:
     return all(row[i] % 16 == 0 for i in (0, 1, 2, 3, 4, 7, 9, 10))
 
 
+_tables: dict[Hashable, list[_Group]] = {}
+_captured_tables: dict[Hashable, list[_Group]] = {}
+"""Those that a CUDA graph reads whenever it is replayed: never dropped."""
+
+MOST_TABLES = 16
+"""Tables kept: a training step has one or two, of about 100 bytes a layer."""
+
+
+def _key_of(layers: Sequence[Layer]) -> Hashable:
+    """Where and what the tensors are. A table holds no more, so that it is right for whatever tensors are there now."""
+    return tuple(
+        None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for layer in layers
+        for tensor in (layer.out, layer.weight, layer.lora_a, layer.lora_b, layer.mask_words, layer.scale)
+    )
+
+
+def _holds_no_copies(table: LayerTable, layers: Sequence[Layer]) -> bool:
+    """Whether a table has the addresses of the layers' own tensors, and none of a copy that goes with this call."""
+    names = ("out", "weight", "lora_a", "lora_b", "mask_words", "scale")
+    pairs = ((getattr(a, name), getattr(b, name)) for a, b in zip(layers, table.layers, strict=True) for name in names)
+    return all(b is None or (a is not None and a.data_ptr() == b.data_ptr()) for a, b in pairs)
+
+
 def effective_weights(layers: Sequence[Layer] | LayerTable, *, stochastic: bool = False, seed: int = 0) -> list[Tensor]:
     """`effective_weight` of every layer, in one launch where their dtypes agree; shapes and ranks may differ.
 
-    Each layer has random bits of its own. A `LayerTable` saves building and copying the table again.
+    Each layer has random bits of its own. The table that the launch reads is kept for the next call with the same
+    memory; a `LayerTable` saves looking for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and no call before it had these tensors.
     """
-    table = layers if isinstance(layers, LayerTable) else LayerTable.build(layers)
-    tiling = table.tiling
-    for group in table.groups:
-        layer = group.layers[0]
-        weight = layer.weight if layer.weight is not None else layer.out
-        with on_device(layer.out):
-            effective_weights_kernel[(group.tiles,)](
-                group.table,
-                seed % SEEDS,
-                len(group.layers),
-                BL=triton.next_power_of_2(len(group.layers)),
-                OUT_TYPE=TRITON_TYPES[layer.out.dtype],
-                WEIGHT_TYPE=TRITON_TYPES[weight.dtype],
-                FACTOR_TYPE=TRITON_TYPES[layer.lora_a.dtype],
-                ALIGNED=group.aligned,
-                HAS_WEIGHT=layer.weight is not None,
-                IN_PLACE=layer.in_place,
-                STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
-                **tiling.blocks,
-                num_warps=tiling.num_warps,
-                num_stages=tiling.num_stages,
-            )
-    return table.results
+    if isinstance(layers, LayerTable):
+        return _launch(layers.groups, layers.results, stochastic, seed)
+    key = _key_of(layers)
+    groups = _tables.get(key)
+    if groups is not None:
+        if layers and capturing(layers[0].lora_a):
+            _captured_tables[key] = groups
+        return _launch(groups, [layer.out for layer in layers], stochastic, seed)
+    table = LayerTable.build(layers)
+    if _holds_no_copies(table, layers):
+        if len(_tables) >= MOST_TABLES:
+            _tables.pop(next(iter(_tables)), None)
+        _tables[key] = table.groups
+    return _launch(table.groups, table.results, stochastic, seed)
+
+
+def _launch(groups: list[_Group], results: list[Tensor], stochastic: bool, seed: int) -> list[Tensor]:
+    for group in groups:
+        with on_device(group.table):
+            (group.stochastic if stochastic else group.nearest)(group.table, seed % SEEDS)
+    return results
 
 
 def compile_cases() -> list[CompileCase]:
