@@ -6,13 +6,13 @@ may wait for the device: what is not known yet then counts as full.
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fade_kernels._extension import cuda_library_loaded
 from fade_kernels.positions import MaskPositions, TileOrder, find_positions, find_tile_order
@@ -26,14 +26,21 @@ OCCUPANCY_TILE = 64
 class MaskFacts:
     """What a path is chosen by."""
 
+    version: int
+    """Of the words that were counted."""
     density: float
     occupancy: float
     """Share of 64 x 64 tiles that hold any set bit."""
 
 
-_UNKNOWN = MaskFacts(density=1.0, occupancy=1.0)
+_UNKNOWN = MaskFacts(version=-1, density=1.0, occupancy=1.0)
 
-_by_storage: Any = WeakIdKeyDictionary()
+_by_storage: dict[int, tuple[weakref.ref[Any], dict[Any, Any]]] = {}
+"""By address of the storage, until it dies."""
+
+
+def _version(words: Tensor) -> int:
+    return 0 if words.is_inference() else words._version
 
 
 def kept_with(words: Tensor) -> dict[Any, Any]:
@@ -43,15 +50,22 @@ def kept_with(words: Tensor) -> dict[Any, Any]:
     make new objects for the same words.
     """
     storage = words.untyped_storage()
-    views = _by_storage.get(storage)
-    if views is None:
-        views = _by_storage[storage] = {}
-    place = (words.storage_offset(), words.shape, words.stride())
-    version = 0 if words.is_inference() else words._version
-    known = views.get(place)
+    address = storage._cdata
+    entry = _by_storage.get(address)
+    if entry is None or entry[0]() is not storage:
+        gone = weakref.ref(storage, lambda gone: _forget(address, gone))
+        entry = _by_storage[address] = (gone, {})
+    place, version = (words.storage_offset(), words.shape, words.stride()), _version(words)
+    known = entry[1].get(place)
     if known is None or known[0] != version:
-        views[place] = known = (version, {})
+        entry[1][place] = known = (version, {})
     return known[1]
+
+
+def _forget(address: int, gone: "weakref.ref[Any]") -> None:
+    entry = _by_storage.get(address)
+    if entry is not None and entry[0] is gone:
+        del _by_storage[address]
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -94,7 +108,7 @@ def mask_facts(mask_words: Tensor, columns: int) -> MaskFacts:
         occupied = torch.ops.fade_kernels.mask_occupancy(mask_words, columns, OCCUPANCY_TILE, OCCUPANCY_TILE)
         shares = torch.stack([bits.double() / max(1, rows * columns), occupied.double().mean()])
         density, occupancy = shares.tolist()
-        return MaskFacts(density, occupancy if occupied.numel() else 0.0)
+        return MaskFacts(_version(mask_words), density, occupancy if occupied.numel() else 0.0)
 
     facts = _found(mask_words, "facts", count)
     if facts is None:

@@ -335,13 +335,13 @@ def test_one_by_one_convolutions_are_linear_layers_on_pixels(monkeypatch: pytest
 def test_while_a_graph_is_captured_nothing_is_gathered_from_unknown_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     words = BitMask.pack(torch.eye(64, dtype=torch.bool)).words
     assert mask_facts.mask_facts(words, 64).density == 1 / 64
-    monkeypatch.setattr(mask_facts, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(mask_facts, "capturing", lambda tensor: True)
     assert mask_facts.facts_for_choice(words, 64).density == 1.0
     with pytest.raises(RuntimeError, match="call the operator once before the capture"):
         mask_facts.mask_positions(words, 64)
-    monkeypatch.setattr(mask_facts, "_capturing", lambda tensor: False)
+    monkeypatch.setattr(mask_facts, "capturing", lambda tensor: False)
     mask_facts.mask_positions(words, 64)
-    monkeypatch.setattr(mask_facts, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(mask_facts, "capturing", lambda tensor: True)
     assert mask_facts.facts_for_choice(words, 64).density == 1 / 64
 
 
