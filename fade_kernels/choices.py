@@ -37,6 +37,9 @@ class Thresholds(NamedTuple):
     rounded_density: float = 0.2
     """Up to this density the noise of rounding W + Delta stochastically is small beside that of rounding y: rounding a
     share d of bf16 weights adds an error of 2.3e-3 sqrt(d) of y to the 1.7e-3 of y's own rounding, at 0.2 a sixth."""
+    skip_occupancy: float = 0.9
+    """Below this share of occupied tiles the fused kernels walk a list that leaves the delta of the others out; above,
+    the list's address, one load a step, is not worth what is left out. A guess."""
     compact_channels: float = 0.75
     """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
     guess: the model has no convolutions."""
@@ -66,6 +69,11 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
         return "scratch"
     large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
     return "gather" if large and _sparse_enough(facts, THRESHOLDS.gather_density) else "fused"
+
+
+def skips_empty_tiles(facts: MaskFacts) -> bool:
+    """Whether a fused kernel leaves the delta of empty tiles out, by a list of the others."""
+    return facts.occupancy < THRESHOLDS.skip_occupancy
 
 
 def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:

@@ -8,7 +8,7 @@ from fade_kernels import choices, reference
 from fade_kernels.cuda.merging import lora_weight, on, values_weight
 from fade_kernels.cuda.precision import precision, tf32
 from fade_kernels.cuda.products import wide_linear, wide_product
-from fade_kernels.mask_facts import facts_for_choice, mask_positions
+from fade_kernels.mask_facts import facts_for_choice, mask_facts, mask_positions
 from fade_kernels.masked_lora import REGIMES
 
 _FORCED_PATHS = {REGIMES["gather"]: "gather", REGIMES["tile"]: "fused", REGIMES["whole"]: "two products"}
@@ -80,7 +80,8 @@ def masked_lora_linear(
     delta = (lora_a, lora_b, mask_words, scale)
     path = _path(flat, mask_words, columns, regime, seed, rounded, rank=lora_a.shape[0])
     if path == "fused":
-        y = forward.masked_lora_forward(flat, weight, bias, *delta, input_precision=precision(x))
+        skip = choices.skips_empty_tiles(mask_facts(mask_words, columns))
+        y = forward.masked_lora_forward(flat, weight, bias, *delta, input_precision=precision(x), skip_empty=skip)
     elif path in ("scratch", "one product"):
         y = F.linear(flat, lora_weight(x, weight, *delta, seed) if rounded is None else rounded, bias)
     elif path == "frozen":
@@ -115,7 +116,10 @@ def masked_lora_linear_input_gradient(
     delta = (lora_a, lora_b, mask_words, scale)
     path = _path(flat, mask_words, columns, regime, seed, rounded, rank=lora_a.shape[0])
     if path == "fused":
-        dx = backward.masked_lora_input_gradient(flat, weight, *delta, input_precision=precision(grad_output))
+        skip = choices.skips_empty_tiles(mask_facts(mask_words, columns))
+        dx = backward.masked_lora_input_gradient(
+            flat, weight, *delta, input_precision=precision(grad_output), skip_empty=skip
+        )
     elif path in ("scratch", "one product"):
         dx = flat @ (lora_weight(flat, weight, *delta, seed) if rounded is None else rounded)
     elif path == "frozen":

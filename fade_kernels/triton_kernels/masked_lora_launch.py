@@ -41,9 +41,14 @@ def with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
-def as_factors(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in one dtype, with unit stride; factors of two dtypes become fp32."""
-    if lora_a.dtype != lora_b.dtype:
+def as_factors(lora_a: Tensor, lora_b: Tensor, along: str) -> tuple[Tensor, Tensor]:
+    """Both factors in one dtype, with unit stride; factors of two dtypes become fp32.
+
+    So do 16-bit ones along N where rows of B do not start and end at multiples of 16: the input gradient copies B to
+    shared memory, 4 bytes at a time at least.
+    """
+    uneven = along == "n" and lora_b.dtype.itemsize == 2 and (lora_b.shape[1] % 16 or lora_b.stride(0) % 16)
+    if lora_a.dtype != lora_b.dtype or uneven:
         lora_a, lora_b = lora_a.float(), lora_b.float()
     return with_unit_stride(lora_a), with_unit_stride(lora_b)
 
@@ -151,7 +156,7 @@ class LinearKernel:
         if out is None:
             out = rows.new_empty((rows.shape[0], lora_b.shape[0] if self._along == "k" else lora_a.shape[1]))
         weight = None if weight is None else with_unit_stride(weight)
-        factors, words = as_factors(lora_a, lora_b), with_unit_stride(mask_words)
+        factors, words = as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words)
         scale_argument = as_scale(scale)
         arguments = _Arguments(
             out, with_unit_stride(rows), weight, bias, *factors, words, scale_argument, input_precision
@@ -259,6 +264,7 @@ def compile_cases_of(
     cases = []
 
     def add(dtype: str, rank: int, factors: str, form: str) -> None:
+        even = divisible if rank % 16 == 0 else [name for name in divisible if name not in ("R", "stride_b")]
         element = "fp32" if dtype == "tf32" else dtype
         precision = "tf32" if dtype == "tf32" else "ieee"
         for tiling in candidates(dtypes[element], rank, precision):
@@ -290,7 +296,7 @@ def compile_cases_of(
                     constants=constants,
                     tiling=tiling,
                     tensor_cores=dtype != "fp32",
-                    divisible_by_16=tuple(divisible),
+                    divisible_by_16=tuple(even),
                     allowed=allowances(constants["SKIP"], constants["RANK_STEPS"], constants["HAS_WEIGHT"]),
                 )
             )
@@ -301,7 +307,7 @@ def compile_cases_of(
             add(dtype, rank, own, "occupied tiles first")
             add(dtype, rank, own, "full mask")
     add("bf16", 16, "bf16", "delta alone")
-    for rank in (32, 128):
+    for rank in (4, 32, 128):
         add("bf16", rank, "fp32", "occupied tiles first")
     add("fp16", 16, "fp16", "occupied tiles first")
     return cases
