@@ -45,13 +45,18 @@ KERNELS: dict[str, Callable[..., Any]] = {
     )
 }
 
-_unusable: set[str] = set()
+_unusable: set[tuple[str, torch.device]] = set()
+"""Operators and devices: one GPU may be too old, or hold another's shared memory, where the next one is not."""
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
     """Those among the arguments that are no scalars, in lists too."""
     flat = [b for a in arguments for b in (a if isinstance(a, list) else [a])]
     return [a for a in flat if isinstance(a, Tensor) and a.dim() > 0]
+
+
+def _device(arguments: tuple[Any, ...]) -> torch.device:
+    return next((tensor.device for tensor in _tensors(arguments)), torch.device("cpu"))
 
 
 def _wide(arguments: tuple[Any, ...]) -> bool:
@@ -80,10 +85,10 @@ def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any
     definition = getattr(reference, name)
 
     def serve(*arguments: Any) -> Any:
-        if name in _unusable or _wide(arguments):
+        device = _device(arguments)
+        if (name, device) in _unusable or _wide(arguments):
             return definition(*arguments)
-        first = _tensors(arguments)[0]
-        reason = _too_old(first.device.index) if first.is_cuda else ""
+        reason = _too_old(device.index) if device.type == "cuda" else ""
         if not reason:
             try:
                 return kernel(*arguments)
@@ -91,10 +96,10 @@ def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any
                 if not _cannot_run(error):
                     raise
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        _unusable.add(name)
+        _unusable.add((name, device))
         warnings.warn(
             f"fade_kernels::{name} runs as its plain-PyTorch definition, slower, because its GPU kernel cannot run "
-            f"here ({reason}). FADEKERNELS=reference silences this.",
+            f"on {device} ({reason}). FADE_KERNELS=reference silences this.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -103,9 +108,9 @@ def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any
     return serve
 
 
-def served_by_definitions() -> list[str]:
-    """Operators of `cuda/` whose kernel could not run here, so that their definitions serve."""
-    return sorted(_unusable)
+def served_by_definitions(device: torch.device | None = None) -> list[str]:
+    """Operators of `cuda/` whose kernel could not run on a device, or on any, so that their definitions serve there."""
+    return sorted({name for name, where in _unusable if device in (None, where)})
 
 
 def register(device: str) -> None:

@@ -136,7 +136,7 @@ TILINGS: tuple[Tiling, ...] = (
 """16-bit activations, ranks up to 32."""
 
 WIDE_RANK_TILINGS: tuple[Tiling, ...] = (
-    Tiling({"BT": 128, "BN": 64, "BK": 64}, num_warps=4, num_stages=2),
+    Tiling({"BT": 128, "BN": 64, "BK": 32}, num_warps=4, num_stages=2),
     Tiling({"BT": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=2),
     Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=2),
 )

@@ -83,7 +83,9 @@ def masked_lora_input_gradient_kernel(
         first = (i_n * BN).to(tl.int64)
         p_b = lora_b + first * stride_b + o_b
         b_dy = tl.load(p_dy + (o_dy + o_n[:, None]), mask=m_n[:, None], other=0.0)  # [BN, BT]
-        b_words = tl.load(mask_words + first * stride_mask + o_mask, mask=m_word[:, None] & m_n[None, :], other=0) & b_columns  # [BK/32, BN]
+        b_words = (
+            tl.load(mask_words + first * stride_mask + o_mask, mask=m_word[:, None] & m_n[None, :], other=0) & b_columns
+        )  # [BK/32, BN]
         # The product of the factors first: its result is waited for, and the term of W is computed while Delta is made.
         if RANK_STEPS:
             b_product = product_by_rank_steps(

@@ -215,9 +215,7 @@ class LinearKernel:
             "SKIP": skip,
             "SCALE_POINTER": isinstance(scale, Tensor),
         }
-        return _Plan(
-            Launch(self._kernel, (tiles,), (T, N, K, R, *strides), constants, tiling), tile if skip else None
-        )
+        return _Plan(Launch(self._kernel, (tiles,), (T, N, K, R, *strides), constants, tiling), tile if skip else None)
 
     def _launch(self, arguments: _Arguments, plan: _Plan, tiling: Tiling | None) -> None:
         out, rows, weight, bias, lora_a, lora_b, mask_words, scale, _ = arguments
@@ -242,7 +240,9 @@ def allowances(skip: bool, rank_steps: bool, has_weight: bool) -> tuple[Allowanc
         loops = 1 + has_weight
         allowed.append(Allowance("load", loops, "the next tile's number, one step ahead of the copies of that tile"))
     if rank_steps:
-        reason = "fp32 without tensor cores, ranks above 16: the loop over ranks keeps the one around it from a pipeline"
+        reason = (
+            "fp32 without tensor cores, ranks above 16: the loop over ranks keeps the one around it from a pipeline"
+        )
         allowed.append(Allowance("load", 4 if has_weight else 3, reason))
     return tuple(allowed)
 

@@ -167,7 +167,18 @@ def accumulate_linear_gradient_magnitude_(
         return _plan(saliency, dy, x, magnitude, samples, tiling, splits, input_precision)
 
     if tiling is None:
-        key = (dy.shape, dy.stride(), dy.dtype, dy.device, x.shape, x.stride(), magnitude, samples, splits, input_precision)
+        key = (
+            dy.shape,
+            dy.stride(),
+            dy.dtype,
+            dy.device,
+            x.shape,
+            x.stride(),
+            magnitude,
+            samples,
+            splits,
+            input_precision,
+        )
         plan = kept(_plans, key, make)
     else:
         plan = make()
