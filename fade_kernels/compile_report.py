@@ -45,8 +45,8 @@ PRODUCT = re.compile(r"\b(?:ttng\.warp_group_dot|tt\.dot)\b")
 WAITED_FOR = re.compile(
     r"\bttng\.warp_group_dot_wait\b.*pendings = 0\b|\bttng\.warp_group_dot\b(?!.*isAsync = true)|\btt\.dot\b"
 )
-"""In Triton's GPU IR: a load that the pipeliner left as it was; a matrix product; a wait until no product is under way, or
-a product that is waited for where it stands."""
+"""In Triton's GPU IR: a load that the pipeliner left as it was; a matrix product; a wait until no product is under way,
+or a product that is waited for where it stands."""
 
 RESOURCES = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
 

@@ -76,8 +76,8 @@ def capturing(tensor: Tensor) -> bool:
 @functools.cache
 def _warn_of_unknown_masks() -> None:
     warnings.warn(
-        "a mask is used for the first time while a CUDA graph is captured, so that nothing is known of it: it counts as "
-        "full in this graph for good, which is right but slower. Run the step once before the capture.",
+        "a mask is used for the first time while a CUDA graph is captured, so that nothing is known of it: in this "
+        "graph it counts as full for good, which is right but slower. Run the step once before the capture.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -29,6 +29,7 @@ from torch import Tensor
 from fade_kernels.triton_kernels.blocks import any_nonzero, column_bits, expand_rows
 from fade_kernels.triton_kernels.launch import (
     TRITON_DTYPES,
+    Allowance,
     CompileCase,
     Launch,
     Tiling,
@@ -332,6 +333,12 @@ def factor_precision(dtype: torch.dtype, input_precision: str) -> str:
     return "ieee" if dtype == torch.float32 and input_precision == "ieee" else "tf32"
 
 
+RANK_LOOP = "the loop over ranks, a step for each 16 of them, comes once after the main loop of T/64 steps"
+
+ALLOWED = (Allowance("load", 1, RANK_LOOP), Allowance("wait", 2, RANK_LOOP))
+"""Not of the main loop: in the loop over ranks B's 16-bit rows are loaded as they are, and its two products stored."""
+
+
 def compile_cases() -> list[CompileCase]:
     """Every tiling with both ways of summing, and the reduction."""
     cases = []
@@ -374,6 +381,7 @@ def compile_cases() -> list[CompileCase]:
                         tiling=tiling,
                         tensor_cores=name != "fp32",
                         divisible_by_16=("N", "K", "R", "ROWS", "stride_dy", "stride_x"),
+                        allowed=ALLOWED,
                     )
                 )
         if precision != "tf32":

@@ -61,8 +61,8 @@ def masked_lora_forward_kernel(
     m_t = o_t < T
     m_n = o_n < N
     m_r = o_r < R
-    # Within a tile 32 bits hold every offset, and half the registers of a pointer. Rows of x and of the weight beyond the
-    # last one are the last one again, which costs less than leaving them out; what comes of them is not written.
+    # Within a tile 32 bits hold every offset, and half the registers of a pointer. Rows of x and of the weight beyond
+    # the last one are the last one again, which costs less than leaving them out; what comes of them is not written.
     p_x = x + (i_t * BT).to(tl.int64) * stride_x
     p_weight = weight + (i_n * BN).to(tl.int64) * stride_weight
     o_x = tl.minimum(tl.arange(0, BT), T - 1 - i_t * BT)[None, :] * stride_x
@@ -216,7 +216,7 @@ def masked_lora_forward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """With and without a list of tiles, every tiling, with the ranks and factor dtypes that bound registers and shared memory."""
+    """With and without a list of tiles, every tiling, with the ranks and factors that bound registers and memory."""
     strides = ("stride_x", "stride_weight", "stride_a", "stride_b", "stride_mask", "stride_y")
     return compile_cases_of(
         masked_lora_forward_kernel,

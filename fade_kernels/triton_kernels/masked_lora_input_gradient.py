@@ -128,7 +128,15 @@ TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
     Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
 )
-"""16-bit activations, ranks up to 32."""
+"""16-bit activations, ranks 16 and 32."""
+
+UNEVEN_RANK_TILINGS: tuple[Tiling, ...] = (
+    Tiling({"BT": 128, "BN": 32, "BK": 64}, num_warps=4, num_stages=4),
+    Tiling({"BT": 128, "BN": 64, "BK": 128}, num_warps=8, num_stages=3),
+    Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),
+    Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
+)
+"""The same with other ranks up to 32, whose B is copied in 4 bytes at a time: more addresses in registers."""
 
 WIDE_RANK_TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 128, "BN": 32, "BK": 64}, num_warps=4, num_stages=2),
@@ -158,7 +166,9 @@ def candidate_tilings(dtype: torch.dtype, rank: int, input_precision: str) -> tu
         if input_precision == "ieee":
             return IEEE_TILINGS
         return TF32_TILINGS if rank <= 64 else WIDE_RANK_TF32_TILINGS
-    return TILINGS if rank <= 32 else WIDE_RANK_TILINGS
+    if rank > 32:
+        return WIDE_RANK_TILINGS
+    return TILINGS if rank % 16 == 0 else UNEVEN_RANK_TILINGS
 
 
 def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_precision: str = "ieee") -> Tiling:
@@ -166,8 +176,8 @@ def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_pre
     candidates = candidate_tilings(dtype, R, input_precision)
     if T <= 32:
         return min(candidates, key=lambda tiling: tiling.blocks["BT"])
-    if candidates is TILINGS and ceil_div(T, 128) * ceil_div(K, 64) < 128:
-        return TILINGS[2]
+    if candidates in (TILINGS, UNEVEN_RANK_TILINGS) and ceil_div(T, 128) * ceil_div(K, 64) < 128:
+        return candidates[2]
     return candidates[0]
 
 
@@ -209,7 +219,7 @@ def masked_lora_input_gradient(
 
 
 def compile_cases() -> list[CompileCase]:
-    """With and without a list of tiles, every tiling, with the ranks and factor dtypes that bound registers and shared memory."""
+    """With and without a list of tiles, every tiling, with the ranks and factors that bound registers and memory."""
     strides = ("stride_dy", "stride_weight", "stride_a", "stride_b", "stride_mask", "stride_dx")
     return compile_cases_of(
         masked_lora_input_gradient_kernel,

@@ -159,7 +159,7 @@ def accumulate_linear_gradient_magnitude_(
         raise ValueError("saliency must be float32 and contiguous: it is added to in place")
     if 0 in (dy.numel(), x.numel()):
         return
-    (n, k), samples = saliency.shape, dy.shape[0] if per_sample and magnitude != "signed" else 1
+    samples = dy.shape[0] if per_sample and magnitude != "signed" else 1
     dy, x = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
 
