@@ -353,7 +353,7 @@ def compile_all(
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as text in aligned columns."""
-    titles = ("kernel", "configuration", "chip", "regs", "spill", "shared", "matrix", "reg. form", "loads", "waits", "")
+    titles = ("kernel", "configuration", "chip", "regs", "spill", "shared", "loads", "waits", "matrix", "reg. form", "")
     cells = [titles] + [
         (
             row.kernel,
@@ -363,7 +363,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 "-" if value is None else str(value)
                 for value in (
                     *(row.registers, row.spill_bytes, row.shared_bytes),
-                    *(row.tensor_core, row.register_form, row.loads, row.waits),
+                    *(row.loads, row.waits, row.tensor_core, row.register_form),
                 )
             ),
             "FAILS" if row.violations else "",

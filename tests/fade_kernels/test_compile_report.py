@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 from fade_kernels import compile_report
 from fade_kernels.compile_report import Row, check, count_matrix_instructions, parse_ptxas, resource_usage, short_name
-
 from fade_kernels.triton_kernels.launch import Allowance
 
 FAR_OVER = 300 * 1024
