@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fade_kernels._extension import cuda_library_loaded
-from fade_kernels.positions import MaskPositions, TileOrder, find_positions, find_tile_order
+from fade_kernels.positions import MaskPositions, TileOrder, find_first_places, find_positions, find_tile_order
 
 Found = TypeVar("Found")
 
@@ -144,6 +144,16 @@ def tile_order(mask_words: Tensor, columns: int, tile_n: int, tile_k: int, *, al
         (tile_n, tile_k, along),
         lambda: find_tile_order(mask_words, columns, tile_n, tile_k, along=along),
     )
+
+
+def first_places(mask_words: Tensor, columns: int, width: int) -> Tensor:
+    """Where the values of each row's tiles of `width` columns begin: `find_first_places`, which can be captured too."""
+
+    def find() -> Tensor:
+        return find_first_places(mask_words, columns, width)
+
+    places = _found(mask_words, ("places", width), find)
+    return find() if places is None else places
 
 
 @functools.cache

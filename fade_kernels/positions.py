@@ -50,6 +50,13 @@ def find_tile_order(mask_words: Tensor, columns: int, tile_n: int, tile_k: int, 
     return TileOrder(tiles.to(torch.int32).contiguous(), occupied.sum(dim=1, dtype=torch.int32))
 
 
+def find_first_places(mask_words: Tensor, columns: int, width: int) -> Tensor:
+    """Int32 [N, ceil(columns/width)]: how many bits come before each row's tiles of `width` columns, row by row."""
+    mask = reference.unpack_mask(mask_words, columns)
+    counts = torch.nn.functional.pad(mask, (0, -columns % width)).view(mask.shape[0], -1, width).sum(dim=2)
+    return (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).to(torch.int32)
+
+
 def find_positions(mask_words: Tensor, columns: int) -> MaskPositions:
     """The positions of a mask (int32 words [N, ceil(columns/32)]). Waits for the device: once per mask."""
     mask = reference.unpack_mask(mask_words, columns)

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from fade_kernels.mask_facts import mask_positions
-from fade_kernels.one_product import RoundedLayer, write_rounded
-
 
 def on(scale: Tensor, like: Tensor) -> Tensor:
     """The scale as fp32; a 0-d tensor on the host may multiply one on the device, and need not be copied there."""
@@ -38,11 +35,11 @@ def values_weight(
     seed: int | None = None,
 ) -> Tensor:
     """The same with the delta given by its values."""
+    from fade_kernels.triton_kernels import effective_weight as merging
+
     out = like.new_empty((mask_words.shape[0], columns))
-    if seed is not None and out.dtype.itemsize == 2:
-        write_rounded([_rounded_values(0, out, weight, values, mask_words, scale)], seed)
-    else:
-        effective_weight_from_values_out(out, weight, values, mask_words, scale)
+    delta = (values, mask_words, scale)
+    merging.effective_weight_from_values(out, weight, *delta, stochastic=seed is not None, seed=seed or 0)
     return out
 
 
@@ -85,16 +82,10 @@ def effective_weights_out(
 def effective_weight_from_values_out(
     out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
 ) -> None:
-    """W + Delta with the delta given by its values: added in fp32 at the mask's positions, the rest copied."""
-    before = None
-    if weight is not None:
-        before = torch.ops.fade_kernels.gather_masked(weight, mask_words, values.numel()).float()
-        out.copy_(weight)
-    else:
-        out.zero_()
-    delta = on(scale, values.float()) * values.float()
-    changed = (delta if before is None else before + delta).to(out.dtype)
-    torch.ops.fade_kernels.scatter_masked_(out, changed, mask_words)
+    """W + Delta with the delta given by its values, in one pass."""
+    from fade_kernels.triton_kernels import effective_weight as merging
+
+    merging.effective_weight_from_values(out, weight, values, mask_words, scale)
 
 
 def effective_weights_from_values_out(
@@ -106,24 +97,11 @@ def effective_weights_from_values_out(
     stochastic: bool,
     seed: int,
 ) -> None:
-    """The same of many layers; stochastically with the random numbers of all of them at once."""
-    rounded = []
-    for i, (result, base, *delta) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
-        if stochastic and result.dtype.itemsize == 2:
-            rounded.append(_rounded_values(i, result, base, *delta))
-        else:
-            effective_weight_from_values_out(result, base, *delta)
-    if rounded:
-        write_rounded(rounded, seed)
+    """The same of many layers, a launch for each."""
+    from fade_kernels.triton_kernels import effective_weight as merging
 
-
-def _rounded_values(
-    index: int, out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
-) -> RoundedLayer:
-    """What `write_rounded` writes into out [N, K], at positions which stay with the mask."""
-    by_row = mask_positions(mask_words, out.shape[1]).by_row
-    elements = by_row.segment.long() * out.shape[1] + by_row.index
-    return RoundedLayer(out, weight, on(scale, values.float()) * values.float(), mask_words, elements, index)
+    for i, (result, *arguments) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
+        merging.effective_weight_from_values(result, *arguments, stochastic=stochastic, seed=seed, layer=i)
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:

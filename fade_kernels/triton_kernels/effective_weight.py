@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fade_kernels.mask_facts import capturing
+from fade_kernels.mask_facts import capturing, first_places
 from fade_kernels.triton_kernels.blocks import any_nonzero, column_bits, expand_rows
 from fade_kernels.triton_kernels.launch import (
     TRITON_DTYPES,
@@ -163,6 +163,58 @@ def effective_weight_kernel(
         out, weight, lora_a, lora_b, mask_words, b_scale, seed.to(tl.uint32), tl.program_id(0), N, K, R,
         stride_weight, stride_out, BN, BK, BR, HAS_WEIGHT, IN_PLACE, STOCHASTIC,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed", "layer"])
+def effective_weight_from_values_kernel(
+    out,
+    weight,
+    values,
+    mask_words,
+    places,
+    scale,
+    seed,
+    layer,
+    N,
+    K,
+    COUNT,
+    stride_weight,
+    stride_out,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SCALE_POINTER: tl.constexpr,
+):
+    TILES_K = tl.cdiv(K, BK)
+    i_n = tl.program_id(0) // TILES_K
+    i_k = tl.program_id(0) % TILES_K
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_n = o_n < N
+    m_out = m_n[:, None] & (o_k < K)[None, :]
+    o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * tl.cdiv(K, 32) + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word * 32 < K)[None, :], other=0)  # [BN, BK/32]
+    b_bits = expand_rows(b_words & column_bits(o_word, K)[None, :], BN, BK)
+    b_first = tl.load(places + o_n.to(tl.int64) * TILES_K + i_k, mask=m_n, other=0)  # [BN]
+    o_value = b_first[:, None] + tl.cumsum(b_bits, axis=1) - b_bits  # [BN, BK]
+    m_value = (b_bits != 0) & (o_value < COUNT)
+    b_scale = tl.load(scale) if SCALE_POINTER else scale
+    b_values = tl.load(values + o_value, mask=m_value, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        p_weight = weight + o_n.to(tl.int64)[:, None] * stride_weight + o_k[None, :]
+        b_out = tl.load(p_weight, mask=m_out, other=0.0).to(tl.float32)  # [BN, BK]
+    else:
+        b_out = tl.zeros((BN, BK), dtype=tl.float32)
+    b_out += tl.where(m_value, b_values * b_scale, -0.0)  # -0.0 leaves every number its bits
+    if STOCHASTIC:
+        o_element = o_n.to(tl.uint32)[:, None] * K + o_k.to(tl.uint32)[None, :]
+        key = hash_bits(layer.to(tl.uint32)) + seed.to(tl.uint32)
+        b_random = hash_bits(hash_bits(o_element) + hash_bits(key))  # [BN, BK]
+        b_out = round_stochastically(b_out, b_random, out.dtype.element_ty == tl.float16)
+    p_out = out + o_n.to(tl.int64)[:, None] * stride_out + o_k[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -367,6 +419,72 @@ def effective_weight(
 _launches: dict[Hashable, Launch] = {}
 
 
+VALUES_TILINGS = (Tiling({"BN": 16, "BK": 128}, num_warps=4, num_stages=1),)
+"""Rows of 256 bytes in 16 bits; a tile's first place in the values is kept with the mask, 1/8 of the mask's bytes."""
+
+
+def effective_weight_from_values(
+    out: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    *,
+    stochastic: bool = False,
+    seed: int = 0,
+    layer: int = 0,
+) -> None:
+    """out = W + Delta with the delta given by its values, added in fp32 and rounded once, in one pass.
+
+    Args:
+        out: [N, K] or a convolution's [N, C, kh, kw], fp32, fp16 or bf16; may be the weight itself.
+        weight: of out's shape, or None for the delta alone.
+        values: [nnz], row-major, fp32, fp16 or bf16.
+        mask_words: int32 [N, ceil(K/32)].
+        scale: 0-d; read on the device where it lives there.
+        stochastic, seed: as for `effective_weight`.
+        layer: place among the layers of a call, each of which has random bits of its own.
+    """
+    if out.numel() == 0:
+        return
+    rows = out.flatten(1)  # a copy where rows have gaps
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    n, k = rows.shape
+    base = None if weight is None else weight.flatten(1)
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    values, mask_words, scale_argument = values.contiguous(), mask_words.contiguous(), as_scale(scale)
+    rounded = stochastic and out.dtype.itemsize == 2
+
+    def make() -> Launch:
+        (tiling,) = VALUES_TILINGS
+        return Launch(
+            effective_weight_from_values_kernel,
+            (ceil_div(n, tiling.blocks["BN"]) * ceil_div(k, tiling.blocks["BK"]),),
+            (n, k, values.numel(), 0 if base is None else base.stride(0), rows.stride(0)),
+            {
+                "HAS_WEIGHT": base is not None,
+                "STOCHASTIC": rounded,
+                "SCALE_POINTER": isinstance(scale_argument, Tensor),
+            },
+            tiling,
+        )
+
+    key = (
+        *(rows.shape, rows.stride(), rows.dtype, values.shape, values.dtype),
+        None if base is None else (base.stride(), base.dtype),
+        *(rounded, scale_argument.__class__ is float),
+    )
+    places = first_places(mask_words, k, VALUES_TILINGS[0].blocks["BK"])
+    launch = kept(_values_launches, key, make)
+    with on_device(rows):
+        launch(rows, rows if base is None else base, values, mask_words, places, scale_argument, seed % SEEDS, layer)
+    if rows.data_ptr() != out.data_ptr():
+        out.copy_(rows.view(out.shape))
+
+
+_values_launches: dict[Hashable, Launch] = {}
+
+
 class _Group(NamedTuple):
     """Layers that one launch serves: of the same dtypes and alignment."""
 
@@ -543,7 +661,25 @@ def compile_cases() -> list[CompileCase]:
                 tensor_cores=dtype != torch.float32,
                 allowed=(Allowance("load", 1, RANK_LOOP), Allowance("wait", 1, RANK_LOOP)),
             )
-            for case in (one, many):
+            given = CompileCase(
+                name=f"effective_weight_from_values{', stochastic' * stochastic}",
+                kernel=effective_weight_from_values_kernel,
+                dtype=element,
+                signature={
+                    **dict.fromkeys(("out", "weight", "values"), f"*{element}"),
+                    **dict.fromkeys(("mask_words", "places"), "*i32"),
+                    "scale": "*fp32",
+                    **dict.fromkeys(("seed", "layer", "N", "K", "COUNT", "stride_weight", "stride_out"), "i32"),
+                },
+                constants={
+                    **VALUES_TILINGS[0].blocks,
+                    **{"HAS_WEIGHT": True, "STOCHASTIC": stochastic, "SCALE_POINTER": True},
+                },
+                tiling=VALUES_TILINGS[0],
+                tensor_cores=False,
+                divisible_by_16=("N", "K", "stride_weight", "stride_out"),
+            )
+            for case in (one, many, given):
                 signature = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
                 cases.append(replace(case, signature=signature))
     return cases
