@@ -415,15 +415,14 @@ Tensor backward(const Tensor& grad_output, const Tensor& x, const Optional& weig
   if (exact_input || need_adapter) {
     const Rows dy = as_rows<T>(grad_output, delta.mask.rows);
     const Optional frozen = exact_input ? as_type(weight, dtype_of<T>()) : Optional();
+    std::optional<Rows> rows;
     std::optional<GatheredBackward<T>> both;
-    if (need_adapter) {
-      const Rows rows = as_rows<T>(x, delta.mask.columns);
-      if (exact_input) both = gathered_backward(grad_output, dy, rows, frozen, delta, regime);
-      adapter(dy, rows, both ? both->gradient.get() : nullptr);
-    }
+    if (need_adapter) rows = as_rows<T>(x, delta.mask.columns);
+    if (rows && exact_input) both = gathered_backward(grad_output, dy, *rows, frozen, delta, regime);
     if (exact_input) {
       dx = as_type(both ? both->dx : input_gradient(grad_output, dy, frozen, delta, regime), grad_output.scalar_type());
     }
+    if (rows) adapter(dy, *rows, both ? both->gradient.get() : nullptr);
   }
   return dx ? *dx : not_needed(grad_output);
 }

@@ -13,7 +13,9 @@
 
 namespace fade {
 
-// A packed mask with the position of every row's first value and, once decoded, the column of every value.
+// A packed mask with the position of every row's first value and, once decoded, the column of every value. Neither is
+// kept from call to call, where it would be memory for every layer and could be out of date; a decoding serves all
+// gradients of a backward pass.
 class Mask {
  public:
   Mask(const Tensor& words, int64_t rows, int64_t columns)
