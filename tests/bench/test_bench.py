@@ -12,7 +12,7 @@ import torch
 from bench import __main__ as command
 from bench import checks, cpu_tables, gpu_tables, results_file, targets
 from bench.harness import interleaved
-from bench.masked_layer import Mask, MaskedLayer, Provider, worst_error
+from bench.masked_layer import ONE_PRODUCT, Mask, MaskedLayer, Provider, worst_error
 from bench.plans import Budget, Plan, Prepared, Row, measure_row, predict_plans, run_plans
 from bench.results_file import Results
 from bench.roofline import CHIPS
@@ -113,6 +113,7 @@ def test_every_provider_computes_the_same_layer(shape, mode):
         *gpu_tables.BASELINES[4:],
         Provider("ours", "random 50 %"),
         Provider("ours", "tiles 50 %"),
+        *(Provider("ours", "random 50 %", regime) for regime in ONE_PRODUCT),
     ):
         assert worst_error(problem.step(provider, mode), problem.expected(provider, mode)) < 1e-5, provider.name
 
@@ -347,14 +348,11 @@ def test_stages_in_toy_size():
         assert set(only["cells"][name]["stages"]) == {"locate", "overwrite"} and only["cells"][name]["median"] > 0
 
 
-def test_paths_of_the_dispatch_are_forced_and_given_back():
+def test_regimes_are_forced_and_given_back():
     from bench.masked_layer import _forced
-    from fade_kernels import choices, masked_lora
+    from fade_kernels import masked_lora
 
-    chosen = choices.choose_linear
-    with _forced("split"):
-        assert choices.choose_linear(None, 1, 1, 1, None, False) == "split"
-    assert choices.choose_linear is chosen
-    with _forced("gather"):
-        assert masked_lora._regime == masked_lora.REGIMES["gather"]
-    assert masked_lora._regime == masked_lora.REGIMES["auto"]
+    for regime, expected in (("gather", "gather"), ("one-product", "auto"), ("one-product kept", "auto")):
+        with _forced(regime):
+            assert masked_lora._regime == masked_lora.REGIMES[expected]
+        assert masked_lora._regime == masked_lora.REGIMES["auto"]
