@@ -25,7 +25,6 @@ from bench.masked_layer import (
     PEFT_AUTOCAST,
     PEFT_DEFAULT,
     RANK,
-    REFILLED,
     Mask,
     MaskedLayer,
     Provider,
@@ -146,14 +145,16 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
     if provider in (NAIVE_TWO, NAIVE_ONE):
         return roofline.naive_masked(layer, RANK, provider == NAIVE_TWO)
     mask = next(mask for mask in MASKS if mask.name == provider.mask)
-    paths = {
-        "gather": roofline.gather(layer, RANK, mask.keep),
-        "tile": roofline.fused(layer, RANK, occupancy(mask), chip),
-        REFILLED: roofline.one_product(layer, RANK, occupancy(mask), chip, kept=False),
-        KEPT: roofline.one_product(layer, RANK, occupancy(mask), chip),
-    }
+
+    def cost(path: str) -> Cost:
+        if path == "gather":
+            return roofline.gather(layer, RANK, mask.keep)
+        if path in ONE_PRODUCT:
+            return roofline.one_product(layer, RANK, occupancy(mask), chip, kept=path == KEPT)
+        return roofline.fused(layer, RANK, occupancy(mask), chip)
+
     if provider.regime in EXACT:
-        return paths[provider.regime]
+        return cost(provider.regime)
     # What would be chosen: a path for the products, and one for the factors' gradients.
     facts = MaskFacts(0, mask.keep, occupancy(mask))
     sizes = (layer.tokens, layer.out_features, layer.in_features)
@@ -162,7 +163,7 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
         path = choices.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
     else:
         path = provider.regime
-    return roofline.combined(paths["tile" if path == "fused" else path], paths[gradients])
+    return roofline.combined(cost(path), cost(gradients))
 
 
 def _masked_row(
@@ -187,13 +188,16 @@ def _masked_row(
 
     matrix = layer if isinstance(layer, Linear) else layer.as_linear()
 
+    # The model has no account of what convolutions read again.
+    modelled = isinstance(layer, Linear) or layer.kernel == 1
+
     def costs(chip: Chip) -> Mapping[str, Cost]:
-        if not isinstance(layer, Linear) and layer.kernel > 1:
-            return {}  # the model has no account of what convolutions read again
+        if not modelled:
+            return {}
         return {provider.name: linear_cost(provider, matrix, chip) for provider in providers}
 
     def bound(chip: Chip) -> Cost | None:
-        return roofline.lower_bound(matrix) if costs(chip) else None
+        return roofline.lower_bound(matrix) if modelled else None
 
     chip = CHIPS["h200"]
     step = sum(linear_cost(provider, matrix, chip).seconds(chip, mode) for provider in providers)

@@ -92,24 +92,30 @@ def _inverse(measure: Measure) -> Measure:
 MODES = {"exact": "auto", "one-product": KEPT}
 """The modes that the targets of masked LoRA are evaluated for, with their regimes."""
 
+# Batch and size of each model, and the limits of forward + backward with a mask of 10 %. PEFT's default factors are in
+# fp32: with autocast, as most train, and without, as its layers come.
+LINEAR = {
+    "SD 1.5": ("batch 8, 512 px", {PEFT: 0.55, PEFT_AUTOCAST: 0.35, PEFT_DEFAULT: 0.35, NAIVE_TWO: 0.5}),
+    "SDXL": ("batch 4, 1024 px", {PEFT: 0.8, PEFT_AUTOCAST: 0.5, PEFT_DEFAULT: 0.5, NAIVE_TWO: 0.5}),
+    "FLUX.1": ("batch 2, 1024 px", {PEFT: 1.1, PEFT_AUTOCAST: 0.85, PEFT_DEFAULT: 0.85, NAIVE_TWO: 0.6}),
+}
+
+
+def linear_name(model: str, mode: str, base: str) -> str:
+    """Name of the target of a model's attention linears against `base`, a key of LINEAR and one of MODES."""
+    return f"{model} attention, {LINEAR[model][0]}, keep 10 %, {mode}, forward + backward / {base}"
+
 
 def gpu_targets() -> list[Target]:
     targets = []
-    for model, batch, (dense, default, naive) in (
-        ("SD 1.5", "batch 8, 512 px", (0.55, 0.35, 0.5)),
-        ("SDXL", "batch 4, 1024 px", (0.8, 0.5, 0.5)),
-        ("FLUX.1", "batch 2, 1024 px", (1.1, 0.85, 0.6)),
-    ):
+    for model, (_, limits) in LINEAR.items():
         table = f"linear / {model} / attention / training"
-        # PEFT's default factors are in fp32: with autocast, as most train, and without, as its layers come.
         for mode, regime in MODES.items():
             ours = _ours(TEN.name, regime)
-            limits = {PEFT: dense, PEFT_AUTOCAST: default, PEFT_DEFAULT: default, NAIVE_TWO: naive, NAIVE_ONE: None}
-            for base, limit in limits.items():
-                what = f"{model} attention, {batch}, keep 10 %, {mode}, forward + backward / {base.name}"
+            for base, limit in (limits | {NAIVE_ONE: None}).items():
+                what = linear_name(model, mode, base.name)
                 targets.append(Target(what, limit, _columns(table, ours, base.name)))
-            what = f"{model} attention, {batch}, keep 10 %, {mode}, forward + backward / lower bound"
-            targets.append(Target(what, 1.25, _over_bound(table, ours)))
+            targets.append(Target(linear_name(model, mode, "lower bound"), 1.25, _over_bound(table, ours)))
         # A kept W + Delta belongs to the step, not to the layer: what a layer takes is that of a refilled one.
         for mode, regime in (("exact", "auto"), ("one-product, refilled", REFILLED)):
             for other, limit in ((NAIVE_TWO, 0.25), (NAIVE_ONE, None)):
