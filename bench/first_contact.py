@@ -116,7 +116,8 @@ class Contact:
         self.save()
 
     def save(self) -> None:
-        write_json(self.path, self.payload)
+        # What JSON does not know is written as its text: no fact may end a step.
+        write_json(self.path, json.loads(json.dumps(self.payload, default=str)))
 
     @property
     def failed(self) -> bool:

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import gpu_tables, roofline, targets
+from bench.gpu_tables import TEN
 from bench.harness import ROOT, print_table
 from bench.masked_layer import (
     FROZEN,
@@ -29,6 +32,7 @@ from bench.plans import Plan, predict_plans
 from bench.results_file import Results, show
 from bench.roofline import EFFICIENCIES, HOST, Chip, Cost
 from bench.shapes import FLUX1, MODELS, SD15, SDXL, Linear, Model, batched
+from fade_kernels import choices
 
 GOAL = 1.25
 """Of the first lower bound, that every mode of ours should reach."""
@@ -80,6 +84,13 @@ def _ours(name: str, mask: str, regime: str = "auto") -> Mode:
     return _provided(name, Provider("ours", mask, regime), "ours", ours=True)
 
 
+def _auto(layer: Linear, chip: Chip) -> Cost:
+    """What `training_mode = "auto"` takes for each layer, one-product weights kept."""
+    sizes = (layer.tokens, layer.out_features, layer.in_features)
+    chosen = choices.choose_training_mode(torch.bfloat16, *sizes, TEN.keep, gpu_tables.occupancy(TEN))
+    return gpu_tables.linear_cost(Provider("ours", TEN.name, targets.MODES[chosen]), layer, chip)
+
+
 FIRST = Mode("lower bound: gradient of every weight", lambda layer, chip: roofline.lower_bound(layer))
 SECOND = Mode("lower bound: gradients of 1 %", lambda layer, chip: roofline.lower_bound(layer, 0.01))
 BASE = _provided("frozen layer", FROZEN, "frozen")
@@ -99,6 +110,7 @@ SUMMARY = (
     _ours("ours, one-product, kept, random 10 % or 1 %", "random 10 %", KEPT),
     _ours("ours, one-product, refilled, random 10 % or 1 %", "random 10 %", REFILLED),
     _ours("ours, one-product, kept, tiles 10 %", "tiles 10 %", KEPT),
+    Mode("ours, the mode chosen for each layer, random 10 %", _auto, "ours", ours=True),
     Mode(
         "not built: one-product, gradients contracted once, 10 %",
         lambda layer, chip: roofline.one_product_stored(layer, RANK, 0.1, 1.0, chip),

@@ -171,14 +171,15 @@ def test_ours_costs_what_would_be_chosen():
     assert names("random 10 %", 8192, REFILLED) == ["W + D", "x (W + D)ᵀ", "W + D", "dY (W + D)", *tiles]
 
 
-# Where one product overtakes the fused kernel: its weight is read, written and read again, which the tokens must repay.
+# Where one product overtakes the fused kernel: its weight is read, written and read again, which the tokens must repay;
+# here in both passes, as where it is refilled.
 @pytest.mark.parametrize(
     ("tokens", "occupancy", "mode"),
     [
-        (64, 1.0, "exact"), (256, 1.0, "one-product"), (4096, 1.0, "one-product"),
-        (128, 0.5, "exact"), (512, 0.5, "one-product"), (32768, 0.5, "one-product"),
-        (256, 0.1, "exact"), (2048, 0.1, "one-product"),
-        (256, 0.02, "exact"), (4096, 0.02, "one-product"),
+        (64, 1.0, "exact"), (2048, 1.0, "one-product"), (32768, 1.0, "one-product"),
+        (128, 0.5, "exact"), (4096, 0.5, "one-product"),
+        (256, 0.1, "exact"), (16384, 0.1, "one-product"),
+        (256, 0.02, "exact"), (32768, 0.02, "one-product"),
     ],
 )  # fmt: skip
 def test_training_mode_is_the_models_choice(tokens, occupancy, mode):
@@ -186,23 +187,22 @@ def test_training_mode_is_the_models_choice(tokens, occupancy, mode):
         layer = Linear(tokens, rows, columns, False, 1)
         seconds = {
             "exact": roofline.fused(layer, 16, occupancy, CHIP).seconds(CHIP),
-            "one-product": roofline.one_product(layer, 16, occupancy, CHIP).seconds(CHIP),
+            "one-product": roofline.one_product(layer, 16, occupancy, CHIP, kept=False).seconds(CHIP),
         }
-        assert seconds[mode] < 1.01 * min(seconds.values())
+        assert seconds[mode] == min(seconds.values())
         chosen = choices.choose_training_mode(torch.bfloat16, tokens, rows, columns, 0.1 * occupancy, occupancy)
         assert chosen == mode, (rows, columns, seconds)
 
 
 def test_training_mode_costs_little_where_the_model_prefers_the_other():
-    for m, mask in itertools.product(MODELS, ("random 10 %", "random 1 %", "tiles 10 %")):
+    for m, mask in itertools.product(MODELS, MASKS[:3]):
         for layer in batched((*m.attention, *m.other), m.batch):
-            sizes, share = (layer.tokens, layer.out_features, layer.in_features), 0.01 if "1 %" in mask else 0.1
-            seen = occupancy(next(one for one in MASKS if one.name == mask))
+            sizes, seen = (layer.tokens, layer.out_features, layer.in_features), occupancy(mask)
             seconds = {
-                mode: linear_cost(Provider("ours", mask, regime), layer, CHIP).seconds(CHIP)
-                for mode, regime in (("exact", "auto"), ("one-product", KEPT))
+                mode: linear_cost(Provider("ours", mask.name, regime), layer, CHIP).seconds(CHIP)
+                for mode, regime in (("exact", "auto"), ("one-product", REFILLED))
             }
-            chosen = choices.choose_training_mode(torch.bfloat16, *sizes, share, seen)
+            chosen = choices.choose_training_mode(torch.bfloat16, *sizes, mask.keep, seen)
             assert seconds[chosen] <= 1.1 * min(seconds.values()), (m.name, str(layer), mask, seconds)
 
 
