@@ -21,6 +21,7 @@ from bench.masked_layer import (
     KEPT,
     NAIVE_ONE,
     NAIVE_TWO,
+    ONE_PRODUCT,
     PEFT,
     PEFT_AUTOCAST,
     PEFT_DEFAULT,
@@ -81,7 +82,8 @@ def _provided(name: str, provider: Provider, host: str = "", ours: bool = False)
 
 
 def _ours(name: str, mask: str, regime: str = "auto") -> Mode:
-    return _provided(name, Provider("ours", mask, regime), "ours", ours=True)
+    host = "one-product" if regime in ONE_PRODUCT else "exact"
+    return _provided(name, Provider("ours", mask, regime), host, ours=True)
 
 
 def _auto(layer: Linear, chip: Chip) -> Cost:
@@ -110,7 +112,7 @@ SUMMARY = (
     _ours("ours, one-product, kept, random 10 % or 1 %", "random 10 %", KEPT),
     _ours("ours, one-product, refilled, random 10 % or 1 %", "random 10 %", REFILLED),
     _ours("ours, one-product, kept, tiles 10 %", "tiles 10 %", KEPT),
-    Mode("ours, the mode chosen for each layer, random 10 %", _auto, "ours", ours=True),
+    Mode("ours, the mode chosen for each layer, random 10 %", _auto, "one-product", ours=True),
     Mode(
         "not built: one-product, gradients contracted once, 10 %",
         lambda layer, chip: roofline.one_product_stored(layer, RANK, 0.1, 1.0, chip),
@@ -129,12 +131,14 @@ SUMMARY = (
 
 def measured_host(path: Path = ROOT / "bench" / "results" / "host_overhead.json") -> dict[str, float]:
     """Host seconds of one layer, forward + backward, by the keys of `roofline.HOST`: those of a measurement where its
-    file is there."""
+    file (`bench/host_overhead.py`) is there."""
+    rows = {"frozen": "frozen", "PEFT": "PEFT's three linears", "exact": "fused", "one-product": "one-product"}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["layer_seconds"]
+        found = json.loads(path.read_text(encoding="utf-8"))["tables"]["gpu"]
     except (OSError, ValueError, KeyError):
         return dict(HOST)
-    return {name: float(found.get(name, seconds)) for name, seconds in HOST.items()}
+    measured = {name: found.get(f"{row}, forward + backward") for name, row in rows.items()}
+    return {name: float(row["processor"]) if row else HOST[name] for name, row in measured.items()}
 
 
 def seconds(model: Model, mode: Mode, chip: Chip) -> float:

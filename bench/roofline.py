@@ -453,9 +453,10 @@ def reading(values: int, times: int) -> Cost:
 
 # --- host ------------------------------------------------------------------------------------------------------------
 
-HOST = {"frozen": 27e-6, "PEFT": 90e-6, "ours": 372e-6}
+HOST = {"frozen": 27e-6, "PEFT": 90e-6, "exact": 372e-6, "one-product": 372e-6}
 """Seconds that the host needs to launch one layer's forward and backward pass in eager mode, kernels left out: of the
-layer alone, of PEFT's three linears, of ours. Measured on a CPU; `bench/results/host_overhead.json` has later ones."""
+layer alone, of PEFT's three linears, of ours by mode. Measured on a CPU before the launches were made lean; what
+`bench/host_overhead.py` measures takes their place."""
 
 
 # --- totals ----------------------------------------------------------------------------------------------------------

@@ -61,8 +61,9 @@ def test_model_as_json_counts_the_host_where_asked(capsys):
 def test_host_times_come_from_their_measurement(tmp_path):
     path = tmp_path / "host.json"
     assert model.measured_host(path) == roofline.HOST
-    path.write_text(json.dumps({"layer_seconds": {"ours": 1e-4}}))
-    assert model.measured_host(path) == {**roofline.HOST, "ours": 1e-4}
+    rows = {"fused, forward + backward": {"processor": 1e-4}, "frozen, forward + backward": {"processor": 3e-5}}
+    path.write_text(json.dumps({"tables": {"gpu": rows}}))
+    assert model.measured_host(path) == {**roofline.HOST, "exact": 1e-4, "frozen": 3e-5}
 
 
 def test_readme_has_the_models_tables():
