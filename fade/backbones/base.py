@@ -7,6 +7,7 @@ noised, the denoiser asked, latents drawn by the pipeline itself.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -103,8 +104,9 @@ class Backbone(ABC):
     def side(self, resolution: int | None) -> int:
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.family.multiple(self)
-        if side % least or not least <= side <= MOST_PIXELS:
-            raise FadeError(f"resolution must be a multiple of {least} up to {MOST_PIXELS}, not {side}")
+        most = min(MOST_PIXELS, self.family.largest(self))
+        if side % least or not least <= side <= most:
+            raise FadeError(f"resolution must be a multiple of {least} up to {most}, not {side}")
         return side
 
     # --- prompts -----------------------------------------------------------------------------------------------------
@@ -151,6 +153,11 @@ class Backbone(ABC):
     def text_states(self, reader: str, conditioning: Conditioning) -> Tensor:
         """What a reader's layers read of a conditioning: [n, tokens, K]."""
         return self.family.readers[reader].states(self, conditioning)
+
+    def attended(self, reader: str, conditioning: Conditioning) -> Tensor | None:
+        """Which tokens of `text_states` the denoiser attends to, bool [n, tokens]; None for all, padding too."""
+        mask = self.family.readers[reader].mask
+        return None if mask is None else conditioning[mask].bool()
 
     def negative(self) -> Conditioning:
         """What classifier-free guidance leads away from, one row, as a pipeline that is given no negative prompt has
@@ -238,7 +245,7 @@ class Backbone(ABC):
                 encoded, negative = self.encode_prompts(unique), self.negative()
             place = {prompt: index for index, prompt in enumerate(unique)}
             row = [place[prompt] for prompt in prompts]
-        watch = {} if on_step is None else {"callback_on_step_end": _told(on_step)}
+        watch = {} if on_step is None else _told(self.pipeline, on_step)
         latents = []
         size = 1 if self.family.one_by_one else batch_size
         with self._quiet():
@@ -376,12 +383,17 @@ class Backbone(ABC):
             self.pipeline.set_progress_bar_config(**before)
 
 
-def _told(on_step: Callable[[float], None]) -> Callable[..., dict[str, Tensor]]:
-    """A pipeline's callback that tells the share of its steps that is done. Some schedulers take more steps than they
-    were asked for."""
+def _told(pipeline: Any, on_step: Callable[[float], None]) -> dict[str, Callable[..., Any]]:
+    """The pipeline's argument that tells the share of its steps that is done. Some schedulers take more steps than
+    they were asked for, and some pipelines have diffusers' older callback alone."""
 
     def callback(pipeline: Any, step: int, timestep: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         on_step((step + 1) / pipeline.num_timesteps)
         return {}
 
-    return callback
+    def older(step: int, timestep: Any, latents: Tensor) -> None:
+        scheduler = pipeline.scheduler
+        on_step(min(1.0, (step + 1) * scheduler.order / len(scheduler.timesteps)))
+
+    known = inspect.signature(pipeline.__call__).parameters
+    return {"callback_on_step_end": callback} if "callback_on_step_end" in known else {"callback": older}

@@ -6,6 +6,7 @@ that, and its descriptor here all the same.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fade.backbones.base import MOST_PIXELS
 from fade.backbones.flow import grid_ids, pack, unpack
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
@@ -56,12 +58,14 @@ class Reader:
     """Layers that read the prompt alone, which the closed form can solve for.
 
     `layers` picks them from all names of modules; `states` is what they read of a conditioning, [n, tokens, K];
-    `segments` whose tokens those are, in their order: none where a prompt is one vector.
+    `segments` whose tokens those are, in their order: none where a prompt is one vector; `mask` the conditioning's
+    tensor [n, tokens] that is 0 for tokens that nothing in the denoiser attends to, None where it attends to all.
     """
 
     layers: Callable[[Backbone, Sequence[str]], set[str]]
     states: Callable[[Backbone, Conditioning], Tensor]
     segments: tuple[Segment, ...] = (Segment("tokenizer"),)
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ class Family:
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
         guidance: the guidance scale that people draw with.
-        multiple: pixels that a side must be a multiple of.
+        multiple: pixels that a side must be a multiple of; largest: pixels that a side may have at most.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers that read the prompt alone, by a name.
+        targets: patterns of the attention's projections, or a function of the backbone that names them.
+        readers: layers that read the prompt alone, by a name.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
@@ -111,6 +116,7 @@ class Family:
     negative: Callable[[Backbone], Conditioning] | None = None
     guidance: float = 3.0
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
+    largest: Callable[[Backbone], int] = lambda backbone: MOST_PIXELS
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
     targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
@@ -313,6 +319,79 @@ SDXL = Family(
 )
 
 
+# --- PixArt-Sigma ----------------------------------------------------------------------------------------------------
+
+
+def _default(pipeline: Any, name: str) -> Any:
+    """What the pipeline's `__call__` takes for an argument that it is not given."""
+    return inspect.signature(pipeline.__call__).parameters[name].default
+
+
+def _encode_pixart(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        clean_caption=_default(pipeline, "clean_caption"),
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _call_unbinned(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """Sides as they are asked for, not those of the nearest of the trained shapes; no negative prompt as text, which
+    is an empty one by default."""
+    return {
+        **SDXL.call(backbone, conditioning, negative, guidance),
+        "negative_prompt": None,
+        "use_resolution_binning": False,
+    }
+
+
+def _cleaned(pipeline: Any, prompt: str) -> str:
+    """A prompt as pipelines with a `clean_caption` tokenize it."""
+    return pipeline._text_preprocessing(prompt, clean_caption=_default(pipeline, "clean_caption"))[0]
+
+
+def _refuse_pixart_alpha(backbone: Backbone) -> None:
+    if backbone.denoiser.use_additional_conditions:
+        raise FadeError(
+            "this is PixArt-Alpha (use_additional_conditions=True), which is told the picture's size as well and reads "
+            "120 tokens; that is not supported: use PixArt-Sigma"
+        )
+
+
+PIXART_SIGMA = Family(
+    name="PixArt-Sigma",
+    kind="ddpm",
+    pipeline="PixArtSigmaPipeline",
+    denoiser="PixArtTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.28",
+    encode=_encode_pixart,
+    call=_call_unbinned,
+    forward=lambda backbone, noised, times, conditioning: {
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    },
+    guidance=4.5,
+    multiple=lambda backbone: max(8, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(
+            _cross_attention,
+            lambda backbone, conditioning: backbone.denoiser.caption_projection(conditioning["prompt_embeds"]),
+            (Segment("tokenizer", text=_cleaned),),
+            mask="prompt_attention_mask",
+        )
+    },
+    refuse=_refuse_pixart_alpha,
+)
+
+
 # --- Stable Diffusion 3, 3.5 -----------------------------------------------------------------------------------------
 
 
@@ -456,5 +535,5 @@ FLUX1 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1)
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

@@ -14,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -129,6 +131,19 @@ def sdxl() -> StableDiffusionXLPipeline:
             projection_class_embeddings_input_dim=6 * 8 + 32, transformer_layers_per_block=(1, 2),
         ),
         scheduler=ddim(), add_watermarker=False,
+    )  # fmt: skip
+
+
+@family("PixArt-Sigma")
+def pixart_sigma() -> PixArtSigmaPipeline:
+    return PixArtSigmaPipeline(
+        tokenizer=word_tokenizer(300, begin=False), text_encoder=t5(), vae=kl(4),
+        transformer=PixArtTransformer2DModel(
+            sample_size=8, num_layers=2, patch_size=2, num_attention_heads=3, attention_head_dim=8, in_channels=4,
+            out_channels=8, cross_attention_dim=24, caption_channels=32, interpolation_scale=1,
+            use_additional_conditions=False,
+        ),
+        scheduler=ddim(),
     )  # fmt: skip
 
 
