@@ -151,13 +151,14 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def text_states(self, reader: str, conditioning: Conditioning) -> Tensor:
-        """What a reader's layers read of a conditioning: [n, tokens, K]."""
-        return self.family.readers[reader].states(self, conditioning)
+        """What a reader's layers read of a conditioning: [n, tokens, K]. Raises ValueError for rows that differ in
+        size."""
+        return self.family.readers[reader].states(self, conditioning.stacked())
 
     def attended(self, reader: str, conditioning: Conditioning) -> Tensor | None:
         """Which tokens of `text_states` the denoiser attends to, bool [n, tokens]; None for all, padding too."""
         mask = self.family.readers[reader].mask
-        return None if mask is None else conditioning[mask].bool()
+        return None if mask is None else conditioning.stacked()[mask].bool()
 
     def negative(self) -> Conditioning:
         """What classifier-free guidance leads away from, one row, as a pipeline that is given no negative prompt has
@@ -229,8 +230,10 @@ class Backbone(ABC):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
         scheduler = self._part("scheduler")
         most = getattr(scheduler, "config", {}).get("num_train_timesteps") or steps
-        if not 1 <= steps <= most:
-            raise FadeError(f"denoising steps must be between 1 and the model's {most}, not {steps}")
+        # Such schedulers place the last step at a level of its own, and divide by zero where it is the first, too.
+        least = 2 if getattr(scheduler, "config", {}).get("shift_terminal") else 1
+        if not least <= steps <= most:
+            raise FadeError(f"denoising steps must be between {least} and the model's {most}, not {steps}")
         if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
             raise FadeError("seeds must be between 0 and 2^63 - 1")
         if isinstance(prompts, Conditioning):

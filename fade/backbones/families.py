@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fade.backbones.base import MOST_PIXELS
 from fade.backbones.flow import grid_ids, pack, unpack
@@ -160,6 +163,11 @@ def _latent_side(backbone: Backbone) -> int:
             f"(data.resolution), or pipeline.{backbone.family.component}.register_to_config(sample_size=PIXELS // 8)"
         )
     return (size if isinstance(size, int) else min(size)) * backbone.pipeline.vae_scale_factor
+
+
+def _default_side(backbone: Backbone) -> int:
+    """A pipeline that says the side of its latents."""
+    return backbone.pipeline.default_sample_size * backbone.pipeline.vae_scale_factor
 
 
 def _cross_attention(backbone: Backbone, names: Sequence[str]) -> set[str]:
@@ -535,5 +543,99 @@ FLUX1 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1)
+# --- Qwen-Image ------------------------------------------------------------------------------------------------------
+
+
+def _encode_qwen(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    """Rows of their own lengths: nothing attends to the padding of the longest."""
+    embeddings, mask = pipeline.encode_prompt(
+        prompt=prompts, device=device, max_sequence_length=_default(pipeline, "max_sequence_length")
+    )
+    lengths = [embeddings.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
+    return {"prompt_embeds": tuple(row[:length] for row, length in zip(embeddings, lengths, strict=True))}
+
+
+def _call_qwen(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    def padded(rows: Rows, prefix: str) -> dict[str, Tensor]:
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], True)
+        return {f"{prefix}prompt_embeds": pad_sequence(list(rows), True), f"{prefix}prompt_embeds_mask": mask}
+
+    arguments: dict[str, Any] = {"true_cfg_scale": guidance, **padded(conditioning["prompt_embeds"], "")}
+    return arguments if guidance <= 1 else arguments | padded(negative["prompt_embeds"], "negative_")
+
+
+def _encode_frame(vae: Any, pixels: Tensor) -> Any:
+    """A picture is a video of one frame; its distribution without the axis of frames."""
+    parameters = vae.encode(pixels[:, :, None]).latent_dist.parameters
+    return AutoencoderKLOutput(DiagonalGaussianDistribution(parameters[:, :, 0]))
+
+
+def _decode_frame(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+
+
+def _targets_qwen(backbone: Backbone) -> tuple[str, ...]:
+    """Without those of the last block whose answer, what becomes of the text, is dropped."""
+    dropped = ("add_q_proj", "to_add_out")
+    blocks = range(backbone.denoiser.config.num_layers - 1)
+    return (
+        *(name for name in JOINT_PROJECTIONS if name not in dropped),
+        *(f"transformer_blocks.{block}.attn.{name}" for block in blocks for name in dropped),
+    )
+
+
+def _refuse_other_qwen(backbone: Backbone) -> None:
+    config = backbone.denoiser.config
+    for name in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        if config.get(name):
+            raise FadeError(
+                f"this Qwen-Image denoiser edits pictures or draws layers ({name}=True), so a prompt alone draws "
+                "nothing: unlearn on the text-to-image model and load the adapter here with check_base=False"
+            )
+
+
+QWEN_IMAGE = Family(
+    name="Qwen-Image",
+    kind="flow",
+    pipeline="QwenImagePipeline",
+    denoiser="QwenImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.35",
+    encode=_encode_qwen,
+    call=_call_qwen,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": pack(noised),
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "img_shapes": [[(1, noised.shape[2] // 2, noised.shape[3] // 2)]] * len(noised),
+    },
+    output=_unpacked,
+    unpack_result=_unpacked_result,
+    # Without a negative prompt the pipeline is not guided; the model's authors give it a space.
+    negative=lambda backbone: backbone.encode_prompts([" "]),
+    guidance=4.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    vae=Vae(encode=_encode_frame, decode=_decode_frame),
+    targets=_targets_qwen,
+    readers={
+        "prompt": Reader(
+            _named("txt_in"),
+            lambda backbone, conditioning: backbone.denoiser.txt_norm(conditioning["prompt_embeds"]),
+            (
+                Segment(
+                    "tokenizer",
+                    text=lambda pipeline, prompt: pipeline.prompt_template_encode.format(prompt),
+                    skip=lambda pipeline: pipeline.prompt_template_encode_start_idx,
+                ),
+            ),
+        )
+    },
+    refuse=_refuse_other_qwen,
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, QWEN_IMAGE)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -23,7 +26,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 from .tokenizers import VOCABULARY, word_tokenizer
 
@@ -182,3 +193,39 @@ def _flux(guided: bool) -> FluxPipeline:
 @family("FLUX.1")
 def flux() -> FluxPipeline:
     return _flux(guided=True)
+
+
+def qwen2_vl(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(VOCABULARY), "hidden_size": width, "intermediate_size": 2 * width,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+                "pad_token_id": 0, "bos_token_id": VOCABULARY["<s>"], "eos_token_id": VOCABULARY["</s>"],
+            },
+            vision_config={
+                "depth": 1, "hidden_size": width, "intermediate_size": width, "num_heads": 2, "out_hidden_size": width,
+            },
+        )
+    )  # fmt: skip
+
+
+@family("Qwen-Image")
+def qwen_image() -> QwenImagePipeline:
+    pipeline = QwenImagePipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.2],
+        ),
+        text_encoder=qwen2_vl(), tokenizer=word_tokenizer(1024, begin=False),
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+    )  # fmt: skip
+    begin = pipeline.prompt_template_encode.split("{}")[0]
+    pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer.tokenize(begin))
+    pipeline.default_sample_size = 8
+    return pipeline

@@ -3,6 +3,7 @@
 A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fade.base_model import fingerprint, target_layers
 from fade.closed_form import TextPairs, TextPrompts, token_statistics
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import Config
+from fade.errors import FadeError
 from fade.modes import out_of_inference_mode
 
 from .pipelines import FACTORIES, build
@@ -154,19 +156,31 @@ def test_gradient_checkpointing_changes_nothing_and_every_target_has_a_gradient(
 
 
 def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -> None:
-    """Their input in a forward pass is `text_states`."""
+    """Their input in a forward pass is `text_states`: of both prompts together, or of each where they differ in size."""
     _, latents, times = noised(backbone)
-    conditioning = backbone.encode_prompts(PROMPTS)
-    for reader, names in backbone.text_layers().items():
+    together = backbone.encode_prompts(PROMPTS)
+    one_size = all(isinstance(value, torch.Tensor) for value in together.values())
+    rows = [[0, 1]] if one_size else [[0], [1]]
+    for (reader, names), row in itertools.product(backbone.text_layers().items(), rows):
+        conditioning = together.rows(row)
         states = backbone.text_states(reader, conditioning)
         for name in sorted(names)[:3]:
             layer, seen = backbone.denoiser.get_submodule(name), []
             hook = layer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
-                backbone.predict(latents, times, conditioning)
+                backbone.predict(latents[row], times[row], conditioning)
             hook.remove()
             assert layer.weight.shape[1] == states.shape[-1]
             torch.testing.assert_close(seen[0].reshape(states.shape), states)
+
+
+@pytest.mark.parametrize("pipeline", ["Qwen-Image"], indirect=True)
+def test_one_step_is_refused_where_the_scheduler_would_divide_by_zero(backbone: Backbone) -> None:
+    scheduler = backbone.pipeline.scheduler
+    backbone.pipeline.scheduler = type(scheduler).from_config(scheduler.config, shift_terminal=0.02)
+    assert torch.isfinite(backbone.sample_latents(PROMPTS[:1], [0], steps=2)).all()
+    with pytest.raises(FadeError, match="between 2 and"):
+        backbone.sample_latents(PROMPTS[:1], [0], steps=1)
 
 
 MASKED = [one.name for one in FAMILIES if any(reader.mask for reader in one.readers.values())]
