@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fade.backbones.parts import execution_device, is_managed, tensors, unwrapped
 from fade.base_model import own_modules
-from fade.conditioning import Conditioning
+from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
 from fade.images import square
 from fade.progress import track
@@ -90,9 +90,14 @@ class Backbone(ABC):
         targets = self.family.targets
         return targets(self) if callable(targets) else targets
 
-    @abstractmethod
     def check_trainable(self) -> None:
-        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with."""
+        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with, or where gradient
+        checkpointing is on and would train on other answers than the denoiser gives."""
+        if not self.family.checkpointing and getattr(self.denoiser, "is_gradient_checkpointing", False):
+            raise FadeError(
+                f"with gradient checkpointing {type(self.denoiser).__name__} answers otherwise than without, so that "
+                f"training would be off; call pipeline.{self.family.component}.disable_gradient_checkpointing() first"
+            )
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -115,12 +120,22 @@ class Backbone(ABC):
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
         """A row for each prompt; textual-inversion tokens count. Raises FadeError where the pipeline was loaded without
         a text encoder."""
+        return self.encoded(self.family.encode, prompts, batch_size)
+
+    @torch.no_grad()
+    def encoded(
+        self,
+        encode: Callable[[Any, list[str], torch.device], Mapping[str, Rows]],
+        prompts: Sequence[str],
+        batch_size: int = 64,
+    ) -> Conditioning:
+        """`encode_prompts` by another function of a pipeline, prompts and the device to encode on."""
         for name in self.family.encoders:
             self._part(name)
         size, parts = (1 if self.family.one_by_one else batch_size), []
         for start in range(0, len(prompts), size):
             with _tokenizing:
-                encoded = self.family.encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
+                encoded = encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
             parts.append(Conditioning(encoded).to(self.device, self.dtype))
         return Conditioning.cat(parts)
 

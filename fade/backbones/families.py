@@ -7,6 +7,7 @@ that, and its descriptor here all the same.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -543,6 +544,55 @@ FLUX1 = Family(
 )
 
 
+# --- Chroma ----------------------------------------------------------------------------------------------------------
+
+
+def _encode_chroma(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _, mask, *_ = pipeline.encode_prompt(
+        prompt=prompts,
+        device=device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _forward_chroma(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    height, width = noised.shape[2] // 2, noised.shape[3] // 2
+    mask = conditioning["prompt_attention_mask"]
+    return {
+        "hidden_states": pack(noised),
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "txt_ids": torch.zeros(mask.shape[1], 3, device=noised.device, dtype=noised.dtype),
+        "img_ids": grid_ids(height, width, noised.device, noised.dtype),
+        # A number as the pipeline's, which attention adds to its scores instead of masking (diffusers issue 12116):
+        # people draw with this model, not with the one that was meant.
+        "attention_mask": torch.cat([mask, mask.new_ones(len(noised), height * width)], dim=1),
+    }
+
+
+CHROMA = Family(
+    name="Chroma",
+    kind="flow",
+    pipeline="ChromaPipeline",
+    denoiser="ChromaTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.34",
+    encode=_encode_chroma,
+    call=SDXL.call,
+    forward=_forward_chroma,
+    output=_unpacked,
+    unpack_result=_unpacked_result,
+    guidance=5.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    targets=JOINT_PROJECTIONS,
+    readers={"prompt": Reader(_named("context_embedder"), _prompt)},
+    checkpointing=False,  # its single blocks are not given the mask then
+)
+
+
 # --- Qwen-Image ------------------------------------------------------------------------------------------------------
 
 
@@ -637,5 +687,197 @@ QWEN_IMAGE = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, QWEN_IMAGE)
+# --- Sana ------------------------------------------------------------------------------------------------------------
+
+
+def _instruction(pipeline: Any) -> list[str] | None:
+    """The lines that Sana's pipeline puts in front of every prompt."""
+    return _default(pipeline, "complex_human_instruction")
+
+
+def _encode_sana(
+    pipeline: Any, prompts: list[str], device: torch.device, instructed: bool = True
+) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        clean_caption=_default(pipeline, "clean_caption"),
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+        complex_human_instruction=_instruction(pipeline) if instructed else None,
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _instructed(pipeline: Any, prompt: str) -> str:
+    return "\n".join(_instruction(pipeline) or ()) + _cleaned(pipeline, prompt)
+
+
+def _skipped_sana(pipeline: Any) -> int:
+    """Of the instruction, the pipeline keeps the first and the last token alone: two that all prompts share."""
+    instruction = _instruction(pipeline)
+    return len(pipeline.tokenizer.encode("\n".join(instruction))) - 2 if instruction else 0
+
+
+def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    denoiser = backbone.denoiser
+    return denoiser.caption_norm(denoiser.caption_projection(conditioning["prompt_embeds"]))
+
+
+def _refuse_sprint(backbone: Backbone) -> None:
+    if backbone.denoiser.config.guidance_embeds:
+        raise FadeError(
+            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that is "
+            "trained here: unlearn on Sana and load the adapter here with check_base=False"
+        )
+
+
+SANA = Family(
+    name="Sana",
+    kind="flow",
+    pipeline="SanaPipeline",
+    denoiser="SanaTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.32",
+    encode=_encode_sana,
+    call=_call_unbinned,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": 1000 * times * backbone.denoiser.config.timestep_scale,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+    },
+    # The pipeline gives the negative prompt no instruction.
+    negative=lambda backbone: backbone.encoded(lambda *given: _encode_sana(*given, instructed=False), [""]),
+    guidance=4.5,
+    multiple=lambda backbone: max(32, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(
+            _cross_attention,
+            _states_sana,
+            (Segment("tokenizer", text=_instructed, skip=_skipped_sana),),
+            mask="prompt_attention_mask",
+        )
+    },
+    refuse=_refuse_sprint,
+)
+
+
+# --- AuraFlow --------------------------------------------------------------------------------------------------------
+
+
+def _encode_aura(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, *_ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings}
+
+
+def _call_aura(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """With masks, which the pipeline asks for and has no use for: what they mask is zero in the embeddings."""
+    arguments = SDXL.call(backbone, conditioning, negative, guidance)
+    masks = {
+        name.replace("embeds", "attention_mask"): torch.ones(value.shape[:2], device=value.device)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    return arguments | masks
+
+
+def _largest_aura(backbone: Backbone) -> int:
+    """What its square table of positions has places for."""
+    config = backbone.denoiser.config
+    return math.isqrt(config.pos_embed_max_size) * config.patch_size * backbone.pipeline.vae_scale_factor
+
+
+AURAFLOW = Family(
+    name="AuraFlow",
+    kind="flow",
+    pipeline="AuraFlowPipeline",
+    denoiser="AuraFlowTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.30",
+    encode=_encode_aura,
+    call=_call_aura,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+    },
+    guidance=3.5,
+    multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
+    largest=_largest_aura,
+    resolution=lambda backbone: min(1024, _largest_aura(backbone)),
+    targets=JOINT_PROJECTIONS,
+    readers={"prompt": Reader(_named("context_embedder"), _prompt)},
+)
+
+
+# --- Lumina 2 --------------------------------------------------------------------------------------------------------
+
+
+def _encode_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _encode_negative_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    """As negatives, which the pipeline gives no system prompt."""
+    _, _, embeddings, mask = pipeline.encode_prompt(
+        prompt=prompts,
+        negative_prompt=prompts,
+        do_classifier_free_guidance=True,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _caption_lumina(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    return backbone.denoiser.time_caption_embed.caption_embedder[0](conditioning["prompt_embeds"])
+
+
+LUMINA2 = Family(
+    name="Lumina 2",
+    kind="flow",
+    pipeline="Lumina2Pipeline",
+    denoiser="Lumina2Transformer2DModel",
+    parts=("transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
+    since="0.33",
+    encode=_encode_lumina,
+    call=SDXL.call,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": 1 - times,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+    },
+    output=lambda backbone, output, noised: -output[0],
+    negative=lambda backbone: backbone.encoded(_encode_negative_lumina, [""]),
+    guidance=4.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    readers={
+        "prompt": Reader(
+            _named("time_caption_embed.caption_embedder.1"),
+            _caption_lumina,
+            (Segment("tokenizer", text=lambda pipeline, prompt: f"{pipeline.system_prompt} <Prompt Start> {prompt}"),),
+            mask="prompt_attention_mask",
+        )
+    },
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, CHROMA, QWEN_IMAGE, SANA, AURAFLOW, LUMINA2)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

@@ -28,6 +28,7 @@ class FlowBackbone(Backbone):
     time_span = 1.0
 
     def check_trainable(self) -> None:
+        super().check_trainable()
         scheduler = self._part("scheduler")
         config = getattr(scheduler, "config", {})
         if type(scheduler).__name__ in _FLOW_SCHEDULERS or config.get("use_flow_sigmas"):
