@@ -169,17 +169,26 @@ def token_statistics(
     def states(prompt: str) -> Tensor:
         return backbone.text_states(reader, encoded[prompt])[0].to(device, torch.float64)
 
+    def attended(prompt: str) -> Tensor | slice:
+        return _attended(backbone, reader, encoded[prompt], device)
+
     kept, parts = 0.0, [part for part in (prompts.retain, prompts.phrased_retain) if part]
     for part in parts:
         for prompt in part:
-            x = states(prompt)
+            x = states(prompt)[attended(prompt)]
             kept = kept + x.T @ x / (len(x) * len(part) * len(parts))
-    each = [_forget_statistics(backbone, reader, one, states) for one in prompts.concepts]
+    each = [_forget_statistics(backbone, reader, one, states, attended) for one in prompts.concepts]
     shares = [1 / float(difference.trace()) for _, _, difference in each]
     forget, change, difference = (
         sum(share * one[part] for share, one in zip(shares, each, strict=True)) / sum(shares) for part in range(3)
     )
     return TokenStatistics(forget, change, difference, kept)
+
+
+def _attended(backbone: Backbone, reader: str, row: Conditioning, device: torch.device) -> Tensor | slice:
+    """Index of the tokens of a row that count: what is masked out of the picture may become anything."""
+    mask = backbone.attended(reader, row)
+    return slice(None) if mask is None else mask[0].to(device)
 
 
 def _aligned(forget: _Segments, surrogate: _Segments, length: int, other_length: int) -> list[int]:
@@ -195,7 +204,11 @@ def _aligned(forget: _Segments, surrogate: _Segments, length: int, other_length:
 
 
 def _forget_statistics(
-    backbone: Backbone, reader: str, concept: TextPairs, states: Callable[[str], Tensor]
+    backbone: Backbone,
+    reader: str,
+    concept: TextPairs,
+    states: Callable[[str], Tensor],
+    attended: Callable[[str], Tensor | slice],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`TokenStatistics`' forget, change and difference of one concept."""
     words = sorted({word for pair in (*concept.pairs, *concept.phrased) for word in pair})
@@ -203,9 +216,9 @@ def _forget_statistics(
     forget = change = difference = total = largest = 0.0
     for pairs in (concept.pairs, concept.phrased):
         for prompt, answer in pairs:
-            x = states(prompt)
-            y = states(answer)
+            x, y = states(prompt), states(answer)
             d = y[_aligned(identifiers[prompt], identifiers[answer], len(x), len(y))] - x
+            x, d = x[attended(prompt)], d[attended(prompt)]
             apart = float(d.square().sum())
             weight = apart / len(pairs)
             weighted = weight * x.T
@@ -594,7 +607,10 @@ def protected_directions(
     Tokens that differ from others by less than rounding of the text encoder are no further direction. Raises FadeError
     where the forget tokens of the statistics lie within their span, so that nothing about them could change.
     """
-    states = torch.cat([backbone.text_states(reader, protected.rows(i))[0] for i in range(protected.count)])
+    rows = [protected.rows(i) for i in range(protected.count)]
+    states = torch.cat(
+        [backbone.text_states(reader, row)[0][_attended(backbone, reader, row, backbone.device)] for row in rows]
+    )
     directions, lengths, _ = torch.linalg.svd(states.to(statistics.forget).T, full_matrices=False)
     basis = directions[:, lengths > PROTECTED_PRECISION * lengths[0]].contiguous()
     outside = statistics.forget.trace() - ((basis.T @ statistics.forget) * basis.T).sum()

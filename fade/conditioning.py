@@ -65,6 +65,13 @@ class Conditioning(Mapping[str, Rows]):
             lambda value: value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value * count
         )
 
+    def stacked(self) -> Conditioning:
+        """Rows that have one size each, as tensors. Raises ValueError where sizes differ."""
+        sizes = {name: {row.shape for row in value} for name, value in self.items() if not isinstance(value, Tensor)}
+        if any(len(found) > 1 for found in sizes.values()):
+            raise ValueError(f"rows of different sizes cannot be stacked: {self}")
+        return self._each(lambda value: value if isinstance(value, Tensor) else torch.stack(value))
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """The rows of all parts, one after the other. Raises ValueError where their tensors have other names."""

@@ -7,6 +7,7 @@ noised, the denoiser asked, latents drawn by the pipeline itself.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fade.backbones.parts import execution_device, is_managed, tensors, unwrapped
 from fade.base_model import own_modules
-from fade.conditioning import Conditioning
+from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
 from fade.images import square
 from fade.progress import track
@@ -89,9 +90,14 @@ class Backbone(ABC):
         targets = self.family.targets
         return targets(self) if callable(targets) else targets
 
-    @abstractmethod
     def check_trainable(self) -> None:
-        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with."""
+        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with, or where gradient
+        checkpointing is on and would train on other answers than the denoiser gives."""
+        if not self.family.checkpointing and getattr(self.denoiser, "is_gradient_checkpointing", False):
+            raise FadeError(
+                f"with gradient checkpointing {type(self.denoiser).__name__} answers otherwise than without, so that "
+                f"training would be off; call pipeline.{self.family.component}.disable_gradient_checkpointing() first"
+            )
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -103,8 +109,9 @@ class Backbone(ABC):
     def side(self, resolution: int | None) -> int:
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.family.multiple(self)
-        if side % least or not least <= side <= MOST_PIXELS:
-            raise FadeError(f"resolution must be a multiple of {least} up to {MOST_PIXELS}, not {side}")
+        most = min(MOST_PIXELS, self.family.largest(self))
+        if side % least or not least <= side <= most:
+            raise FadeError(f"resolution must be a multiple of {least} up to {most}, not {side}")
         return side
 
     # --- prompts -----------------------------------------------------------------------------------------------------
@@ -113,12 +120,22 @@ class Backbone(ABC):
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
         """A row for each prompt; textual-inversion tokens count. Raises FadeError where the pipeline was loaded without
         a text encoder."""
+        return self.encoded(self.family.encode, prompts, batch_size)
+
+    @torch.no_grad()
+    def encoded(
+        self,
+        encode: Callable[[Any, list[str], torch.device], Mapping[str, Rows]],
+        prompts: Sequence[str],
+        batch_size: int = 64,
+    ) -> Conditioning:
+        """`encode_prompts` by another function of a pipeline, prompts and the device to encode on."""
         for name in self.family.encoders:
             self._part(name)
         size, parts = (1 if self.family.one_by_one else batch_size), []
         for start in range(0, len(prompts), size):
             with _tokenizing:
-                encoded = self.family.encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
+                encoded = encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
             parts.append(Conditioning(encoded).to(self.device, self.dtype))
         return Conditioning.cat(parts)
 
@@ -149,8 +166,14 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def text_states(self, reader: str, conditioning: Conditioning) -> Tensor:
-        """What a reader's layers read of a conditioning: [n, tokens, K]."""
-        return self.family.readers[reader].states(self, conditioning)
+        """What a reader's layers read of a conditioning: [n, tokens, K]. Raises ValueError for rows that differ in
+        size."""
+        return self.family.readers[reader].states(self, conditioning.stacked())
+
+    def attended(self, reader: str, conditioning: Conditioning) -> Tensor | None:
+        """Which tokens of `text_states` the denoiser attends to, bool [n, tokens]; None for all, padding too."""
+        mask = self.family.readers[reader].mask
+        return None if mask is None else conditioning.stacked()[mask].bool()
 
     def negative(self) -> Conditioning:
         """What classifier-free guidance leads away from, one row, as a pipeline that is given no negative prompt has
@@ -222,8 +245,10 @@ class Backbone(ABC):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
         scheduler = self._part("scheduler")
         most = getattr(scheduler, "config", {}).get("num_train_timesteps") or steps
-        if not 1 <= steps <= most:
-            raise FadeError(f"denoising steps must be between 1 and the model's {most}, not {steps}")
+        # Such schedulers place the last step at a level of its own, and divide by zero where it is the first, too.
+        least = 2 if getattr(scheduler, "config", {}).get("shift_terminal") else 1
+        if not least <= steps <= most:
+            raise FadeError(f"denoising steps must be between {least} and the model's {most}, not {steps}")
         if not all(0 <= seed < 2**63 for seed in (min(seeds, default=0), max(seeds, default=0))):
             raise FadeError("seeds must be between 0 and 2^63 - 1")
         if isinstance(prompts, Conditioning):
@@ -238,7 +263,7 @@ class Backbone(ABC):
                 encoded, negative = self.encode_prompts(unique), self.negative()
             place = {prompt: index for index, prompt in enumerate(unique)}
             row = [place[prompt] for prompt in prompts]
-        watch = {} if on_step is None else {"callback_on_step_end": _told(on_step)}
+        watch = {} if on_step is None else _told(self.pipeline, on_step)
         latents = []
         size = 1 if self.family.one_by_one else batch_size
         with self._quiet():
@@ -376,12 +401,17 @@ class Backbone(ABC):
             self.pipeline.set_progress_bar_config(**before)
 
 
-def _told(on_step: Callable[[float], None]) -> Callable[..., dict[str, Tensor]]:
-    """A pipeline's callback that tells the share of its steps that is done. Some schedulers take more steps than they
-    were asked for."""
+def _told(pipeline: Any, on_step: Callable[[float], None]) -> dict[str, Callable[..., Any]]:
+    """The pipeline's argument that tells the share of its steps that is done. Some schedulers take more steps than
+    they were asked for, and some pipelines have diffusers' older callback alone."""
 
     def callback(pipeline: Any, step: int, timestep: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         on_step((step + 1) / pipeline.num_timesteps)
         return {}
 
-    return callback
+    def older(step: int, timestep: Any, latents: Tensor) -> None:
+        scheduler = pipeline.scheduler
+        on_step(min(1.0, (step + 1) * scheduler.order / len(scheduler.timesteps)))
+
+    known = inspect.signature(pipeline.__call__).parameters
+    return {"callback_on_step_end": callback} if "callback_on_step_end" in known else {"callback": older}

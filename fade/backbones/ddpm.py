@@ -49,6 +49,7 @@ class DdpmBackbone(Backbone):
         return len(self.schedule.alphas_cumprod)
 
     def check_trainable(self) -> None:
+        super().check_trainable()
         _ = self.schedule
 
     def times(self, values: Tensor) -> Tensor:

@@ -6,13 +6,19 @@ that, and its descriptor here all the same.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from fade.backbones.base import MOST_PIXELS
 from fade.backbones.flow import grid_ids, pack, unpack
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
@@ -56,12 +62,14 @@ class Reader:
     """Layers that read the prompt alone, which the closed form can solve for.
 
     `layers` picks them from all names of modules; `states` is what they read of a conditioning, [n, tokens, K];
-    `segments` whose tokens those are, in their order: none where a prompt is one vector.
+    `segments` whose tokens those are, in their order: none where a prompt is one vector; `mask` the conditioning's
+    tensor [n, tokens] that is 0 for tokens that nothing in the denoiser attends to, None where it attends to all.
     """
 
     layers: Callable[[Backbone, Sequence[str]], set[str]]
     states: Callable[[Backbone, Conditioning], Tensor]
     segments: tuple[Segment, ...] = (Segment("tokenizer"),)
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Family:
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
         guidance: the guidance scale that people draw with.
-        multiple: pixels that a side must be a multiple of.
+        multiple: pixels that a side must be a multiple of; largest: pixels that a side may have at most.
         resolution: the side in pixels that the model was trained on.
         targets: patterns of the attention's projections, or a function of the backbone that names them.
         readers: layers that read the prompt alone, by a name.
@@ -112,6 +120,7 @@ class Family:
     negative: Callable[[Backbone], Conditioning] | None = None
     guidance: float = 3.0
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
+    largest: Callable[[Backbone], int] = lambda backbone: MOST_PIXELS
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
     targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
@@ -162,6 +171,11 @@ def _latent_side(backbone: Backbone) -> int:
             f"(data.resolution), or pipeline.{backbone.family.component}.register_to_config(sample_size=PIXELS // 8)"
         )
     return (size if isinstance(size, int) else min(size)) * backbone.pipeline.vae_scale_factor
+
+
+def _default_side(backbone: Backbone) -> int:
+    """A pipeline that says the side of its latents."""
+    return backbone.pipeline.default_sample_size * backbone.pipeline.vae_scale_factor
 
 
 def _cross_attention(backbone: Backbone, names: Sequence[str]) -> set[str]:
@@ -324,6 +338,79 @@ SDXL = Family(
 )
 
 
+# --- PixArt-Sigma ----------------------------------------------------------------------------------------------------
+
+
+def _default(pipeline: Any, name: str) -> Any:
+    """What the pipeline's `__call__` takes for an argument that it is not given."""
+    return inspect.signature(pipeline.__call__).parameters[name].default
+
+
+def _encode_pixart(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        clean_caption=_default(pipeline, "clean_caption"),
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _call_unbinned(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """Sides as they are asked for, not those of the nearest of the trained shapes; no negative prompt as text, which
+    is an empty one by default."""
+    return {
+        **SDXL.call(backbone, conditioning, negative, guidance),
+        "negative_prompt": None,
+        "use_resolution_binning": False,
+    }
+
+
+def _cleaned(pipeline: Any, prompt: str) -> str:
+    """A prompt as pipelines with a `clean_caption` tokenize it."""
+    return pipeline._text_preprocessing(prompt, clean_caption=_default(pipeline, "clean_caption"))[0]
+
+
+def _refuse_pixart_alpha(backbone: Backbone) -> None:
+    if backbone.denoiser.use_additional_conditions:
+        raise FadeError(
+            "this is PixArt-Alpha (use_additional_conditions=True), which is told the picture's size as well and reads "
+            "120 tokens; that is not supported: use PixArt-Sigma"
+        )
+
+
+PIXART_SIGMA = Family(
+    name="PixArt-Sigma",
+    kind="ddpm",
+    pipeline="PixArtSigmaPipeline",
+    denoiser="PixArtTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.28",
+    encode=_encode_pixart,
+    call=_call_unbinned,
+    forward=lambda backbone, noised, times, conditioning: {
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    },
+    guidance=4.5,
+    multiple=lambda backbone: max(8, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(
+            _cross_attention,
+            lambda backbone, conditioning: backbone.denoiser.caption_projection(conditioning["prompt_embeds"]),
+            (Segment("tokenizer", text=_cleaned),),
+            mask="prompt_attention_mask",
+        )
+    },
+    refuse=_refuse_pixart_alpha,
+)
+
+
 # --- Stable Diffusion 3, 3.5 -----------------------------------------------------------------------------------------
 
 
@@ -467,5 +554,340 @@ FLUX1 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1)
+# --- Chroma ----------------------------------------------------------------------------------------------------------
+
+
+def _encode_chroma(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _, mask, *_ = pipeline.encode_prompt(
+        prompt=prompts,
+        device=device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _forward_chroma(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    height, width = noised.shape[2] // 2, noised.shape[3] // 2
+    mask = conditioning["prompt_attention_mask"]
+    return {
+        "hidden_states": pack(noised),
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "txt_ids": torch.zeros(mask.shape[1], 3, device=noised.device, dtype=noised.dtype),
+        "img_ids": grid_ids(height, width, noised.device, noised.dtype),
+        # A number as the pipeline's, which attention adds to its scores instead of masking (diffusers issue 12116):
+        # people draw with this model, not with the one that was meant.
+        "attention_mask": torch.cat([mask, mask.new_ones(len(noised), height * width)], dim=1),
+    }
+
+
+CHROMA = Family(
+    name="Chroma",
+    kind="flow",
+    pipeline="ChromaPipeline",
+    denoiser="ChromaTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.34",
+    encode=_encode_chroma,
+    call=SDXL.call,
+    forward=_forward_chroma,
+    output=_unpacked,
+    unpack_result=_unpacked_result,
+    guidance=5.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    targets=JOINT_PROJECTIONS,
+    readers={"prompt": Reader(_named("context_embedder"), _prompt)},
+    checkpointing=False,  # its single blocks are not given the mask then
+)
+
+
+# --- Qwen-Image ------------------------------------------------------------------------------------------------------
+
+
+def _encode_qwen(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    """Rows of their own lengths: nothing attends to the padding of the longest."""
+    embeddings, mask = pipeline.encode_prompt(
+        prompt=prompts, device=device, max_sequence_length=_default(pipeline, "max_sequence_length")
+    )
+    lengths = [embeddings.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
+    return {"prompt_embeds": tuple(row[:length] for row, length in zip(embeddings, lengths, strict=True))}
+
+
+def _call_qwen(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    def padded(rows: Rows, prefix: str) -> dict[str, Tensor]:
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows], True)
+        return {f"{prefix}prompt_embeds": pad_sequence(list(rows), True), f"{prefix}prompt_embeds_mask": mask}
+
+    arguments: dict[str, Any] = {"true_cfg_scale": guidance, **padded(conditioning["prompt_embeds"], "")}
+    return arguments if guidance <= 1 else arguments | padded(negative["prompt_embeds"], "negative_")
+
+
+def _encode_frame(vae: Any, pixels: Tensor) -> Any:
+    """A picture is a video of one frame; its distribution without the axis of frames."""
+    parameters = vae.encode(pixels[:, :, None]).latent_dist.parameters
+    return AutoencoderKLOutput(DiagonalGaussianDistribution(parameters[:, :, 0]))
+
+
+def _decode_frame(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+
+
+def _targets_qwen(backbone: Backbone) -> tuple[str, ...]:
+    """Without those of the last block whose answer, what becomes of the text, is dropped."""
+    dropped = ("add_q_proj", "to_add_out")
+    blocks = range(backbone.denoiser.config.num_layers - 1)
+    return (
+        *(name for name in JOINT_PROJECTIONS if name not in dropped),
+        *(f"transformer_blocks.{block}.attn.{name}" for block in blocks for name in dropped),
+    )
+
+
+def _refuse_other_qwen(backbone: Backbone) -> None:
+    config = backbone.denoiser.config
+    for name in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        if config.get(name):
+            raise FadeError(
+                f"this Qwen-Image denoiser edits pictures or draws layers ({name}=True), so a prompt alone draws "
+                "nothing: unlearn on the text-to-image model and load the adapter here with check_base=False"
+            )
+
+
+QWEN_IMAGE = Family(
+    name="Qwen-Image",
+    kind="flow",
+    pipeline="QwenImagePipeline",
+    denoiser="QwenImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.35",
+    encode=_encode_qwen,
+    call=_call_qwen,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": pack(noised),
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "img_shapes": [[(1, noised.shape[2] // 2, noised.shape[3] // 2)]] * len(noised),
+    },
+    output=_unpacked,
+    unpack_result=_unpacked_result,
+    # Without a negative prompt the pipeline is not guided; the model's authors give it a space.
+    negative=lambda backbone: backbone.encode_prompts([" "]),
+    guidance=4.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    vae=Vae(encode=_encode_frame, decode=_decode_frame),
+    targets=_targets_qwen,
+    readers={
+        "prompt": Reader(
+            _named("txt_in"),
+            lambda backbone, conditioning: backbone.denoiser.txt_norm(conditioning["prompt_embeds"]),
+            (
+                Segment(
+                    "tokenizer",
+                    text=lambda pipeline, prompt: pipeline.prompt_template_encode.format(prompt),
+                    skip=lambda pipeline: pipeline.prompt_template_encode_start_idx,
+                ),
+            ),
+        )
+    },
+    refuse=_refuse_other_qwen,
+)
+
+
+# --- Sana ------------------------------------------------------------------------------------------------------------
+
+
+def _instruction(pipeline: Any) -> list[str] | None:
+    """The lines that Sana's pipeline puts in front of every prompt."""
+    return _default(pipeline, "complex_human_instruction")
+
+
+def _encode_sana(
+    pipeline: Any, prompts: list[str], device: torch.device, instructed: bool = True
+) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        clean_caption=_default(pipeline, "clean_caption"),
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+        complex_human_instruction=_instruction(pipeline) if instructed else None,
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _instructed(pipeline: Any, prompt: str) -> str:
+    return "\n".join(_instruction(pipeline) or ()) + _cleaned(pipeline, prompt)
+
+
+def _skipped_sana(pipeline: Any) -> int:
+    """Of the instruction, the pipeline keeps the first and the last token alone: two that all prompts share."""
+    instruction = _instruction(pipeline)
+    return len(pipeline.tokenizer.encode("\n".join(instruction))) - 2 if instruction else 0
+
+
+def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    denoiser = backbone.denoiser
+    return denoiser.caption_norm(denoiser.caption_projection(conditioning["prompt_embeds"]))
+
+
+def _refuse_sprint(backbone: Backbone) -> None:
+    if backbone.denoiser.config.guidance_embeds:
+        raise FadeError(
+            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that is "
+            "trained here: unlearn on Sana and load the adapter here with check_base=False"
+        )
+
+
+SANA = Family(
+    name="Sana",
+    kind="flow",
+    pipeline="SanaPipeline",
+    denoiser="SanaTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.32",
+    encode=_encode_sana,
+    call=_call_unbinned,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": 1000 * times * backbone.denoiser.config.timestep_scale,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+    },
+    # The pipeline gives the negative prompt no instruction.
+    negative=lambda backbone: backbone.encoded(lambda *given: _encode_sana(*given, instructed=False), [""]),
+    guidance=4.5,
+    multiple=lambda backbone: max(32, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(
+            _cross_attention,
+            _states_sana,
+            (Segment("tokenizer", text=_instructed, skip=_skipped_sana),),
+            mask="prompt_attention_mask",
+        )
+    },
+    refuse=_refuse_sprint,
+)
+
+
+# --- AuraFlow --------------------------------------------------------------------------------------------------------
+
+
+def _encode_aura(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, *_ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings}
+
+
+def _call_aura(
+    backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """With masks, which the pipeline asks for and has no use for: what they mask is zero in the embeddings."""
+    arguments = SDXL.call(backbone, conditioning, negative, guidance)
+    masks = {
+        name.replace("embeds", "attention_mask"): torch.ones(value.shape[:2], device=value.device)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+    return arguments | masks
+
+
+def _largest_aura(backbone: Backbone) -> int:
+    """What its square table of positions has places for."""
+    config = backbone.denoiser.config
+    return math.isqrt(config.pos_embed_max_size) * config.patch_size * backbone.pipeline.vae_scale_factor
+
+
+AURAFLOW = Family(
+    name="AuraFlow",
+    kind="flow",
+    pipeline="AuraFlowPipeline",
+    denoiser="AuraFlowTransformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.30",
+    encode=_encode_aura,
+    call=_call_aura,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": times.to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+    },
+    guidance=3.5,
+    multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
+    largest=_largest_aura,
+    resolution=lambda backbone: min(1024, _largest_aura(backbone)),
+    targets=JOINT_PROJECTIONS,
+    readers={"prompt": Reader(_named("context_embedder"), _prompt)},
+)
+
+
+# --- Lumina 2 --------------------------------------------------------------------------------------------------------
+
+
+def _encode_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, mask, _, _ = pipeline.encode_prompt(
+        prompt=prompts,
+        do_classifier_free_guidance=False,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _encode_negative_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    """As negatives, which the pipeline gives no system prompt."""
+    _, _, embeddings, mask = pipeline.encode_prompt(
+        prompt=prompts,
+        negative_prompt=prompts,
+        do_classifier_free_guidance=True,
+        device=device,
+        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    )
+    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+
+def _caption_lumina(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    return backbone.denoiser.time_caption_embed.caption_embedder[0](conditioning["prompt_embeds"])
+
+
+LUMINA2 = Family(
+    name="Lumina 2",
+    kind="flow",
+    pipeline="Lumina2Pipeline",
+    denoiser="Lumina2Transformer2DModel",
+    parts=("transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
+    since="0.33",
+    encode=_encode_lumina,
+    call=SDXL.call,
+    forward=lambda backbone, noised, times, conditioning: {
+        "hidden_states": noised,
+        "timestep": 1 - times,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_attention_mask"],
+    },
+    output=lambda backbone, output, noised: -output[0],
+    negative=lambda backbone: backbone.encoded(_encode_negative_lumina, [""]),
+    guidance=4.0,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=_default_side,
+    readers={
+        "prompt": Reader(
+            _named("time_caption_embed.caption_embedder.1"),
+            _caption_lumina,
+            (Segment("tokenizer", text=lambda pipeline, prompt: f"{pipeline.system_prompt} <Prompt Start> {prompt}"),),
+            mask="prompt_attention_mask",
+        )
+    },
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, CHROMA, QWEN_IMAGE, SANA, AURAFLOW, LUMINA2)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

@@ -28,6 +28,7 @@ class FlowBackbone(Backbone):
     time_span = 1.0
 
     def check_trainable(self) -> None:
+        super().check_trainable()
         scheduler = self._part("scheduler")
         config = getattr(scheduler, "config", {})
         if type(scheduler).__name__ in _FLOW_SCHEDULERS or config.get("use_flow_sigmas"):
@@ -77,7 +78,7 @@ class FlowBackbone(Backbone):
         if (groups := _groups(conditioning)) is not None:
             output = torch.empty_like(noised)
             for rows in groups:
-                output[rows] = self.predict(noised[rows], times[rows], _stacked(conditioning.rows(rows)))
+                output[rows] = self.predict(noised[rows], times[rows], conditioning.rows(rows).stacked())
             return output
         arguments = family.forward(self, noised, times, conditioning)
         output = self.called_denoiser(**arguments, return_dict=False)
@@ -128,13 +129,6 @@ def _groups(conditioning: Conditioning) -> list[list[int]] | None:
     for row in range(conditioning.count):
         found.setdefault(tuple(value[row].shape for value in ragged), []).append(row)
     return list(found.values())
-
-
-def _stacked(conditioning: Conditioning) -> Conditioning:
-    """A conditioning whose rows have one size each, as tensors."""
-    return Conditioning(
-        {name: value if isinstance(value, Tensor) else torch.stack(value) for name, value in conditioning.items()}
-    )
 
 
 def pack(latents: Tensor) -> Tensor:

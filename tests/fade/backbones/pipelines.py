@@ -9,11 +9,26 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -21,7 +36,19 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from .tokenizers import VOCABULARY, word_tokenizer
 
@@ -82,11 +109,12 @@ def t5(width: int = 32) -> T5EncoderModel:
     )  # fmt: skip
 
 
-def kl(channels: int, **config: Any) -> AutoencoderKL:
-    """Factor 2."""
+def kl(channels: int, blocks: tuple[int, ...] = (16, 32), **config: Any) -> AutoencoderKL:
+    """Factor 2, or 2 for each block but one."""
     return AutoencoderKL(
-        in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=8, latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **config,
+        in_channels=3, out_channels=3, block_out_channels=blocks, norm_num_groups=8, latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        **config,
     )  # fmt: skip
 
 
@@ -132,6 +160,19 @@ def sdxl() -> StableDiffusionXLPipeline:
     )  # fmt: skip
 
 
+@family("PixArt-Sigma")
+def pixart_sigma() -> PixArtSigmaPipeline:
+    return PixArtSigmaPipeline(
+        tokenizer=word_tokenizer(300, begin=False), text_encoder=t5(), vae=kl(4),
+        transformer=PixArtTransformer2DModel(
+            sample_size=8, num_layers=2, patch_size=2, num_attention_heads=3, attention_head_dim=8, in_channels=4,
+            out_channels=8, cross_attention_dim=24, caption_channels=32, interpolation_scale=1,
+            use_additional_conditions=False,
+        ),
+        scheduler=ddim(),
+    )  # fmt: skip
+
+
 @family("Stable Diffusion 3/3.5")
 def sd3() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
@@ -167,3 +208,127 @@ def _flux(guided: bool) -> FluxPipeline:
 @family("FLUX.1")
 def flux() -> FluxPipeline:
     return _flux(guided=True)
+
+
+@family("Chroma")
+def chroma() -> ChromaPipeline:
+    pipeline = ChromaPipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True),
+        vae=kl(4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=t5(), tokenizer=word_tokenizer(512, begin=False),
+        transformer=ChromaTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=16,
+            approximator_hidden_dim=32, approximator_layers=1,
+        ),
+    )  # fmt: skip
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+def qwen2_vl(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(VOCABULARY), "hidden_size": width, "intermediate_size": 2 * width,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+                "pad_token_id": 0, "bos_token_id": VOCABULARY["<s>"], "eos_token_id": VOCABULARY["</s>"],
+            },
+            vision_config={
+                "depth": 1, "hidden_size": width, "intermediate_size": width, "num_heads": 2, "out_hidden_size": width,
+            },
+        )
+    )  # fmt: skip
+
+
+@family("Qwen-Image")
+def qwen_image() -> QwenImagePipeline:
+    pipeline = QwenImagePipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.2],
+        ),
+        text_encoder=qwen2_vl(), tokenizer=word_tokenizer(1024, begin=False),
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+    )  # fmt: skip
+    begin = pipeline.prompt_template_encode.split("{}")[0]
+    pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer.tokenize(begin))
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+def gemma2(width: int = 16) -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, pad_token_id=0,
+            bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"],
+        )
+    )  # fmt: skip
+
+
+@family("Sana")
+def sana() -> SanaPipeline:
+    blocks = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8),
+            "qkv_multiscales": ((), (5,)), "layers_per_block": (1, 1),
+        }.items()
+    }  # fmt: skip
+    return SanaPipeline(
+        tokenizer=word_tokenizer(1024, end=False), text_encoder=gemma2(),
+        vae=AutoencoderDC(
+            in_channels=3, latent_channels=4, attention_head_dim=2, downsample_block_type="conv",
+            upsample_block_type="interpolate", scaling_factor=0.41, **blocks,
+        ),
+        transformer=SanaTransformer2DModel(
+            in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+            num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+            sample_size=16, patch_size=1,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++",
+        ),
+    )  # fmt: skip
+
+
+@family("AuraFlow")
+def aura_flow() -> AuraFlowPipeline:
+    return AuraFlowPipeline(
+        tokenizer=word_tokenizer(256, begin=False),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(VOCABULARY), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
+                eos_token_id=VOCABULARY["</s>"], dropout_rate=0.1,
+            )
+        ),
+        vae=kl(4),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+            attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
+            out_channels=4, pos_embed_max_size=16,
+        ),
+        scheduler=flow_scheduler(shift=1.73),
+    )  # fmt: skip
+
+
+@family("Lumina 2")
+def lumina2() -> Lumina2Pipeline:
+    """With a VAE of factor 8: the pipeline takes it for granted."""
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+            num_attention_heads=3, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(300, 32, 32),
+            cap_feat_dim=16,
+        ),
+        scheduler=flow_scheduler(shift=6.0),
+        vae=kl(4, (8, 8, 8, 8), shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=gemma2(), tokenizer=word_tokenizer(256, end=False),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from PIL import Image
 import fade
 from fade.backbones import FAMILIES, Backbone, backbone_for
 from fade.base_model import fingerprint, target_layers
+from fade.closed_form import TextPairs, TextPrompts, token_statistics
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import Config
+from fade.errors import FadeError
 from fade.modes import out_of_inference_mode
 
 from .pipelines import FACTORIES, build
@@ -96,6 +100,26 @@ def test_latents_are_the_ones_that_the_pipeline_decodes(backbone: Backbone) -> N
     torch.testing.assert_close(ours, theirs.float().reshape(ours.shape), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_prompt_draws_what_the_pipeline_draws_for_it(backbone: Backbone, guided: bool) -> None:
+    """Templates, instructions, lengths, masks and the negative prompt are those of the pipeline's own call."""
+    pipeline, side = backbone.pipeline, backbone.side(None)
+    guidance = backbone.family.guidance if guided else 1.0
+    embedded = backbone.family.call(backbone, backbone.encode_prompts(PROMPTS[:1]), backbone.negative(), guidance)
+    plain = {name: value for name, value in embedded.items() if isinstance(value, (bool, int, float))}
+    if "true_cfg_scale" in plain and not backbone.tells_guidance and guided:
+        plain["negative_prompt"] = " "  # without one, such a pipeline is not guided at all
+    theirs = pipeline(
+        prompt=PROMPTS[:1], num_inference_steps=2, height=side, width=side, output_type="latent",
+        generator=[torch.Generator().manual_seed(7)], **plain,
+    )[0]  # fmt: skip
+    seen: list[float] = []
+    ours = backbone.sample_latents(PROMPTS[:1], [7], steps=2, guidance_scale=guidance, on_step=seen.append)
+    theirs = backbone.family.unpack_result(backbone, theirs, side)
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-4, atol=1e-4)
+    assert seen == [0.0, 0.5, 1.0]
+
+
 @torch.no_grad()
 def test_a_batch_of_two_prompts_is_two_batches_of_one(backbone: Backbone) -> None:
     _, latents, times = noised(backbone)
@@ -131,19 +155,54 @@ def test_gradient_checkpointing_changes_nothing_and_every_target_has_a_gradient(
 
 
 def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -> None:
-    """Their input in a forward pass is `text_states`."""
+    """Their input in a forward pass is `text_states`: of both prompts together, or of each where they differ in size."""
     _, latents, times = noised(backbone)
-    conditioning = backbone.encode_prompts(PROMPTS)
-    for reader, names in backbone.text_layers().items():
+    together = backbone.encode_prompts(PROMPTS)
+    one_size = all(isinstance(value, torch.Tensor) for value in together.values())
+    rows = [[0, 1]] if one_size else [[0], [1]]
+    for (reader, names), row in itertools.product(backbone.text_layers().items(), rows):
+        conditioning = together.rows(row)
         states = backbone.text_states(reader, conditioning)
         for name in sorted(names)[:3]:
             layer, seen = backbone.denoiser.get_submodule(name), []
             hook = layer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
-                backbone.predict(latents, times, conditioning)
+                backbone.predict(latents[row], times[row], conditioning)
             hook.remove()
             assert layer.weight.shape[1] == states.shape[-1]
             torch.testing.assert_close(seen[0].reshape(states.shape), states)
+
+
+@pytest.mark.parametrize("pipeline", ["Qwen-Image"], indirect=True)
+def test_one_step_is_refused_where_the_scheduler_would_divide_by_zero(backbone: Backbone) -> None:
+    scheduler = backbone.pipeline.scheduler
+    backbone.pipeline.scheduler = type(scheduler).from_config(scheduler.config, shift_terminal=0.02)
+    assert torch.isfinite(backbone.sample_latents(PROMPTS[:1], [0], steps=2)).all()
+    with pytest.raises(FadeError, match="between 2 and"):
+        backbone.sample_latents(PROMPTS[:1], [0], steps=1)
+
+
+MASKED = [one.name for one in FAMILIES if any(reader.mask for reader in one.readers.values())]
+
+
+@pytest.mark.parametrize("pipeline", MASKED, indirect=True)
+def test_tokens_that_are_masked_out_change_neither_the_picture_nor_the_closed_form(backbone: Backbone) -> None:
+    _, latents, times = noised(backbone)
+    prompts = ("a photo of cat", "a red dog", "a house")
+    plain = backbone.encode_prompts(prompts)
+    for reader, one in backbone.family.readers.items():
+        masked = plain[one.mask] == 0
+        assert masked.any(1).all() and not masked.all(1).any()
+        noise = torch.randn_like(plain["prompt_embeds"]) * masked[..., None]
+        other = Conditioning({**plain, "prompt_embeds": plain["prompt_embeds"] + noise})
+        with torch.no_grad():
+            answers = [backbone.predict(latents, times, rows.rows([0, 1])) for rows in (plain, other)]
+        torch.testing.assert_close(*answers)
+        text = TextPrompts([TextPairs([prompts[:2]])], prompts[2:])
+        found = [token_statistics(backbone, reader, text, EncodedPrompts(prompts, rows)) for rows in (plain, other)]
+        torch.testing.assert_close(found[0].change, found[1].change)
+        torch.testing.assert_close(found[0].retain, found[1].retain)
+        assert found[0].change.abs().max() > 0
 
 
 def quick() -> Config:

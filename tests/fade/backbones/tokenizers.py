@@ -14,11 +14,13 @@ SPECIAL = ("<pad>", "<s>", "<unk>", "</s>")
 VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS))}
 
 
-def word_tokenizer(length: int, begin: bool = True, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """A word a token, `</s>` at the end, `<s>` at the beginning where `begin`; at most `length` tokens."""
+def word_tokenizer(
+    length: int, begin: bool = True, padding_side: str = "right", end: bool = True
+) -> PreTrainedTokenizerFast:
+    """A word a token, `<s>` at the beginning where `begin`, `</s>` at the end where `end`; at most `length` tokens."""
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    single = "<s> $A </s>" if begin else "$A </s>"
+    single = " ".join([*["<s>"] * begin, "$A", *["</s>"] * end])
     special = [(token, VOCABULARY[token]) for token in ("<s>", "</s>")]
     tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
     return PreTrainedTokenizerFast(
