@@ -84,6 +84,12 @@ class Backbone(ABC):
         return bool(self.denoiser.config.get("guidance_embeds"))
 
     @property
+    def guidance(self) -> float:
+        """The guidance scale that people draw with; 1 is no classifier-free guidance."""
+        guidance = self.family.guidance
+        return guidance(self) if callable(guidance) else guidance
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Patterns of the layers that are edited unless the settings say others: the attention's projections."""
         targets = self.family.targets
@@ -128,7 +134,8 @@ class Backbone(ABC):
 
     def token_ids(self, prompts: Sequence[str], reader: str) -> list[list[tuple[list[int], int | None]]]:
         """Of each prompt and each segment of a reader's states, the token ids as the text encoder reads them (begin,
-        words and end, without the padding), and how many of the states' tokens the segment has, None for the rest."""
+        words and end, with the padding in front, if there is, and without that behind), and how many of the states'
+        tokens the segment has, None for the rest."""
         segments = []
         for segment in self.family.readers[reader].segments:
             if (tokenizer := getattr(self.pipeline, segment.tokenizer, None)) is None:
@@ -138,7 +145,8 @@ class Backbone(ABC):
             with _tokenizing:
                 ids = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
             skip = segment.skip(self.pipeline)
-            segments.append([(one[skip:], segment.length) for one in ids])
+            front = [[tokenizer.pad_token_id] * (-len(one) % segment.padded_before) for one in ids]
+            segments.append([([*pad, *one][skip:], segment.length) for pad, one in zip(front, ids, strict=True)])
         return [list(one) for one in zip(*segments, strict=True)] if segments else [[] for _ in prompts]
 
     def text_layers(self) -> dict[str, frozenset[str]]:
@@ -217,7 +225,7 @@ class Backbone(ABC):
         Raises FadeError for settings out of range and where the pipeline cannot draw with its scheduler.
         """
         side = self.side(resolution)
-        guidance_scale = self.family.guidance if guidance_scale is None else guidance_scale
+        guidance_scale = self.guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
         scheduler = self._part("scheduler")

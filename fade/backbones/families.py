@@ -6,6 +6,7 @@ that, and its descriptor here all the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,13 @@ class Vae:
 class Segment:
     """Tokens that one tokenizer makes of a prompt: `tokenizer` is the pipeline's part, `length` how many of a reader's
     tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that
-    the text encoder's output leaves out in front."""
+    the text encoder's output leaves out in front; `padded_before`: padding goes in front, up to a multiple of this."""
 
     tokenizer: str
     length: int | None = None
     text: Callable[[Any, str], str] = lambda pipeline, prompt: prompt
     skip: Callable[[Any], int] = lambda pipeline: 0
+    padded_before: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Reader:
     """Layers that read the prompt alone, which the closed form can solve for.
 
     `layers` picks them from all names of modules; `states` is what they read of a conditioning, [n, tokens, K];
-    `segments` whose tokens those are, in their order: none where a prompt is one vector.
+    `segments` whose tokens those are, in their order: none where a prompt is one vector. `padded`: the denoiser pads
+    them behind to a multiple of this, and throws away what the layers make of the padding.
     """
 
     layers: Callable[[Backbone, Sequence[str]], set[str]]
     states: Callable[[Backbone, Conditioning], Tensor]
     segments: tuple[Segment, ...] = (Segment("tokenizer"),)
+    padded: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,15 @@ class Family:
         output: (backbone, what the denoiser returned, noised latents) -> its velocity [n, C, h, w].
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
-        guidance: the guidance scale that people draw with.
+        guidance: the guidance scale that people draw with, or a function of the backbone; 1 is none.
+        shift: of a `flow` scheduler's dynamic shift, (its config, image tokens) -> μ; None: linear in the tokens, as
+            the config says.
+        told_share: the denoiser of a `flow` is told which share u of the way to noise it is at, not the σ that the
+            scheduler's shift makes of it; its times are such shares.
         multiple: pixels that a side must be a multiple of.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers that read the prompt alone, by a name.
+        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers
+            that read the prompt alone, by a name.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
@@ -109,7 +118,9 @@ class Family:
     output: Callable[[Backbone, Any, Tensor], Tensor] = lambda backbone, output, noised: output[0]
     unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
     negative: Callable[[Backbone], Conditioning] | None = None
-    guidance: float = 3.0
+    guidance: float | Callable[[Backbone], float] = 3.0
+    shift: Callable[[Mapping[str, Any], int], float] | None = None
+    told_share: bool = False
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
@@ -143,6 +154,11 @@ def _affine(vae: Any, latents: Tensor, invert: bool = False) -> Tensor:
     if invert:
         return latents / scale if not shift else latents / scale + shift
     return latents * scale if not shift else (latents - shift) * scale
+
+
+def _stack(rows: Rows) -> Tensor:
+    """Rows of one size as a tensor."""
+    return rows if isinstance(rows, Tensor) else torch.stack(rows)
 
 
 def _latent_side(backbone: Backbone) -> int:
@@ -324,7 +340,7 @@ def _encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict
 
 
 def _prompt(backbone: Backbone, conditioning: Conditioning) -> Tensor:
-    return conditioning["prompt_embeds"]
+    return _stack(conditioning["prompt_embeds"])
 
 
 def _pooled(backbone: Backbone, conditioning: Conditioning) -> Tensor:
@@ -397,7 +413,7 @@ def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditionin
     told = {}
     if backbone.denoiser.config.guidance_embeds:
         # What people draw with, for teacher and student alike: neither is asked for the data's velocity.
-        told["guidance"] = torch.full((len(noised),), backbone.family.guidance, device=noised.device)
+        told["guidance"] = torch.full((len(noised),), backbone.guidance, device=noised.device)
     return {
         "hidden_states": pack(noised),
         "timestep": times.to(noised.device, noised.dtype),
@@ -456,5 +472,118 @@ FLUX1 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1)
+# --- Z-Image ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_z_image(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _ = pipeline.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
+    return {"prompt_embeds": tuple(embeddings)}
+
+
+def _z_image_text(pipeline: Any, prompt: str) -> str:
+    """What the pipeline tokenizes of a prompt."""
+    message = [{"role": "user", "content": prompt}]
+    return pipeline.tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def _z_image_states(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    """The prompt, normalised. Its linear layer reads each token alone, so that padding is no part of it."""
+    return backbone.denoiser.cap_embedder[0](_stack(conditioning["prompt_embeds"]))
+
+
+def _guidance_z_image(backbone: Backbone) -> float:
+    """None for Turbo, which was distilled from guided drawing; its scheduler's shift (3; the base model's is 6) is all
+    that tells it apart."""
+    return 5.0 if backbone.pipeline.scheduler.config.get("shift", 1.0) > 3 else 1.0
+
+
+Z_IMAGE = Family(
+    name="Z-Image",
+    kind="flow",
+    pipeline="ZImagePipeline",
+    denoiser="ZImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.36",
+    encode=_encode_z_image,
+    # The pipeline adds guidance_scale times the difference to the answer for the prompt, and nothing at 0.
+    call=lambda backbone, conditioning, negative, guidance: {
+        "prompt_embeds": list(conditioning["prompt_embeds"]),
+        "negative_prompt_embeds": list(negative["prompt_embeds"]),
+        "guidance_scale": max(guidance - 1, 0.0),
+    },
+    forward=lambda backbone, noised, times, conditioning: {
+        "x": list(noised[:, :, None]),
+        "t": 1 - times.to(noised.device),
+        "cap_feats": list(conditioning["prompt_embeds"]),
+    },
+    output=lambda backbone, output, noised: -torch.stack(output[0]).squeeze(2),
+    unpack_result=lambda backbone, latents, side: latents.to(backbone.dtype),
+    guidance=_guidance_z_image,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
+    readers={
+        "prompt": Reader(
+            _named("cap_embedder.1"), _z_image_states, (Segment("tokenizer", text=_z_image_text),), padded=32
+        )
+    },
+)
+
+
+# --- CogView4 --------------------------------------------------------------------------------------------------------
+
+
+def _encode_cogview4(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+    return {"prompt_embeds": embeddings}
+
+
+def _forward_cogview4(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    sides = (size * backbone.pipeline.vae_scale_factor for size in noised.shape[2:])
+    size = torch.tensor([*sides]).to(conditioning["prompt_embeds"]).expand(len(noised), -1)
+    steps = backbone.pipeline.scheduler.config.num_train_timesteps
+    return {
+        "hidden_states": noised,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "timestep": steps * times.to(noised.device),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
+    }
+
+
+COGVIEW4 = Family(
+    name="CogView4",
+    kind="flow",
+    pipeline="CogView4Pipeline",
+    denoiser="CogView4Transformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.33",
+    encode=_encode_cogview4,
+    call=lambda backbone, conditioning, negative, guidance: {
+        "prompt_embeds": _stack(conditioning["prompt_embeds"]),
+        "negative_prompt_embeds": _stack(negative["prompt_embeds"]),
+        "guidance_scale": guidance,
+    },
+    forward=_forward_cogview4,
+    unpack_result=lambda backbone, latents, side: latents.to(backbone.dtype),
+    guidance=5.0,
+    # CogView4Pipeline's own: of the root of the tokens, without a limit.
+    shift=lambda config, tokens: (
+        config.get("base_shift", 0.25)
+        + config.get("max_shift", 0.75) * (tokens / config.get("base_image_seq_len", 256)) ** 0.5
+    ),
+    told_share=True,
+    # What the pipeline refuses, and what the denoiser's patches take.
+    multiple=lambda backbone: math.lcm(16, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(_named("patch_embed.text_proj"), _prompt, (Segment("tokenizer", padded_before=16),)),
+    },
+    one_by_one=True,
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1, Z_IMAGE, COGVIEW4)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

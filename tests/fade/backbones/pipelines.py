@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -19,9 +21,21 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    GlmConfig,
+    GlmModel,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from .tokenizers import VOCABULARY, word_tokenizer
 
@@ -39,7 +53,7 @@ def family(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
 
 
 def build(name: str, seed: int = 0) -> Any:
-    """A family's pipeline in evaluation mode: every parameter random, none of them zero, as gates at initialisation are.
+    """A family's pipeline in evaluation mode: every parameter random, none of them zero, as gates are at first.
 
     Leaves torch's generator as it was.
     """
@@ -80,6 +94,27 @@ def t5(width: int = 32) -> T5EncoderModel:
             pad_token_id=0, eos_token_id=VOCABULARY["</s>"], dropout_rate=0.1,
         )
     )  # fmt: skip
+
+
+def decoder(config: type, model: type, width: int = 32, layers: int = 2, **more: Any) -> Any:
+    """A language model of the kind that generates."""
+    return model(
+        config(
+            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+            pad_token_id=VOCABULARY["<pad>"], bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"], **more,
+        )
+    )  # fmt: skip
+
+
+CHAT = "{% for message in messages %}the {{ message.content }} picture of {% endfor %}"
+"""A chat template: words before and after what is said."""
+
+
+def chat_tokenizer(length: int, **more: Any) -> Any:
+    tokenizer = word_tokenizer(length, begin=False, **more)
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def kl(channels: int, **config: Any) -> AutoencoderKL:
@@ -167,3 +202,33 @@ def _flux(guided: bool) -> FluxPipeline:
 @family("FLUX.1")
 def flux() -> FluxPipeline:
     return _flux(guided=True)
+
+
+@family("Z-Image")
+def z_image() -> ZImagePipeline:
+    return ZImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=kl(
+            4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False, sample_size=16
+        ),
+        text_encoder=decoder(Qwen3Config, Qwen3Model), tokenizer=chat_tokenizer(64),
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+            axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+        ),
+    )  # fmt: skip
+
+
+@family("CogView4")
+def cogview4() -> CogView4Pipeline:
+    return CogView4Pipeline(
+        tokenizer=word_tokenizer(64, padding_side="left"), text_encoder=decoder(GlmConfig, GlmModel), vae=kl(4),
+        transformer=CogView4Transformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            text_embed_dim=32, time_embed_dim=16, condition_dim=4, sample_size=8, rope_axes_dim=(16, 16),
+        ),
+        scheduler=flow_scheduler(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True,
+            time_shift_type="linear",
+        ),
+    )  # fmt: skip

@@ -3,6 +3,8 @@
 A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,14 +59,17 @@ def test_the_prediction_is_the_pipelines_own_first_step(backbone: Backbone, monk
 
     monkeypatch.setattr(pipeline.scheduler, "step", recorded)
     conditioning = backbone.encode_prompts(PROMPTS[:1])
-    guidance = backbone.family.guidance if backbone.tells_guidance else 1.0
+    guidance = backbone.guidance if backbone.tells_guidance else 1.0
     backbone.sample_latents(conditioning, [5], steps=3, guidance_scale=guidance)
-    for output, timestep, sample in (seen[0], seen[-1]):
+    for index in (0, len(seen) - 1):
+        output, timestep, sample = seen[index]
         given = {"latents": sample, "answer": output}
         if backbone.family.kind == "flow":
             time = timestep.reshape(1).float() / pipeline.scheduler.config.num_train_timesteps
             side = backbone.side(None)
             given = {name: backbone.family.unpack_result(backbone, value, side) for name, value in given.items()}
+            level = backbone.add_noise(torch.zeros_like(sample), torch.ones_like(sample), time)
+            torch.testing.assert_close(level, pipeline.scheduler.sigmas[index].expand_as(level).to(level.dtype))
         else:
             time = timestep.reshape(1).long()
         with torch.no_grad():
@@ -95,6 +100,44 @@ def test_latents_are_the_ones_that_the_pipeline_decodes(backbone: Backbone) -> N
     )[0]  # fmt: skip
     ours = backbone.decode(backbone.sample_latents(conditioning, [7], steps=2, guidance_scale=1.0))
     torch.testing.assert_close(ours, theirs.float().reshape(ours.shape), rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_draws_what_its_conditioning_draws(backbone: Backbone) -> None:
+    """Template, length and mask are those of the pipeline's own call."""
+    conditioning, side = backbone.encode_prompts(PROMPTS[:1]), backbone.side(None)
+    arguments = backbone.family.call(backbone, conditioning, backbone.negative(), 1.0)
+    settings = {name: value for name, value in arguments.items() if isinstance(value, int | float)}
+    theirs = backbone.pipeline(
+        prompt=PROMPTS[0], **settings, num_inference_steps=2, height=side, width=side, output_type="latent",
+        generator=[torch.Generator().manual_seed(7)],
+    )[0]  # fmt: skip
+    ours = backbone.sample_latents(conditioning, [7], steps=2, guidance_scale=1.0)
+    theirs = backbone.family.unpack_result(backbone, theirs, side)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Z-Image", "CogView4"])
+def test_guidance_leads_away_from_the_negative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At scale g the pipeline steps by n + g (p - n), p and n the answers for the prompt and for the negative."""
+    backbone, seen = backbone_for(build(name)), []
+    scheduler = backbone.pipeline.scheduler
+    step = scheduler.step
+
+    def recorded(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append((output.clone(), timestep.clone(), sample.clone()))
+        return step(output, timestep, sample, *rest, **named)
+
+    monkeypatch.setattr(scheduler, "step", recorded)
+    conditioning = backbone.encode_prompts(PROMPTS[:1])
+    backbone.sample_latents(conditioning, [5], steps=2, guidance_scale=2.5)
+    output, timestep, sample = seen[1]
+    time = timestep.reshape(1).float() / scheduler.config.num_train_timesteps
+    side = backbone.side(None)
+    latents, output = (backbone.family.unpack_result(backbone, value, side) for value in (sample, output))
+    with torch.no_grad():
+        positive, negative = (backbone.predict(latents, time, one) for one in (conditioning, backbone.negative()))
+    assert (positive - negative).abs().max() > 1e-3
+    torch.testing.assert_close(output, negative + 2.5 * (positive - negative), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -136,15 +179,18 @@ def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -
     _, latents, times = noised(backbone)
     conditioning = backbone.encode_prompts(PROMPTS)
     for reader, names in backbone.text_layers().items():
-        states = backbone.text_states(reader, conditioning)
-        for name in sorted(names)[:3]:
+        for row, name in itertools.product(range(len(PROMPTS)), sorted(names)[:3]):
+            one = conditioning.rows(row)
+            states = backbone.text_states(reader, one)
             layer, seen = backbone.denoiser.get_submodule(name), []
             hook = layer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
-                backbone.predict(latents, times, conditioning)
+                backbone.predict(latents[:1], times[:1], one)
             hook.remove()
             assert layer.weight.shape[1] == states.shape[-1]
-            torch.testing.assert_close(seen[0].reshape(states.shape), states)
+            length, padded = states.shape[1], backbone.family.readers[reader].padded
+            read = seen[0].reshape(1, math.ceil(length / padded) * padded, -1)
+            torch.testing.assert_close(read[:, :length], states)
 
 
 def quick() -> Config:
