@@ -140,12 +140,16 @@ class Backbone(ABC):
         for segment in self.family.readers[reader].segments:
             if (tokenizer := getattr(self.pipeline, segment.tokenizer, None)) is None:
                 continue  # a text encoder that the pipeline was loaded without
-            convert = getattr(self.pipeline, "maybe_convert_prompt", lambda prompt, tokenizer: prompt)
-            texts = [segment.text(self.pipeline, convert(prompt, tokenizer)) for prompt in prompts]
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
             with _tokenizing:
-                ids = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
-            skip = segment.skip(self.pipeline)
-            front = [[tokenizer.pad_token_id] * (-len(one) % segment.padded_before) for one in ids]
+                if segment.tokens is not None:
+                    ids = [segment.tokens(self.pipeline, prompt) for prompt in prompts]
+                else:
+                    convert = getattr(self.pipeline, "maybe_convert_prompt", lambda prompt, tokenizer: prompt)
+                    texts = [segment.text(self.pipeline, convert(prompt, tokenizer)) for prompt in prompts]
+                    ids = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+            skip, before = segment.skip(self.pipeline), segment.padded_before(self.pipeline)
+            front = [[tokenizer.pad_token_id] * (-len(one) % before) for one in ids]
             segments.append([([*pad, *one][skip:], segment.length) for pad, one in zip(front, ids, strict=True)])
         return [list(one) for one in zip(*segments, strict=True)] if segments else [[] for _ in prompts]
 

@@ -6,6 +6,7 @@ that, and its descriptor here all the same.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fade.backbones import flux2
 from fade.backbones.flow import grid_ids, pack, unpack
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
@@ -44,13 +46,15 @@ class Vae:
 class Segment:
     """Tokens that one tokenizer makes of a prompt: `tokenizer` is the pipeline's part, `length` how many of a reader's
     tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that
-    the text encoder's output leaves out in front; `padded_before`: padding goes in front, up to a multiple of this."""
+    the text encoder's output leaves out in front; `padded_before`: padding goes in front, up to a multiple of this;
+    `tokens`: the token ids of a prompt, where they are more than those of a text."""
 
     tokenizer: str
     length: int | None = None
     text: Callable[[Any, str], str] = lambda pipeline, prompt: prompt
     skip: Callable[[Any], int] = lambda pipeline: 0
-    padded_before: int = 1
+    padded_before: Callable[[Any], int] = lambda pipeline: 1
+    tokens: Callable[[Any, str], list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Family:
         pipeline: diffusers' class that draws from a prompt alone; `others`: more classes that do.
         denoiser: the denoiser's class; component: where pipelines keep it.
         parts: the pipeline's parts by name, which pipelines of its kind (image-to-image, inpainting, …) share, so that
-            one can be made of theirs; make: other arguments of its constructor.
+            one can be made of theirs; classes: the classes of those that tell it from another family with the same
+            denoiser; make: other arguments of its constructor; kept: those that it takes from the other's
+            configuration.
         since: the first release of diffusers that has it.
         encoders: parts that encoding a prompt needs.
         encode: (pipeline, prompts, device) -> the conditioning's tensors.
@@ -114,7 +120,9 @@ class Family:
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     others: tuple[str, ...] = ()
     component: str = "transformer"
+    classes: Mapping[str, str] = field(default_factory=dict)
     make: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     output: Callable[[Backbone, Any, Tensor], Tensor] = lambda backbone, output, noised: output[0]
     unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
     negative: Callable[[Backbone], Conditioning] | None = None
@@ -138,7 +146,8 @@ class Family:
         """Whether a pipeline whose parts have these classes, by name, is made of the family's, and of no text encoder
         more."""
         more = any(name.startswith("text_encoder") and name not in self.parts for name in classes)
-        return set(self.parts) <= classes.keys() and classes[self.component] == self.denoiser and not more
+        known = {self.component: self.denoiser, **self.classes}.items() <= classes.items()
+        return set(self.parts) <= classes.keys() and known and not more
 
 
 def _affine(vae: Any, latents: Tensor, invert: bool = False) -> Tensor:
@@ -579,11 +588,64 @@ COGVIEW4 = Family(
     multiple=lambda backbone: math.lcm(16, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
     resolution=_latent_side,
     readers={
-        "prompt": Reader(_named("patch_embed.text_proj"), _prompt, (Segment("tokenizer", padded_before=16),)),
+        "prompt": Reader(
+            _named("patch_embed.text_proj"), _prompt, (Segment("tokenizer", padded_before=lambda pipeline: 16),)
+        ),
     },
     one_by_one=True,
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1, Z_IMAGE, COGVIEW4)
-"""Where pipelines of two families share the denoiser's class, the one with more parts first."""
+# --- FLUX.2 ----------------------------------------------------------------------------------------------------------
+
+_FLUX2_VAE = Vae(normalise=flux2.normalise, denormalise=flux2.denormalise)
+_FLUX2_PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+
+FLUX2 = Family(
+    name="FLUX.2",
+    kind="flow",
+    pipeline="Flux2Pipeline",
+    denoiser="Flux2Transformer2DModel",
+    parts=_FLUX2_PARTS,
+    since="0.36",
+    encode=flux2.encode,
+    call=flux2.call_dev,
+    forward=flux2.forward,
+    output=flux2.output,
+    unpack_result=flux2.unpack_result,
+    guidance=4.0,
+    shift=flux2.shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
+    vae=_FLUX2_VAE,
+    targets=JOINT_PROJECTIONS,
+    readers={
+        "prompt": Reader(
+            _named("context_embedder"),
+            _prompt,
+            (Segment("tokenizer", tokens=flux2.tokens_dev, padded_before=flux2.padded_before),),
+        )
+    },
+)
+
+FLUX2_KLEIN = dataclasses.replace(
+    FLUX2,
+    name="FLUX.2 klein",
+    pipeline="Flux2KleinPipeline",
+    classes={"text_encoder": "Qwen3ForCausalLM"},
+    kept=("is_distilled",),
+    since="0.37",
+    call=flux2.call_klein,
+    guidance=flux2.guidance_klein,
+    readers={
+        "prompt": Reader(
+            _named("context_embedder"),
+            _prompt,
+            (Segment("tokenizer", text=flux2.text_klein, padded_before=flux2.padded_before),),
+        )
+    },
+)
+
+
+FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1, Z_IMAGE, COGVIEW4, FLUX2_KLEIN, FLUX2)
+"""Where pipelines of two families share the denoiser's class, the one with more parts, or with `classes`, first."""

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -31,7 +35,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     GlmConfig,
     GlmModel,
+    MistralConfig,
+    MistralModel,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -111,9 +118,13 @@ CHAT = "{% for message in messages %}the {{ message.content }} picture of {% end
 """A chat template: words before and after what is said."""
 
 
-def chat_tokenizer(length: int, **more: Any) -> Any:
+CHAT_OF_PARTS = "{% for message in messages %}the {{ message.content[0].text }} picture of {% endfor %}"
+"""The same for messages that may have pictures, too."""
+
+
+def chat_tokenizer(length: int, template: str = CHAT, **more: Any) -> Any:
     tokenizer = word_tokenizer(length, begin=False, **more)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -231,4 +242,41 @@ def cogview4() -> CogView4Pipeline:
             base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True,
             time_shift_type="linear",
         ),
+    )  # fmt: skip
+
+
+def _flux2(guided: bool) -> dict[str, Any]:
+    """The parts that all have. Statistics of the batch norm are those of no identity."""
+    vae = AutoencoderKLFlux2(
+        in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=8, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return {
+        "scheduler": flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": Flux2Transformer2DModel(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * 16, timestep_guidance_channels=8, mlp_ratio=2.0, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guided,
+        ),
+    }  # fmt: skip
+
+
+@family("FLUX.2")
+def flux2() -> Flux2Pipeline:
+    """Of the text encoder the layers 10, 20 and 30 are read."""
+    return Flux2Pipeline(
+        text_encoder=decoder(MistralConfig, MistralModel, width=16, layers=30),
+        tokenizer=chat_tokenizer(512, CHAT_OF_PARTS, padding_side="left"), **_flux2(guided=True),
+    )  # fmt: skip
+
+
+@family("FLUX.2 klein")
+def flux2_klein() -> Flux2KleinPipeline:
+    """Of the text encoder the layers 9, 18 and 27 are read."""
+    return Flux2KleinPipeline(
+        text_encoder=decoder(Qwen3Config, Qwen3ForCausalLM, width=16, layers=27), tokenizer=chat_tokenizer(512),
+        **_flux2(guided=False),
     )  # fmt: skip

@@ -116,7 +116,7 @@ def test_a_text_draws_what_its_conditioning_draws(backbone: Backbone) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "CogView4"])
+@pytest.mark.parametrize("name", ["Z-Image", "CogView4", "FLUX.2 klein"])
 def test_guidance_leads_away_from_the_negative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At scale g the pipeline steps by n + g (p - n), p and n the answers for the prompt and for the negative."""
     backbone, seen = backbone_for(build(name)), []
