@@ -26,7 +26,7 @@ from fade.images import square
 from fade.progress import track
 
 if TYPE_CHECKING:
-    from fade.backbones.families import Family
+    from fade.backbones.families import Family, Reader
 
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
@@ -56,6 +56,8 @@ class Backbone(ABC):
             )
         if family.refuse is not None:
             family.refuse(self)
+        if family.prepare is not None:
+            family.prepare(self)
 
     # --- the denoiser ------------------------------------------------------------------------------------------------
 
@@ -109,6 +111,8 @@ class Backbone(ABC):
     def side(self, resolution: int | None) -> int:
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.family.multiple(self)
+        if self.family.sides is not None and side not in (sides := self.family.sides(self)):
+            raise FadeError(f"{self.family.name} draws squares of {', '.join(map(str, sides))} pixels, not of {side}")
         if side % least or not least <= side <= MOST_PIXELS:
             raise FadeError(f"resolution must be a multiple of {least} up to {MOST_PIXELS}, not {side}")
         return side
@@ -137,7 +141,7 @@ class Backbone(ABC):
         words and end, with the padding in front, if there is, and without that behind), and how many of the states'
         tokens the segment has, None for the rest."""
         segments = []
-        for segment in self.family.readers[reader].segments:
+        for segment in self.readers[reader].segments:
             if (tokenizer := getattr(self.pipeline, segment.tokenizer, None)) is None:
                 continue  # a text encoder that the pipeline was loaded without
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
@@ -153,16 +157,22 @@ class Backbone(ABC):
             segments.append([([*pad, *one][skip:], segment.length) for pad, one in zip(front, ids, strict=True)])
         return [list(one) for one in zip(*segments, strict=True)] if segments else [[] for _ in prompts]
 
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        """The layers that read the prompt alone, by a name."""
+        readers = self.family.readers
+        return readers(self) if callable(readers) else readers
+
     def text_layers(self) -> dict[str, frozenset[str]]:
         """By reader (a key of the family's `readers`), the names of the layers that read the prompt alone."""
         names = [name for name, _, _ in own_modules(self.denoiser)]
-        found = {reader: frozenset(one.layers(self, names)) for reader, one in self.family.readers.items()}
+        found = {reader: frozenset(one.layers(self, names)) for reader, one in self.readers.items()}
         return {reader: layers for reader, layers in found.items() if layers}
 
     @torch.no_grad()
     def text_states(self, reader: str, conditioning: Conditioning) -> Tensor:
         """What a reader's layers read of a conditioning: [n, tokens, K]."""
-        return self.family.readers[reader].states(self, conditioning)
+        return self.readers[reader].states(self, conditioning)
 
     def negative(self) -> Conditioning:
         """What classifier-free guidance leads away from, one row, as a pipeline that is given no negative prompt has

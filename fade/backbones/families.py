@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fade.backbones import flux2
+from fade.backbones import flux2, hidream, kandinsky5
 from fade.backbones.flow import grid_ids, pack, unpack
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
@@ -95,14 +95,15 @@ class Family:
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
         guidance: the guidance scale that people draw with, or a function of the backbone; 1 is none.
-        shift: of a `flow` scheduler's dynamic shift, (its config, image tokens) -> μ; None: linear in the tokens, as
-            the config says.
+        shift: of a `flow` scheduler's dynamic shift, (backbone, image tokens) -> μ; None: linear in the tokens, as the
+            scheduler's config says.
         told_share: the denoiser of a `flow` is told which share u of the way to noise it is at, not the σ that the
             scheduler's shift makes of it; its times are such shares.
-        multiple: pixels that a side must be a multiple of.
+        multiple: pixels that a side must be a multiple of; sides: those that there are, where they are few.
         resolution: the side in pixels that the model was trained on.
         targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers
-            that read the prompt alone, by a name.
+            that read the prompt alone, by a name, or a function of the backbone that makes them.
+        prepare: is called with every new backbone, for what its denoiser needs to be trained.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
@@ -127,13 +128,15 @@ class Family:
     unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
     negative: Callable[[Backbone], Conditioning] | None = None
     guidance: float | Callable[[Backbone], float] = 3.0
-    shift: Callable[[Mapping[str, Any], int], float] | None = None
+    shift: Callable[[Backbone, int], float] | None = None
     told_share: bool = False
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
+    sides: Callable[[Backbone], tuple[int, ...]] | None = None
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
     targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
-    readers: Mapping[str, Reader] = field(default_factory=dict)
+    readers: Mapping[str, Reader] | Callable[[Backbone], Mapping[str, Reader]] = field(default_factory=dict)
+    prepare: Callable[[Backbone], None] | None = None
     refuse: Callable[[Backbone], None] | None = None
     checkpointing: bool = True
     one_by_one: bool = False
@@ -562,6 +565,13 @@ def _forward_cogview4(backbone: Backbone, noised: Tensor, times: Tensor, conditi
     }
 
 
+def _shift_cogview4(backbone: Backbone, tokens: int) -> float:
+    """As the pipeline has it: linear in the root of the tokens."""
+    config = backbone.pipeline.scheduler.config
+    root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
+    return config.get("base_shift", 0.25) + config.get("max_shift", 0.75) * root
+
+
 COGVIEW4 = Family(
     name="CogView4",
     kind="flow",
@@ -578,11 +588,7 @@ COGVIEW4 = Family(
     forward=_forward_cogview4,
     unpack_result=lambda backbone, latents, side: latents.to(backbone.dtype),
     guidance=5.0,
-    # CogView4Pipeline's own: of the root of the tokens, without a limit.
-    shift=lambda config, tokens: (
-        config.get("base_shift", 0.25)
-        + config.get("max_shift", 0.75) * (tokens / config.get("base_image_seq_len", 256)) ** 0.5
-    ),
+    shift=_shift_cogview4,
     told_share=True,
     # What the pipeline refuses, and what the denoiser's patches take.
     multiple=lambda backbone: math.lcm(16, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
@@ -647,5 +653,119 @@ FLUX2_KLEIN = dataclasses.replace(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, SD3, FLUX1, Z_IMAGE, COGVIEW4, FLUX2_KLEIN, FLUX2)
+# --- HiDream-I1 ------------------------------------------------------------------------------------------------------
+
+
+def _readers_hidream(backbone: Backbone) -> dict[str, Reader]:
+    """T5, the pooled states of both CLIPs, and each layer of Llama that is read."""
+
+    def of_layer(layer: int, projections: tuple[str, ...]) -> Reader:
+        return Reader(
+            _named(*projections),
+            lambda backbone, conditioning: conditioning["prompt_embeds_llama3"][:, layer],
+            (Segment("tokenizer_4", padded_before=hidream.padded_before("tokenizer_4")),),
+        )
+
+    last = len(backbone.denoiser.caption_projection) - 1
+    return {
+        "prompt": Reader(
+            _named(f"caption_projection.{last}.linear"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_t5"],
+            (Segment("tokenizer_3"),),
+        ),
+        "pooled": Reader(_named("p_embedder.pooled_embedder.linear_1"), _pooled, ()),
+        **{f"llama.{layer}": of_layer(layer, names) for layer, names in hidream.llama_layers(backbone).items()},
+    }
+
+
+HIDREAM = Family(
+    name="HiDream-I1",
+    kind="flow",
+    pipeline="HiDreamImagePipeline",
+    denoiser="HiDreamImageTransformer2DModel",
+    parts=(
+        "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+        "tokenizer_3", "text_encoder_4", "tokenizer_4", "transformer",
+    ),
+    since="0.34",
+    encoders=(
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+        "text_encoder_4", "tokenizer_4",
+    ),
+    encode=hidream.encode,
+    call=hidream.call,
+    forward=hidream.forward,
+    output=lambda backbone, output, noised: -output[0],
+    guidance=5.0,
+    shift=hidream.shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    sides=hidream.side,
+    resolution=lambda backbone: hidream.side(backbone)[0],
+    targets=("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"),
+    readers=_readers_hidream,
+    prepare=hidream.let_gradients_through_experts,
+)  # fmt: skip
+
+
+# --- Kandinsky 5 -----------------------------------------------------------------------------------------------------
+
+KANDINSKY5 = Family(
+    name="Kandinsky 5",
+    kind="flow",
+    pipeline="Kandinsky5T2IPipeline",
+    denoiser="Kandinsky5Transformer3DModel",
+    parts=("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
+    classes={"vae": "AutoencoderKL"},  # not a video's
+    since="0.36",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=kandinsky5.encode,
+    call=kandinsky5.call,
+    forward=kandinsky5.forward,
+    output=lambda backbone, output, noised: kandinsky5.channels_first(output),
+    unpack_result=lambda backbone, latents, side: kandinsky5.channels_first(latents),
+    guidance=3.5,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor_spatial,
+    sides=kandinsky5.sides,
+    resolution=lambda backbone: kandinsky5.sides(backbone)[0],
+    # The pipeline leaves out the shift of the VAE's config.
+    vae=Vae(
+        normalise=lambda vae, latents: latents * vae.config.scaling_factor,
+        denormalise=lambda vae, latents: latents / vae.config.scaling_factor,
+    ),
+    targets=(
+        "to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer",
+    ),
+    readers={
+        "prompt": Reader(
+            _named("text_embeddings.in_layer"),
+            lambda backbone, conditioning: _stack(conditioning["prompt_embeds_qwen"]),
+            (
+                Segment(
+                    "tokenizer", text=kandinsky5.text, skip=lambda pipeline: pipeline.prompt_template_encode_start_idx
+                ),
+            ),
+        ),
+        "pooled": Reader(
+            _named("pooled_text_embeddings.in_layer"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_clip"][:, None],
+            (),
+        ),
+    },
+    refuse=kandinsky5.refuse,
+    one_by_one=True,
+)  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    SDXL,
+    STABLE_DIFFUSION,
+    SD3,
+    FLUX1,
+    Z_IMAGE,
+    COGVIEW4,
+    FLUX2_KLEIN,
+    FLUX2,
+    HIDREAM,
+    KANDINSKY5,
+)
 """Where pipelines of two families share the denoiser's class, the one with more parts, or with `classes`, first."""

@@ -7,7 +7,6 @@ sample to the first level.
 """
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -45,7 +44,7 @@ class FlowBackbone(Backbone):
         depends on the number of image tokens (`use_dynamic_shifting`; SD 3, arXiv 2403.03206, section 5.3.2)."""
         config: Any = self._part("scheduler").config
         if config.get("use_dynamic_shifting"):
-            mu = (self.family.shift or _linear_shift)(config, tokens)
+            mu = (self.family.shift or _linear_shift)(self, tokens)
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         else:
             shift = config.get("shift") or config.get("flow_shift") or 1.0
@@ -129,7 +128,8 @@ class FlowBackbone(Backbone):
         return torch.cat(parts)
 
 
-def _linear_shift(config: Mapping[str, Any], tokens: int) -> float:
+def _linear_shift(backbone: Backbone, tokens: int) -> float:
+    config = backbone.pipeline.scheduler.config
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
     return config.get("base_shift", 0.5) + slope * (tokens - low)

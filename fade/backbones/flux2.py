@@ -3,7 +3,6 @@ columns; prompts are the states of several layers of a language model, side by s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +91,7 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
 
-def shift(config: Mapping[str, Any], tokens: int) -> float:
+def shift(backbone: Backbone, tokens: int) -> float:
     """μ of the pipelines' own rule (`compute_empirical_mu`): linear in the tokens, at 10 and at 200 steps; between them
     linear in the steps."""
     many = 0.00016927 * tokens + 0.45666666

@@ -20,6 +20,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -35,8 +39,12 @@ from transformers import (
     CLIPTextModelWithProjection,
     GlmConfig,
     GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralModel,
+    Qwen2Config,
+    Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -105,10 +113,11 @@ def t5(width: int = 32) -> T5EncoderModel:
 
 def decoder(config: type, model: type, width: int = 32, layers: int = 2, **more: Any) -> Any:
     """A language model of the kind that generates."""
+    heads = width // 8
     return model(
         config(
             vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=8, max_position_embeddings=1024,
             pad_token_id=VOCABULARY["<pad>"], bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"], **more,
         )
     )  # fmt: skip
@@ -280,3 +289,50 @@ def flux2_klein() -> Flux2KleinPipeline:
         text_encoder=decoder(Qwen3Config, Qwen3ForCausalLM, width=16, layers=27), tokenizer=chat_tokenizer(512),
         **_flux2(guided=False),
     )  # fmt: skip
+
+
+@family("HiDream-I1")
+def hidream() -> HiDreamImagePipeline:
+    pipeline = HiDreamImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=kl(4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(projected=True, length=128), tokenizer=word_tokenizer(128),
+        text_encoder_2=clip(projected=True, length=128), tokenizer_2=word_tokenizer(128),
+        text_encoder_3=t5(), tokenizer_3=word_tokenizer(16, begin=False),
+        text_encoder_4=decoder(LlamaConfig, LlamaForCausalLM, width=16, attn_implementation="eager"),
+        tokenizer_4=word_tokenizer(128, padding_side="left"),
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8,
+            num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=4,
+            num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=(0, 1, 1),
+            force_inference_output=True,
+        ),
+    )  # fmt: skip
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+class Processor:
+    """Of a tokenizer, what reads text and pictures is to a pipeline that has text alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], images: None = None, videos: None = None, **how: Any) -> Any:
+        return self.tokenizer(text, **how)
+
+
+@family("Kandinsky 5")
+def kandinsky5() -> Kandinsky5T2IPipeline:
+    pipeline = Kandinsky5T2IPipeline(
+        transformer=Kandinsky5Transformer3DModel(
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=32, ff_dim=64,
+            num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+        ),
+        vae=kl(4, shift_factor=0.12, scaling_factor=0.36), text_encoder=decoder(Qwen2Config, Qwen2Model),
+        tokenizer=Processor(word_tokenizer(64, begin=False)), text_encoder_2=clip(length=77),
+        tokenizer_2=word_tokenizer(77), scheduler=flow_scheduler(shift=3.0),
+    )  # fmt: skip
+    pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "the painting of {} in two", 3
+    pipeline.vae_scale_factor_spatial, pipeline.resolutions = 2, [(16, 16), (8, 32)]
+    return pipeline

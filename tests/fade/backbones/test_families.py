@@ -116,7 +116,7 @@ def test_a_text_draws_what_its_conditioning_draws(backbone: Backbone) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "CogView4", "FLUX.2 klein"])
+@pytest.mark.parametrize("name", ["Z-Image", "CogView4", "FLUX.2 klein", "HiDream-I1", "Kandinsky 5"])
 def test_guidance_leads_away_from_the_negative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At scale g the pipeline steps by n + g (p - n), p and n the answers for the prompt and for the negative."""
     backbone, seen = backbone_for(build(name)), []
@@ -188,7 +188,7 @@ def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -
                 backbone.predict(latents[:1], times[:1], one)
             hook.remove()
             assert layer.weight.shape[1] == states.shape[-1]
-            length, padded = states.shape[1], backbone.family.readers[reader].padded
+            length, padded = states.shape[1], backbone.readers[reader].padded
             read = seen[0].reshape(1, math.ceil(length / padded) * padded, -1)
             torch.testing.assert_close(read[:, :length], states)
 
@@ -206,7 +206,7 @@ def quick() -> Config:
 def test_a_whole_run(pipeline: Any, method: str, tmp_path: Path) -> None:
     """Unlearn, save, load into a fresh pipeline, merge and unmerge bit for bit; at scale 0 the base answers."""
     backbone = backbone_for(pipeline)
-    if method == "closed-form" and not backbone.family.readers:
+    if method == "closed-form" and not backbone.readers:
         pytest.skip("no layer of this family reads the prompt alone")
     config = quick().replace(overwrite__method=method)
     _, latents, times = noised(backbone)
