@@ -61,7 +61,9 @@ def _text_to_image(pipeline: Any, family: Family) -> Any:
     found = getattr(pipeline, "components", {})
     parts = {name: found[name] for name in family.parts}
     given = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
-    whole = getattr(diffusers, family.pipeline)(**given, **family.make)
+    whole = getattr(diffusers, family.pipeline)(
+        **given, **family.make, **{name: pipeline.config[name] for name in family.kept}
+    )
     whole.scheduler = parts["scheduler"]
     return whole
 

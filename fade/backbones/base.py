@@ -27,7 +27,7 @@ from fade.images import square
 from fade.progress import track
 
 if TYPE_CHECKING:
-    from fade.backbones.families import Family
+    from fade.backbones.families import Family, Reader
 
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
@@ -57,6 +57,8 @@ class Backbone(ABC):
             )
         if family.refuse is not None:
             family.refuse(self)
+        if family.prepare is not None:
+            family.prepare(self)
 
     # --- the denoiser ------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,12 @@ class Backbone(ABC):
         return bool(self.denoiser.config.get("guidance_embeds"))
 
     @property
+    def guidance(self) -> float:
+        """The guidance scale that people draw with; 1 is no classifier-free guidance."""
+        guidance = self.family.guidance
+        return guidance(self) if callable(guidance) else guidance
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """Patterns of the layers that are edited unless the settings say others: the attention's projections."""
         targets = self.family.targets
@@ -110,6 +118,8 @@ class Backbone(ABC):
         """Side in pixels of images to read or draw. Raises FadeError where latents cannot have it."""
         side, least = resolution or self.resolution, self.family.multiple(self)
         most = min(MOST_PIXELS, self.family.largest(self))
+        if self.family.sides is not None and side not in (sides := self.family.sides(self)):
+            raise FadeError(f"{self.family.name} draws squares of {', '.join(map(str, sides))} pixels, not of {side}")
         if side % least or not least <= side <= most:
             raise FadeError(f"resolution must be a multiple of {least} up to {most}, not {side}")
         return side
@@ -145,34 +155,46 @@ class Backbone(ABC):
 
     def token_ids(self, prompts: Sequence[str], reader: str) -> list[list[tuple[list[int], int | None]]]:
         """Of each prompt and each segment of a reader's states, the token ids as the text encoder reads them (begin,
-        words and end, without the padding), and how many of the states' tokens the segment has, None for the rest."""
+        words and end, with the padding in front, if there is, and without that behind), and how many of the states'
+        tokens the segment has, None for the rest."""
         segments = []
-        for segment in self.family.readers[reader].segments:
+        for segment in self.readers[reader].segments:
             if (tokenizer := getattr(self.pipeline, segment.tokenizer, None)) is None:
                 continue  # a text encoder that the pipeline was loaded without
-            convert = getattr(self.pipeline, "maybe_convert_prompt", lambda prompt, tokenizer: prompt)
-            texts = [segment.text(self.pipeline, convert(prompt, tokenizer)) for prompt in prompts]
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
             with _tokenizing:
-                ids = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
-            skip = segment.skip(self.pipeline)
-            segments.append([(one[skip:], segment.length) for one in ids])
+                if segment.tokens is not None:
+                    ids = [segment.tokens(self.pipeline, prompt) for prompt in prompts]
+                else:
+                    convert = getattr(self.pipeline, "maybe_convert_prompt", lambda prompt, tokenizer: prompt)
+                    texts = [segment.text(self.pipeline, convert(prompt, tokenizer)) for prompt in prompts]
+                    ids = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
+            skip, before = segment.skip(self.pipeline), segment.padded_before(self.pipeline)
+            front = [[tokenizer.pad_token_id] * (-len(one) % before) for one in ids]
+            segments.append([([*pad, *one][skip:], segment.length) for pad, one in zip(front, ids, strict=True)])
         return [list(one) for one in zip(*segments, strict=True)] if segments else [[] for _ in prompts]
+
+    @property
+    def readers(self) -> Mapping[str, Reader]:
+        """The layers that read the prompt alone, by a name."""
+        readers = self.family.readers
+        return readers(self) if callable(readers) else readers
 
     def text_layers(self) -> dict[str, frozenset[str]]:
         """By reader (a key of the family's `readers`), the names of the layers that read the prompt alone."""
         names = [name for name, _, _ in own_modules(self.denoiser)]
-        found = {reader: frozenset(one.layers(self, names)) for reader, one in self.family.readers.items()}
+        found = {reader: frozenset(one.layers(self, names)) for reader, one in self.readers.items()}
         return {reader: layers for reader, layers in found.items() if layers}
 
     @torch.no_grad()
     def text_states(self, reader: str, conditioning: Conditioning) -> Tensor:
         """What a reader's layers read of a conditioning: [n, tokens, K]. Raises ValueError for rows that differ in
         size."""
-        return self.family.readers[reader].states(self, conditioning.stacked())
+        return self.readers[reader].states(self, conditioning.stacked())
 
     def attended(self, reader: str, conditioning: Conditioning) -> Tensor | None:
         """Which tokens of `text_states` the denoiser attends to, bool [n, tokens]; None for all, padding too."""
-        mask = self.family.readers[reader].mask
+        mask = self.readers[reader].mask
         return None if mask is None else conditioning.stacked()[mask].bool()
 
     def negative(self) -> Conditioning:
@@ -240,7 +262,7 @@ class Backbone(ABC):
         Raises FadeError for settings out of range and where the pipeline cannot draw with its scheduler.
         """
         side = self.side(resolution)
-        guidance_scale = self.family.guidance if guidance_scale is None else guidance_scale
+        guidance_scale = self.guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise FadeError(f"the guidance scale must be a finite number, not {guidance_scale}")
         scheduler = self._part("scheduler")

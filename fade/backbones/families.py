@@ -6,6 +6,7 @@ that, and its descriptor here all the same.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fade.backbones import flux2, hidream, kandinsky5
 from fade.backbones.base import MOST_PIXELS
 from fade.backbones.flow import grid_ids, pack, unpack
 from fade.base_model import own_modules
@@ -49,12 +51,15 @@ class Vae:
 class Segment:
     """Tokens that one tokenizer makes of a prompt: `tokenizer` is the pipeline's part, `length` how many of a reader's
     tokens they are, None for all that are left; `text` what of a prompt is tokenized, `skip` how many tokens of that
-    the text encoder's output leaves out in front."""
+    the text encoder's output leaves out in front; `padded_before`: padding goes in front, up to a multiple of this;
+    `tokens`: the token ids of a prompt, where they are more than those of a text."""
 
     tokenizer: str
     length: int | None = None
     text: Callable[[Any, str], str] = lambda pipeline, prompt: prompt
     skip: Callable[[Any], int] = lambda pipeline: 0
+    padded_before: Callable[[Any], int] = lambda pipeline: 1
+    tokens: Callable[[Any, str], list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Reader:
     `layers` picks them from all names of modules; `states` is what they read of a conditioning, [n, tokens, K];
     `segments` whose tokens those are, in their order: none where a prompt is one vector; `mask` the conditioning's
     tensor [n, tokens] that is 0 for tokens that nothing in the denoiser attends to, None where it attends to all.
+    `padded`: the denoiser pads them behind to a multiple of this, and throws away what the layers make of the padding.
     """
 
     layers: Callable[[Backbone, Sequence[str]], set[str]]
     states: Callable[[Backbone, Conditioning], Tensor]
     segments: tuple[Segment, ...] = (Segment("tokenizer"),)
     mask: str | None = None
+    padded: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,9 @@ class Family:
         pipeline: diffusers' class that draws from a prompt alone; `others`: more classes that do.
         denoiser: the denoiser's class; component: where pipelines keep it.
         parts: the pipeline's parts by name, which pipelines of its kind (image-to-image, inpainting, …) share, so that
-            one can be made of theirs; make: other arguments of its constructor.
+            one can be made of theirs; classes: the classes of those that tell it from another family with the same
+            denoiser; make: other arguments of its constructor; kept: those that it takes from the other's
+            configuration.
         since: the first release of diffusers that has it.
         encoders: parts that encoding a prompt needs.
         encode: (pipeline, prompts, device) -> the conditioning's tensors.
@@ -92,11 +101,17 @@ class Family:
         output: (backbone, what the denoiser returned, noised latents) -> its velocity [n, C, h, w].
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
-        guidance: the guidance scale that people draw with.
-        multiple: pixels that a side must be a multiple of; largest: pixels that a side may have at most.
+        guidance: the guidance scale that people draw with, or a function of the backbone; 1 is none.
+        shift: of a `flow` scheduler's dynamic shift, (backbone, image tokens) -> μ; None: linear in the tokens, as the
+            scheduler's config says.
+        told_share: the denoiser of a `flow` is told which share u of the way to noise it is at, not the σ that the
+            scheduler's shift makes of it; its times are such shares.
+        multiple: pixels that a side must be a multiple of; largest: pixels that a side may have at most; sides: those
+            that there are, where they are few.
         resolution: the side in pixels that the model was trained on.
         targets: patterns of the attention's projections, or a function of the backbone that names them.
-        readers: layers that read the prompt alone, by a name.
+        readers: layers that read the prompt alone, by a name, or a function of the backbone that makes them.
+        prepare: is called with every new backbone, for what its denoiser needs to be trained.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
@@ -114,17 +129,23 @@ class Family:
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     others: tuple[str, ...] = ()
     component: str = "transformer"
+    classes: Mapping[str, str] = field(default_factory=dict)
     make: Mapping[str, Any] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     output: Callable[[Backbone, Any, Tensor], Tensor] = lambda backbone, output, noised: output[0]
     unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
     negative: Callable[[Backbone], Conditioning] | None = None
-    guidance: float = 3.0
+    guidance: float | Callable[[Backbone], float] = 3.0
+    shift: Callable[[Backbone, int], float] | None = None
+    told_share: bool = False
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
     largest: Callable[[Backbone], int] = lambda backbone: MOST_PIXELS
+    sides: Callable[[Backbone], tuple[int, ...]] | None = None
     resolution: Callable[[Backbone], int] = lambda backbone: 1024
     vae: Vae = field(default_factory=Vae)
     targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
-    readers: Mapping[str, Reader] = field(default_factory=dict)
+    readers: Mapping[str, Reader] | Callable[[Backbone], Mapping[str, Reader]] = field(default_factory=dict)
+    prepare: Callable[[Backbone], None] | None = None
     refuse: Callable[[Backbone], None] | None = None
     checkpointing: bool = True
     one_by_one: bool = False
@@ -137,7 +158,8 @@ class Family:
         """Whether a pipeline whose parts have these classes, by name, is made of the family's, and of no text encoder
         more."""
         more = any(name.startswith("text_encoder") and name not in self.parts for name in classes)
-        return set(self.parts) <= classes.keys() and classes[self.component] == self.denoiser and not more
+        known = {self.component: self.denoiser, **self.classes}.items() <= classes.items()
+        return set(self.parts) <= classes.keys() and known and not more
 
 
 def _affine(vae: Any, latents: Tensor, invert: bool = False) -> Tensor:
@@ -160,6 +182,11 @@ _SCALED = Vae(
     denormalise=lambda vae, latents: latents / vae.config.scaling_factor,
 )
 """As Stable Diffusion's pipelines do it, whatever else the VAE's config says."""
+
+
+def _stack(rows: Rows) -> Tensor:
+    """Rows of one size as a tensor."""
+    return rows if isinstance(rows, Tensor) else torch.stack(rows)
 
 
 def _latent_side(backbone: Backbone) -> int:
@@ -422,7 +449,7 @@ def _encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict
 
 
 def _prompt(backbone: Backbone, conditioning: Conditioning) -> Tensor:
-    return conditioning["prompt_embeds"]
+    return _stack(conditioning["prompt_embeds"])
 
 
 def _pooled(backbone: Backbone, conditioning: Conditioning) -> Tensor:
@@ -495,7 +522,7 @@ def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditionin
     told = {}
     if backbone.denoiser.config.guidance_embeds:
         # What people draw with, for teacher and student alike: neither is asked for the data's velocity.
-        told["guidance"] = torch.full((len(noised),), backbone.family.guidance, device=noised.device)
+        told["guidance"] = torch.full((len(noised),), backbone.guidance, device=noised.device)
     return {
         "hidden_states": pack(noised),
         "timestep": times.to(noised.device, noised.dtype),
@@ -737,8 +764,8 @@ def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
 def _refuse_sprint(backbone: Backbone) -> None:
     if backbone.denoiser.config.guidance_embeds:
         raise FadeError(
-            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that is "
-            "trained here: unlearn on Sana and load the adapter here with check_base=False"
+            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that "
+            "is trained here: unlearn on Sana and load the adapter here with check_base=False"
         )
 
 
@@ -889,5 +916,294 @@ LUMINA2 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, CHROMA, QWEN_IMAGE, SANA, AURAFLOW, LUMINA2)
-"""Where pipelines of two families share the denoiser's class, the one with more parts first."""
+# --- Z-Image ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_z_image(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _ = pipeline.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
+    return {"prompt_embeds": tuple(embeddings)}
+
+
+def _z_image_text(pipeline: Any, prompt: str) -> str:
+    """What the pipeline tokenizes of a prompt."""
+    message = [{"role": "user", "content": prompt}]
+    return pipeline.tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def _z_image_states(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    """The prompt, normalised. Its linear layer reads each token alone, so that padding is no part of it."""
+    return backbone.denoiser.cap_embedder[0](_stack(conditioning["prompt_embeds"]))
+
+
+def _guidance_z_image(backbone: Backbone) -> float:
+    """None for Turbo, which was distilled from guided drawing; its scheduler's shift (3; the base model's is 6) is all
+    that tells it apart."""
+    return 5.0 if backbone.pipeline.scheduler.config.get("shift", 1.0) > 3 else 1.0
+
+
+Z_IMAGE = Family(
+    name="Z-Image",
+    kind="flow",
+    pipeline="ZImagePipeline",
+    denoiser="ZImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.36",
+    encode=_encode_z_image,
+    # The pipeline adds guidance_scale times the difference to the answer for the prompt, and nothing at 0.
+    call=lambda backbone, conditioning, negative, guidance: {
+        "prompt_embeds": list(conditioning["prompt_embeds"]),
+        "negative_prompt_embeds": list(negative["prompt_embeds"]),
+        "guidance_scale": max(guidance - 1, 0.0),
+    },
+    forward=lambda backbone, noised, times, conditioning: {
+        "x": list(noised[:, :, None]),
+        "t": 1 - times.to(noised.device),
+        "cap_feats": list(conditioning["prompt_embeds"]),
+    },
+    output=lambda backbone, output, noised: -torch.stack(output[0]).squeeze(2),
+    unpack_result=lambda backbone, latents, side: latents.to(backbone.dtype),
+    guidance=_guidance_z_image,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
+    readers={
+        "prompt": Reader(
+            _named("cap_embedder.1"), _z_image_states, (Segment("tokenizer", text=_z_image_text),), padded=32
+        )
+    },
+)
+
+
+# --- CogView4 --------------------------------------------------------------------------------------------------------
+
+
+def _encode_cogview4(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
+    return {"prompt_embeds": embeddings}
+
+
+def _forward_cogview4(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    sides = (size * backbone.pipeline.vae_scale_factor for size in noised.shape[2:])
+    size = torch.tensor([*sides]).to(conditioning["prompt_embeds"]).expand(len(noised), -1)
+    steps = backbone.pipeline.scheduler.config.num_train_timesteps
+    return {
+        "hidden_states": noised,
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "timestep": steps * times.to(noised.device),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
+    }
+
+
+def _shift_cogview4(backbone: Backbone, tokens: int) -> float:
+    """As the pipeline has it: linear in the root of the tokens."""
+    config = backbone.pipeline.scheduler.config
+    root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
+    return config.get("base_shift", 0.25) + config.get("max_shift", 0.75) * root
+
+
+COGVIEW4 = Family(
+    name="CogView4",
+    kind="flow",
+    pipeline="CogView4Pipeline",
+    denoiser="CogView4Transformer2DModel",
+    parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    since="0.33",
+    encode=_encode_cogview4,
+    call=lambda backbone, conditioning, negative, guidance: {
+        "prompt_embeds": _stack(conditioning["prompt_embeds"]),
+        "negative_prompt_embeds": _stack(negative["prompt_embeds"]),
+        "guidance_scale": guidance,
+    },
+    forward=_forward_cogview4,
+    unpack_result=lambda backbone, latents, side: latents.to(backbone.dtype),
+    guidance=5.0,
+    shift=_shift_cogview4,
+    told_share=True,
+    # What the pipeline refuses, and what the denoiser's patches take.
+    multiple=lambda backbone: math.lcm(16, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
+    resolution=_latent_side,
+    readers={
+        "prompt": Reader(
+            _named("patch_embed.text_proj"), _prompt, (Segment("tokenizer", padded_before=lambda pipeline: 16),)
+        ),
+    },
+    one_by_one=True,
+)
+
+
+# --- FLUX.2 ----------------------------------------------------------------------------------------------------------
+
+_FLUX2_VAE = Vae(normalise=flux2.normalise, denormalise=flux2.denormalise)
+_FLUX2_PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+
+FLUX2 = Family(
+    name="FLUX.2",
+    kind="flow",
+    pipeline="Flux2Pipeline",
+    denoiser="Flux2Transformer2DModel",
+    parts=_FLUX2_PARTS,
+    since="0.36",
+    encode=flux2.encode,
+    call=flux2.call_dev,
+    forward=flux2.forward,
+    output=flux2.output,
+    unpack_result=flux2.unpack_result,
+    guidance=4.0,
+    shift=flux2.shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
+    vae=_FLUX2_VAE,
+    targets=JOINT_PROJECTIONS,
+    readers={
+        "prompt": Reader(
+            _named("context_embedder"),
+            _prompt,
+            (Segment("tokenizer", tokens=flux2.tokens_dev, padded_before=flux2.padded_before),),
+        )
+    },
+)
+
+FLUX2_KLEIN = dataclasses.replace(
+    FLUX2,
+    name="FLUX.2 klein",
+    pipeline="Flux2KleinPipeline",
+    classes={"text_encoder": "Qwen3ForCausalLM"},
+    kept=("is_distilled",),
+    since="0.37",
+    call=flux2.call_klein,
+    guidance=flux2.guidance_klein,
+    readers={
+        "prompt": Reader(
+            _named("context_embedder"),
+            _prompt,
+            (Segment("tokenizer", text=flux2.text_klein, padded_before=flux2.padded_before),),
+        )
+    },
+)
+
+
+# --- HiDream-I1 ------------------------------------------------------------------------------------------------------
+
+
+def _readers_hidream(backbone: Backbone) -> dict[str, Reader]:
+    """T5, the pooled states of both CLIPs, and each layer of Llama that is read."""
+
+    def of_layer(layer: int, projections: tuple[str, ...]) -> Reader:
+        return Reader(
+            _named(*projections),
+            lambda backbone, conditioning: conditioning["prompt_embeds_llama3"][:, layer],
+            (Segment("tokenizer_4", padded_before=hidream.padded_before("tokenizer_4")),),
+        )
+
+    last = len(backbone.denoiser.caption_projection) - 1
+    return {
+        "prompt": Reader(
+            _named(f"caption_projection.{last}.linear"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_t5"],
+            (Segment("tokenizer_3"),),
+        ),
+        "pooled": Reader(_named("p_embedder.pooled_embedder.linear_1"), _pooled, ()),
+        **{f"llama.{layer}": of_layer(layer, names) for layer, names in hidream.llama_layers(backbone).items()},
+    }
+
+
+HIDREAM = Family(
+    name="HiDream-I1",
+    kind="flow",
+    pipeline="HiDreamImagePipeline",
+    denoiser="HiDreamImageTransformer2DModel",
+    parts=(
+        "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+        "tokenizer_3", "text_encoder_4", "tokenizer_4", "transformer",
+    ),
+    since="0.34",
+    encoders=(
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+        "text_encoder_4", "tokenizer_4",
+    ),
+    encode=hidream.encode,
+    call=hidream.call,
+    forward=hidream.forward,
+    output=lambda backbone, output, noised: -output[0],
+    guidance=5.0,
+    shift=hidream.shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    sides=hidream.side,
+    resolution=lambda backbone: hidream.side(backbone)[0],
+    targets=("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"),
+    readers=_readers_hidream,
+    prepare=hidream.let_gradients_through_experts,
+)  # fmt: skip
+
+
+# --- Kandinsky 5 -----------------------------------------------------------------------------------------------------
+
+KANDINSKY5 = Family(
+    name="Kandinsky 5",
+    kind="flow",
+    pipeline="Kandinsky5T2IPipeline",
+    denoiser="Kandinsky5Transformer3DModel",
+    parts=("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
+    classes={"vae": "AutoencoderKL"},  # not a video's
+    since="0.36",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=kandinsky5.encode,
+    call=kandinsky5.call,
+    forward=kandinsky5.forward,
+    output=lambda backbone, output, noised: kandinsky5.channels_first(output),
+    unpack_result=lambda backbone, latents, side: kandinsky5.channels_first(latents),
+    guidance=3.5,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor_spatial,
+    sides=kandinsky5.sides,
+    resolution=lambda backbone: kandinsky5.sides(backbone)[0],
+    # The pipeline leaves out the shift of the VAE's config.
+    vae=Vae(
+        normalise=lambda vae, latents: latents * vae.config.scaling_factor,
+        denormalise=lambda vae, latents: latents / vae.config.scaling_factor,
+    ),
+    targets=(
+        "to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer",
+    ),
+    readers={
+        "prompt": Reader(
+            _named("text_embeddings.in_layer"),
+            lambda backbone, conditioning: _stack(conditioning["prompt_embeds_qwen"]),
+            (
+                Segment(
+                    "tokenizer", text=kandinsky5.text, skip=lambda pipeline: pipeline.prompt_template_encode_start_idx
+                ),
+            ),
+        ),
+        "pooled": Reader(
+            _named("pooled_text_embeddings.in_layer"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_clip"][:, None],
+            (),
+        ),
+    },
+    refuse=kandinsky5.refuse,
+    one_by_one=True,
+)  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    SDXL,
+    STABLE_DIFFUSION,
+    PIXART_SIGMA,
+    SD3,
+    FLUX1,
+    CHROMA,
+    QWEN_IMAGE,
+    SANA,
+    AURAFLOW,
+    LUMINA2,
+    Z_IMAGE,
+    COGVIEW4,
+    FLUX2_KLEIN,
+    FLUX2,
+    HIDREAM,
+    KANDINSKY5,
+)
+"""Where pipelines of two families share the denoiser's class, the one with more parts, or with `classes`, first."""

@@ -22,8 +22,9 @@ _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSch
 
 
 class FlowBackbone(Backbone):
-    """Times are float32 σ in [0, 1]. They are drawn as the pipeline's scheduler places its steps: uniform, then shifted
-    towards noise as its configuration says."""
+    """Times are float32 σ in [0, 1], or what the scheduler shifts to σ, where that is what the denoiser is told
+    (`told_share`). They are drawn as the pipeline's scheduler places its steps: uniform, then shifted towards noise as
+    its configuration says."""
 
     time_span = 1.0
 
@@ -44,13 +45,17 @@ class FlowBackbone(Backbone):
         depends on the number of image tokens (`use_dynamic_shifting`; SD 3, arXiv 2403.03206, section 5.3.2)."""
         config: Any = self._part("scheduler").config
         if config.get("use_dynamic_shifting"):
-            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
-            mu = config.get("base_shift", 0.5) + slope * (tokens - low)
+            mu = (self.family.shift or _linear_shift)(self, tokens)
             shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         else:
             shift = config.get("shift") or config.get("flow_shift") or 1.0
         return shift * share / (1 + (shift - 1) * share)
+
+    def sigma(self, times: Tensor, latents: Tensor) -> Tensor:
+        """The noise level σ of times, for latents of that size."""
+        if not self.family.told_share:
+            return times
+        return self.shifted(times, math.prod(latents.shape[2:]) // self.denoiser.config.patch_size**2)
 
     @property
     def image_tokens(self) -> int:
@@ -61,12 +66,14 @@ class FlowBackbone(Backbone):
         return values.float().clamp(0, 1)
 
     def draw_times(self, count: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """σ of uniform shares in [low, high)."""
-        return self.shifted(low + (high - low) * torch.rand(count, generator=generator), self.image_tokens)
+        """Of uniform shares in [low, high)."""
+        shares = low + (high - low) * torch.rand(count, generator=generator)
+        return shares if self.family.told_share else self.shifted(shares, self.image_tokens)
 
     def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """(1 − σ) z + σ ε, in float32 and rounded once."""
-        sigma = times.to(latents.device, torch.float32).reshape(-1, *[1] * (latents.dim() - 1))
+        sigma = self.sigma(times.to(latents.device, torch.float32), latents)
+        sigma = sigma.reshape(-1, *[1] * (latents.dim() - 1))
         return ((1 - sigma) * latents.float() + sigma * noise.float()).to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -100,24 +107,33 @@ class FlowBackbone(Backbone):
         drawing will ask for it."""
         if steps < 1:
             raise FadeError(f"there must be at least one denoising step, not {steps}")
-        levels = self.shifted(torch.linspace(1, 0, steps + 1), self.image_tokens).tolist()
+        shares = torch.linspace(1, 0, steps + 1)
+        times = shares if self.family.told_share else self.shifted(shares, self.image_tokens)
+        levels = self.sigma(times, latents)
         latents = latents.to(self.device, torch.float32)
         if conditioning.count == 1:
             conditioning = conditioning.repeat(len(latents))
-        pairs = list(pairwise(levels))  # from more noise to less
+        pairs = list(pairwise(zip(times.tolist(), levels.tolist(), strict=True)))  # from more noise to less
         parts = []
         starts = range(0, len(latents), batch_size)
         with progress_bar(description, len(starts) * steps, progress) as advance:
             for start in starts:
                 chunk = latents[start : start + batch_size]
                 prompts = conditioning.rows(slice(start, start + batch_size))
-                for high, low in reversed(pairs) if invert else pairs:
-                    at = torch.full((len(chunk),), high, device=self.device)
+                for (time, high), (_, low) in reversed(pairs) if invert else pairs:
+                    at = torch.full((len(chunk),), time, device=self.device)
                     velocity = self.predict(chunk.to(self.dtype), at, prompts).float()
                     chunk = chunk + (high - low if invert else low - high) * velocity
                     advance()
                 parts.append(chunk)
         return torch.cat(parts)
+
+
+def _linear_shift(backbone: Backbone, tokens: int) -> float:
+    config = backbone.pipeline.scheduler.config
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
+    return config.get("base_shift", 0.5) + slope * (tokens - low)
 
 
 def _groups(conditioning: Conditioning) -> list[list[int]] | None:

@@ -13,14 +13,24 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -34,6 +44,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -42,8 +54,19 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -107,6 +130,32 @@ def t5(width: int = 32) -> T5EncoderModel:
             pad_token_id=0, eos_token_id=VOCABULARY["</s>"], dropout_rate=0.1,
         )
     )  # fmt: skip
+
+
+def decoder(config: type, model: type, width: int = 32, layers: int = 2, **more: Any) -> Any:
+    """A language model of the kind that generates."""
+    heads = width // 8
+    return model(
+        config(
+            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=8, max_position_embeddings=1024,
+            pad_token_id=VOCABULARY["<pad>"], bos_token_id=VOCABULARY["<s>"], eos_token_id=VOCABULARY["</s>"], **more,
+        )
+    )  # fmt: skip
+
+
+CHAT = "{% for message in messages %}the {{ message.content }} picture of {% endfor %}"
+"""A chat template: words before and after what is said."""
+
+
+CHAT_OF_PARTS = "{% for message in messages %}the {{ message.content[0].text }} picture of {% endfor %}"
+"""The same for messages that may have pictures, too."""
+
+
+def chat_tokenizer(length: int, template: str = CHAT, **more: Any) -> Any:
+    tokenizer = word_tokenizer(length, begin=False, **more)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def kl(channels: int, blocks: tuple[int, ...] = (16, 32), **config: Any) -> AutoencoderKL:
@@ -329,6 +378,122 @@ def lumina2() -> Lumina2Pipeline:
             cap_feat_dim=16,
         ),
         scheduler=flow_scheduler(shift=6.0),
-        vae=kl(4, (8, 8, 8, 8), shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        vae=kl(
+            4, (8, 8, 8, 8), shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False
+        ),
         text_encoder=gemma2(), tokenizer=word_tokenizer(256, end=False),
     )  # fmt: skip
+
+
+@family("Z-Image")
+def z_image() -> ZImagePipeline:
+    return ZImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=kl(
+            4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False, sample_size=16
+        ),
+        text_encoder=decoder(Qwen3Config, Qwen3Model), tokenizer=chat_tokenizer(64),
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+            axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+        ),
+    )  # fmt: skip
+
+
+@family("CogView4")
+def cogview4() -> CogView4Pipeline:
+    return CogView4Pipeline(
+        tokenizer=word_tokenizer(64, padding_side="left"), text_encoder=decoder(GlmConfig, GlmModel), vae=kl(4),
+        transformer=CogView4Transformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+            text_embed_dim=32, time_embed_dim=16, condition_dim=4, sample_size=8, rope_axes_dim=(16, 16),
+        ),
+        scheduler=flow_scheduler(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True,
+            time_shift_type="linear",
+        ),
+    )  # fmt: skip
+
+
+def _flux2(guided: bool) -> dict[str, Any]:
+    """The parts that all have. Statistics of the batch norm are those of no identity."""
+    vae = AutoencoderKLFlux2(
+        in_channels=3, out_channels=3, block_out_channels=(16, 32), norm_num_groups=8, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return {
+        "scheduler": flow_scheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+        "transformer": Flux2Transformer2DModel(
+            in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * 16, timestep_guidance_channels=8, mlp_ratio=2.0, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guided,
+        ),
+    }  # fmt: skip
+
+
+@family("FLUX.2")
+def flux2() -> Flux2Pipeline:
+    """Of the text encoder the layers 10, 20 and 30 are read."""
+    return Flux2Pipeline(
+        text_encoder=decoder(MistralConfig, MistralModel, width=16, layers=30),
+        tokenizer=chat_tokenizer(512, CHAT_OF_PARTS, padding_side="left"), **_flux2(guided=True),
+    )  # fmt: skip
+
+
+@family("FLUX.2 klein")
+def flux2_klein() -> Flux2KleinPipeline:
+    """Of the text encoder the layers 9, 18 and 27 are read."""
+    return Flux2KleinPipeline(
+        text_encoder=decoder(Qwen3Config, Qwen3ForCausalLM, width=16, layers=27), tokenizer=chat_tokenizer(512),
+        **_flux2(guided=False),
+    )  # fmt: skip
+
+
+@family("HiDream-I1")
+def hidream() -> HiDreamImagePipeline:
+    pipeline = HiDreamImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=kl(4, shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip(projected=True, length=128), tokenizer=word_tokenizer(128),
+        text_encoder_2=clip(projected=True, length=128), tokenizer_2=word_tokenizer(128),
+        text_encoder_3=t5(), tokenizer_3=word_tokenizer(16, begin=False),
+        text_encoder_4=decoder(LlamaConfig, LlamaForCausalLM, width=16, attn_implementation="eager"),
+        tokenizer_4=word_tokenizer(128, padding_side="left"),
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8,
+            num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, num_routed_experts=4,
+            num_activated_experts=2, axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=(0, 1, 1),
+            force_inference_output=True,
+        ),
+    )  # fmt: skip
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+class Processor:
+    """Of a tokenizer, what reads text and pictures is to a pipeline that has text alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], images: None = None, videos: None = None, **how: Any) -> Any:
+        return self.tokenizer(text, **how)
+
+
+@family("Kandinsky 5")
+def kandinsky5() -> Kandinsky5T2IPipeline:
+    pipeline = Kandinsky5T2IPipeline(
+        transformer=Kandinsky5Transformer3DModel(
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=32, ff_dim=64,
+            num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+        ),
+        vae=kl(4, shift_factor=0.12, scaling_factor=0.36), text_encoder=decoder(Qwen2Config, Qwen2Model),
+        tokenizer=Processor(word_tokenizer(64, begin=False)), text_encoder_2=clip(length=77),
+        tokenizer_2=word_tokenizer(77), scheduler=flow_scheduler(shift=3.0),
+    )  # fmt: skip
+    pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "the painting of {} in two", 3
+    pipeline.vae_scale_factor_spatial, pipeline.resolutions = 2, [(16, 16), (8, 32)]
+    return pipeline

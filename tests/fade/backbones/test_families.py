@@ -4,6 +4,7 @@ A new family is an entry in `pipelines.FACTORIES`; all of these run for it.
 """
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,20 @@ def test_the_prediction_is_the_pipelines_own_first_step(backbone: Backbone, monk
 
     monkeypatch.setattr(pipeline.scheduler, "step", recorded)
     conditioning = backbone.encode_prompts(PROMPTS[:1])
-    guidance = backbone.family.guidance if backbone.tells_guidance else 1.0
+    guidance = backbone.guidance if backbone.tells_guidance else 1.0
     backbone.sample_latents(conditioning, [5], steps=3, guidance_scale=guidance)
-    for output, timestep, sample in (seen[0], seen[-1]):
+    for index in (0, len(seen) - 1):
+        output, timestep, sample = seen[index]
         given = {"latents": sample, "answer": output}
         if backbone.family.kind == "flow":
             time = timestep.reshape(1).float() / pipeline.scheduler.config.num_train_timesteps
             side = backbone.side(None)
             given = {name: backbone.family.unpack_result(backbone, value, side) for name, value in given.items()}
+            level = backbone.add_noise(torch.zeros_like(sample), torch.ones_like(sample), time)
+            # Some schedulers tell the denoiser whole thousandths.
+            near = 1e-5 if timestep.is_floating_point() else 1e-3
+            wanted = pipeline.scheduler.sigmas[index].expand_as(level).to(level.dtype)
+            torch.testing.assert_close(level, wanted, rtol=1e-5, atol=near)
         else:
             time = timestep.reshape(1).long()
         with torch.no_grad():
@@ -104,7 +111,7 @@ def test_latents_are_the_ones_that_the_pipeline_decodes(backbone: Backbone) -> N
 def test_a_prompt_draws_what_the_pipeline_draws_for_it(backbone: Backbone, guided: bool) -> None:
     """Templates, instructions, lengths, masks and the negative prompt are those of the pipeline's own call."""
     pipeline, side = backbone.pipeline, backbone.side(None)
-    guidance = backbone.family.guidance if guided else 1.0
+    guidance = backbone.guidance if guided else 1.0
     embedded = backbone.family.call(backbone, backbone.encode_prompts(PROMPTS[:1]), backbone.negative(), guidance)
     plain = {name: value for name, value in embedded.items() if isinstance(value, (bool, int, float))}
     if "true_cfg_scale" in plain and not backbone.tells_guidance and guided:
@@ -118,6 +125,30 @@ def test_a_prompt_draws_what_the_pipeline_draws_for_it(backbone: Backbone, guide
     theirs = backbone.family.unpack_result(backbone, theirs, side)
     torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-4, atol=1e-4)
     assert seen == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["Z-Image", "CogView4", "FLUX.2 klein", "HiDream-I1", "Kandinsky 5"])
+def test_guidance_leads_away_from_the_negative(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At scale g the pipeline steps by n + g (p - n), p and n the answers for the prompt and for the negative."""
+    backbone, seen = backbone_for(build(name)), []
+    scheduler = backbone.pipeline.scheduler
+    step = scheduler.step
+
+    def recorded(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append((output.clone(), timestep.clone(), sample.clone()))
+        return step(output, timestep, sample, *rest, **named)
+
+    monkeypatch.setattr(scheduler, "step", recorded)
+    conditioning = backbone.encode_prompts(PROMPTS[:1])
+    backbone.sample_latents(conditioning, [5], steps=2, guidance_scale=2.5)
+    output, timestep, sample = seen[1]
+    time = timestep.reshape(1).float() / scheduler.config.num_train_timesteps
+    side = backbone.side(None)
+    latents, output = (backbone.family.unpack_result(backbone, value, side) for value in (sample, output))
+    with torch.no_grad():
+        positive, negative = (backbone.predict(latents, time, one) for one in (conditioning, backbone.negative()))
+    assert (positive - negative).abs().max() > 1e-3
+    torch.testing.assert_close(output, negative + 2.5 * (positive - negative), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -155,22 +186,22 @@ def test_gradient_checkpointing_changes_nothing_and_every_target_has_a_gradient(
 
 
 def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -> None:
-    """Their input in a forward pass is `text_states`: of both prompts together, or of each where they differ in size."""
+    """Their input in a forward pass is `text_states`."""
     _, latents, times = noised(backbone)
-    together = backbone.encode_prompts(PROMPTS)
-    one_size = all(isinstance(value, torch.Tensor) for value in together.values())
-    rows = [[0, 1]] if one_size else [[0], [1]]
-    for (reader, names), row in itertools.product(backbone.text_layers().items(), rows):
-        conditioning = together.rows(row)
-        states = backbone.text_states(reader, conditioning)
-        for name in sorted(names)[:3]:
+    conditioning = backbone.encode_prompts(PROMPTS)
+    for reader, names in backbone.text_layers().items():
+        for row, name in itertools.product(range(len(PROMPTS)), sorted(names)[:3]):
+            one = conditioning.rows(row)
+            states = backbone.text_states(reader, one)
             layer, seen = backbone.denoiser.get_submodule(name), []
             hook = layer.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
             with torch.no_grad():
-                backbone.predict(latents[row], times[row], conditioning)
+                backbone.predict(latents[:1], times[:1], one)
             hook.remove()
             assert layer.weight.shape[1] == states.shape[-1]
-            torch.testing.assert_close(seen[0].reshape(states.shape), states)
+            length, padded = states.shape[1], backbone.readers[reader].padded
+            read = seen[0].reshape(1, math.ceil(length / padded) * padded, -1)
+            torch.testing.assert_close(read[:, :length], states)
 
 
 @pytest.mark.parametrize("pipeline", ["Qwen-Image"], indirect=True)
@@ -182,7 +213,9 @@ def test_one_step_is_refused_where_the_scheduler_would_divide_by_zero(backbone: 
         backbone.sample_latents(PROMPTS[:1], [0], steps=1)
 
 
-MASKED = [one.name for one in FAMILIES if any(reader.mask for reader in one.readers.values())]
+MASKED = [
+    one.name for one in FAMILIES if not callable(one.readers) and any(reader.mask for reader in one.readers.values())
+]
 
 
 @pytest.mark.parametrize("pipeline", MASKED, indirect=True)
@@ -190,7 +223,7 @@ def test_tokens_that_are_masked_out_change_neither_the_picture_nor_the_closed_fo
     _, latents, times = noised(backbone)
     prompts = ("a photo of cat", "a red dog", "a house")
     plain = backbone.encode_prompts(prompts)
-    for reader, one in backbone.family.readers.items():
+    for reader, one in backbone.readers.items():
         masked = plain[one.mask] == 0
         assert masked.any(1).all() and not masked.all(1).any()
         noise = torch.randn_like(plain["prompt_embeds"]) * masked[..., None]
@@ -218,7 +251,7 @@ def quick() -> Config:
 def test_a_whole_run(pipeline: Any, method: str, tmp_path: Path) -> None:
     """Unlearn, save, load into a fresh pipeline, merge and unmerge bit for bit; at scale 0 the base answers."""
     backbone = backbone_for(pipeline)
-    if method == "closed-form" and not backbone.family.readers:
+    if method == "closed-form" and not backbone.readers:
         pytest.skip("no layer of this family reads the prompt alone")
     config = quick().replace(overwrite__method=method)
     _, latents, times = noised(backbone)
