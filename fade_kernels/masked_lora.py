@@ -16,6 +16,7 @@ from torch import Tensor
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels.bitmask import BitMask
+from fade_kernels.overlap import find_shared
 from fade_kernels.window import Window
 
 # How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/cost.h.
@@ -229,7 +230,8 @@ def effective_weight(
     Args:
         weight: [N, K], or [C_out, C_in, kh, kw] with the factors in PEFT's convolution shapes.
         lora_a, lora_b, mask, scale: as for `masked_lora_linear`, `masked_lora_conv2d`.
-        out: memory for the result, of the weight's shape and dtype; may be the weight itself. Not differentiable.
+        out: memory for the result, of the weight's shape and dtype; may be the weight itself, but share
+            no memory with anything else. Not differentiable.
 
     Returns:
         The effective weight, `out` where given. Without `out`, differentiable in weight, lora_a and lora_b.
@@ -245,6 +247,12 @@ def effective_weight(
         return _ops.effective_weight(weight.flatten(1), *factors).reshape(weight.shape)
     if out.shape != weight.shape:
         raise ValueError(f"out {list(out.shape)} must have the weight's shape {list(weight.shape)}")
+    shared = find_shared([out], [weight, lora_a, lora_b])
+    if shared is not None:
+        raise ValueError(
+            f"out shares memory with {('weight', 'lora_a', 'lora_b')[shared[1] - 1]}: only the weight "
+            "itself may be overwritten"
+        )
     with torch.no_grad():
         if out.is_contiguous():
             _ops.effective_weight_out(out.view(mask.shape), weight.flatten(1), *factors)
@@ -339,6 +347,13 @@ def _results(weights: list[Tensor], out: Sequence[Tensor] | None) -> list[Tensor
     for i, result in enumerate(results):
         if not result.is_contiguous():
             raise ValueError(f"layer {i}: out must be contiguous, not of strides {result.stride()}")
+    shared = None if out is None else find_shared(results, weights)
+    if shared is not None:
+        which, of = ("out", shared[1]) if shared[1] < len(results) else ("weight", shared[1] - len(results))
+        raise ValueError(
+            f"layer {shared[0]}: out shares memory with the {which} of layer {of}: only a layer's own weight may be "
+            "overwritten"
+        )
     return results
 
 
@@ -367,9 +382,31 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tenso
     return _ops.masked_factor_values(lora_a.flatten(1), lora_b.flatten(1), mask.words, mask.count)
 
 
+_MOST_SCALES = 256
+_scales: dict[float, Tensor] = {}
+
+
 def _scale(scale: float | Tensor) -> Tensor:
-    """The scale as a 0-d tensor. Under torch.compile a number is a constant of the graph, a tensor its input."""
-    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+    """The scale as a 0-d tensor. Under torch.compile a number is a constant of the graph, a tensor its input.
+
+    A number's tensor is kept, but for those that belong to a trace or a transform.
+    """
+    if isinstance(scale, Tensor):
+        return scale
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return torch.tensor(scale, dtype=torch.float64)
+    kept = _scales.get(scale)
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.tensor(scale, dtype=torch.float64, device="cpu")
+        if len(_scales) >= _MOST_SCALES:
+            _scales.clear()
+        _scales[scale] = kept
+    return kept
 
 
 def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
@@ -387,6 +424,8 @@ def _check_mask(mask: BitMask, rows: tuple[int, ...], columns: tuple[int, ...]) 
 
 
 def _check_count(values: Tensor, mask: BitMask) -> None:
+    if mask._count is None and torch.compiler.is_compiling():
+        return  # a graph cannot wait for the count; the kernels stay within both
     if values.numel() != mask.count:
         raise ValueError(f"values has {values.numel()} elements, but the mask has {mask.count} set bits")
 
@@ -396,13 +435,16 @@ def _check_groups(groups: int) -> None:
         raise ValueError(f"groups is {groups}: masked convolutions support groups=1 only")
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, torch.autocast | nullcontext]:
     """Casts as autocast casts a linear layer, and a context in which it casts nothing more."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight, bias, nullcontext()
+        return x, weight, bias, _NO_CONTEXT
     dtype = torch.get_autocast_dtype(device)
     x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
     return x, weight, bias, torch.autocast(device, enabled=False)

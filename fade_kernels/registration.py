@@ -49,19 +49,20 @@ _unusable: set[tuple[str, torch.device]] = set()
 """Operators and devices: one GPU may be too old, or hold another's shared memory, where the next one is not."""
 
 
-def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """Those among the arguments that are no scalars, in lists too."""
-    flat = [b for a in arguments for b in (a if isinstance(a, list) else [a])]
-    return [a for a in flat if isinstance(a, Tensor) and a.dim() > 0]
-
-
 def _device(arguments: tuple[Any, ...]) -> torch.device:
-    return next((tensor.device for tensor in _tensors(arguments)), torch.device("cpu"))
+    first = arguments[0]
+    return (first[0] if isinstance(first, list) else first).device
 
 
 def _wide(arguments: tuple[Any, ...]) -> bool:
     """fp64 is for definitions: nobody trains in it, and no matrix unit that Triton reaches computes it."""
-    return any(tensor.dtype == torch.float64 for tensor in _tensors(arguments))
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.dtype is torch.float64 and argument.dim() > 0:  # scalars are read as what is needed
+                return True
+        elif isinstance(argument, list) and _wide(tuple(argument)):
+            return True
+    return False
 
 
 @functools.cache

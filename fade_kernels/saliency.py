@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fade_kernels import _ops
+from fade_kernels.overlap import find_shared
 
 Mode = Literal["abs", "signed", "square"]
 
@@ -23,21 +24,20 @@ def accumulate_gradient_magnitude_(saliency: Sequence[Tensor], gradient: Sequenc
     """Folds gradients into their accumulators, many tensors in one call: S += |g|, g or g^2, in place.
 
     Args:
-        saliency: float32 accumulators, each a different tensor.
+        saliency: float32 accumulators that share no memory.
         gradient: one for each, of the same shape: float32, float64, float16 or bfloat16, contiguous or not.
         mode: "abs" (FADE), "signed" (take the magnitude of the sum at the end: SalUn) or "square" (Fisher information).
 
     Raises:
         TypeError: an accumulator is not float32, or a gradient is not floating point.
-        ValueError: lists or shapes differ, an accumulator appears twice, unknown mode, different devices.
+        ValueError: lists or shapes differ, an accumulator shares memory with another or with a gradient, unknown mode,
+            different devices.
     """
-    _ops.accumulate_gradient_magnitude_([s.detach() for s in _distinct(saliency)], [g.detach() for g in gradient], mode)
-
-
-def _distinct(saliency: Sequence[Tensor]) -> Sequence[Tensor]:
-    if len({id(s) for s in saliency}) < len(saliency):
-        raise ValueError("an accumulator may appear only once in a call: sum its gradients first, or call twice")
-    return saliency
+    shared = find_shared(saliency, gradient)
+    if shared is not None:
+        names = [f"saliency[{i}]" if i < len(saliency) else f"gradient[{i - len(saliency)}]" for i in shared]
+        raise ValueError(f"{names[0]} and {names[1]} share memory: an accumulator may appear only once in a call")
+    _ops.accumulate_gradient_magnitude_([s.detach() for s in saliency], [g.detach() for g in gradient], mode)
 
 
 def accumulate_linear_gradient_magnitude_(
@@ -255,7 +255,7 @@ class GradientMagnitude:
         for layer in self._layers:
             if layer.module.weight.requires_grad:
                 self._required_grad.append(layer.module.weight.requires_grad_(False))
-            self._hooks.append(layer.module.register_forward_hook(self._forward_hook(layer)))
+            self._hooks.append(layer.module.register_forward_hook(self._forward_hook(layer), with_kwargs=True))
         return self
 
     def __exit__(
@@ -272,12 +272,12 @@ class GradientMagnitude:
                 layer.saliency.abs_()
 
     def _forward_hook(self, layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:
                 output = _Attach.apply(self._anchor, [output])
-            call = _Call(args[0])
+            call = _Call(args[0] if args else kwargs["input"])
             layer.waiting.add(call)
             output.register_hook(lambda grad_output: self._gradient_arrived(layer, call, grad_output))
             return output

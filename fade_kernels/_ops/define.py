@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fade_kernels._ops.errors import cause_of
 from fade_kernels.window import Window
 
 # The library object owns the definitions: they live as long as this module.
 _LIBRARY = torch.library.Library("fade_kernels", "DEF")
 
 
-def _pack_window(operator: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What makes one `Window` of an operator's stride, padding and dilation, which a schema spells out."""
+def _pack_window(operator: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+    """What makes one `Window` of an operator's stride, padding and dilation, which a schema spells out; or None."""
     names = [argument.name for argument in operator._schema.arguments]
     if "stride" not in names:
-        return lambda arguments: arguments
+        return None
     at = names.index("stride")
     return lambda arguments: (*arguments[:at], Window(*arguments[at : at + 3]), *arguments[at + 3 :])
 
@@ -26,7 +28,121 @@ def _pack_window(operator: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
 def _with_window(function: Callable[..., Any], operator: Any) -> Callable[..., Any]:
     """`function`, which takes a `Window`, as a kernel of the operator, which has stride, padding and dilation."""
     pack = _pack_window(operator)
-    return functools.wraps(function)(lambda *arguments: function(*pack(arguments)))
+    return function if pack is None else functools.wraps(function)(lambda *arguments: function(*pack(arguments)))
+
+
+_MOST_SIGNATURES = 1024
+"""Checked signatures that an operator remembers; a program that meets more checks all of them again now and then."""
+
+_Signature = tuple[Any, ...]
+
+
+def _signature(arguments: tuple[Any, ...], changing: int | None) -> _Signature:
+    """All that a check may look at: types, shapes, dtypes, devices, what needs a gradient, and what is no tensor.
+
+    `changing`: the position of a number that is another at every call and of which only the sign matters.
+    """
+    parts: list[Any] = []
+    if changing is not None and changing < len(arguments):
+        number = arguments[changing]
+        sign = number if number is None else number >= 0
+        arguments = (*arguments[:changing], sign, *arguments[changing + 1 :])
+    for a in arguments:
+        if isinstance(a, Tensor):
+            parts += (a.__class__, a.shape, a.dtype, a.device, a.requires_grad)
+        else:
+            parts.append(tuple(a) if isinstance(a, list) else a)
+    return tuple(parts)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    return all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
+
+
+def _something_watches() -> bool:
+    """Whether a transform or a tracer must see the operator itself: functorch, forward mode, torch.jit.trace."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _raise_version(operator: Any, written: list[int]) -> None:
+    """Autograd and everything else that asks a tensor's version is told of what the operator writes."""
+
+    def kernel(keyset: Any, *args: Any) -> None:
+        for position in written:
+            torch.autograd.graph.increment_version(args[position])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _LIBRARY.impl(operator._opname, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+class _Unpacked:
+    """A node's context with the saved tensors in hand: a hook that recomputes them, as checkpointing does, needs the
+    autograd that the formula runs below."""
+
+    __slots__ = ("_ctx", "needs_input_grad", "saved_tensors")
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.needs_input_grad, self.saved_tensors = ctx, ctx.needs_input_grad, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _node(operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """What applies the operator as one node of autograd's graph."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():  # create_graph: the formula itself is differentiated
+                return backward(ctx, *grads)
+            unpacked = _Unpacked(ctx)
+            with torch._C._AutoDispatchBelowAutograd():
+                try:
+                    return backward(unpacked, *grads)
+                except RuntimeError as error:
+                    cause = cause_of(error, operator._opname, grads)
+                    if cause is None:
+                        raise
+                    raise cause from error
+
+    Node._backward_cls.__name__ = f"{operator._opname}Backward"
+    # Past Function.apply, which costs as much again as the node.
+    return super(torch.autograd.Function, Node).apply
+
+
+def _autograd(operator: Any, default: Callable[..., Any], node: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The operator's kernel for autograd.
+
+    Derivatives without a formula (forward mode, functorch, those of the operators that compute gradients) are those of
+    the definition, which is plain PyTorch and runs in the operator's place.
+    """
+
+    defaults = [parameter.default_value for parameter in operator._schema.arguments]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what is its parameter's default
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if forward_ad._current_level >= 0:
+            return default(*args)
+        if differentiated:
+            return default(*args) if node is None or torch._C._are_functorch_transforms_active() else node(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
 
 
 def define(
@@ -42,37 +158,82 @@ def define(
 
     Where the schema has stride, padding and dilation, all functions given here take one `Window` in their place.
 
+    The function checks once for each signature of its arguments: `check` may look at shapes, dtypes, devices and
+    numbers, not at elements or memory. In eager mode a call is one node of autograd's graph, made without a trip
+    through the dispatcher; functorch, forward mode, torch.compile and whoever calls the operator itself meet the same
+    formula there. What is written into raises its version.
+
     Args:
         schema: `name(arguments) -> returns` in torch.library's schema language.
         check: takes the operator's arguments; raises ValueError or TypeError that says what to do.
         fake: shapes and dtypes of the outputs, for tracing.
-        default: the definition in plain PyTorch, used on every device that has no kernel of its own.
-        setup_context, backward: autograd, as for torch.library.register_autograd; None: not differentiable.
+        default: the definition in plain PyTorch, used on every device that has no kernel of its own, and in place of
+            any kernel where a derivative is asked for that has no formula.
+        setup_context, backward: autograd's formula, as for torch.library.register_autograd.
     """
     name = schema.split("(", 1)[0]
     qualified = f"fade_kernels::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     operator = getattr(torch.ops.fade_kernels, name).default
+    parameters = operator._schema.arguments
     pack = _pack_window(operator)
+    check, fake, default = (_with_window(function, operator) for function in (check, fake, default))
 
     def checked_fake(*args: Any) -> Any:
-        args = pack(args)
         check(*args)
         return fake(*args)
 
     torch.library.register_fake(qualified, checked_fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, _with_window(default, operator), "CompositeExplicitAutograd")
-    if backward is not None:
+    _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    written = [i for i, p in enumerate(parameters) if p.alias_info is not None and p.alias_info.is_write]
+    node = None
+    if written:
+        _raise_version(operator, written)
+    else:
+        if backward is not None:
+            setup = setup_context
+            if pack is not None:
+                setup = lambda ctx, inputs, output: setup_context(ctx, pack(inputs), output)  # noqa: E731
+            node = _node(operator, setup, backward)
+        _LIBRARY.impl(name, _autograd(operator, default, node), "Autograd", with_keyset=True)
 
-        def packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, pack(inputs), output)
-
-        torch.library.register_autograd(qualified, backward, setup_context=packed_setup, lib=_LIBRARY)
+    # None: always check, because the tensors of lists have a signature as long as the check.
+    lists = any(isinstance(p.type, torch.ListType) and "Tensor" in str(p.type) for p in parameters)
+    checked: dict[_Signature, tuple[bool, bool]] | None = None if lists else {}
+    changing = next((i for i, p in enumerate(parameters) if p.name == "seed"), None)
 
     def call(*args: Any) -> Any:
-        check(*pack(args))
-        return operator(*args)
+        if torch.compiler.is_compiling():
+            check(*args)
+            return operator(*args)
+        plain = needs_gradient = False
+        if checked is None:
+            check(*args)
+        else:
+            signature = _signature(args, changing)
+            try:
+                plain, needs_gradient = checked[signature]
+            except (KeyError, TypeError):  # TypeError: sizes that are symbols
+                check(*args)
+                plain = _is_plain(args)
+                needs_gradient = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+                if plain:
+                    if len(checked) >= _MOST_SIGNATURES:
+                        checked.clear()
+                    checked[signature] = plain, needs_gradient
+        try:
+            if not plain or written or _something_watches():
+                return operator(*args)
+            if needs_gradient and torch.is_grad_enabled():
+                return operator(*args) if node is None else node(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+        except RuntimeError as error:
+            cause = cause_of(error, name, args)
+            if cause is None:
+                raise
+            raise cause from error
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = f"Checks its arguments and calls torch.ops.{qualified.replace('::', '.')}: `{schema}`."
@@ -215,7 +376,10 @@ def flat_columns(shape: tuple[int, ...] | torch.Size) -> int:
     return columns
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def without_autocast(tensor: Tensor) -> Any:
     """Backward may run under autocast, which must not cast what the operators do inside."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NO_CONTEXT

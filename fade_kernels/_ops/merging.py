@@ -142,7 +142,10 @@ def _backward_masked_factor_values(ctx: Any, grad_output: Tensor) -> tuple[Tenso
     with without_autocast(grad_output):
         dense = grad_output.new_zeros((lora_b.shape[0], lora_a.shape[1]))
         one = torch.ones((), dtype=grad_output.dtype)
-        torch.ops.fade_kernels.scatter_masked_(dense, grad_output, mask_words)
+        if torch.is_grad_enabled():  # create_graph
+            dense = dense.masked_scatter(reference.unpack_mask(mask_words, dense.shape[1]), grad_output)
+        else:
+            torch.ops.fade_kernels.scatter_masked_(dense, grad_output, mask_words)
         grads = torch.ops.fade_kernels.masked_factor_gradients(dense, lora_a, lora_b, mask_words, one)
     return *grads, None, None
 

@@ -7,9 +7,11 @@ leaves out the CPU's half. Expected values are computed on the CPU from the roun
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cuda_checks
@@ -876,6 +878,17 @@ def test_masked_lora_linear_in_a_cuda_graph(kind: str, dtype: torch.dtype) -> No
         expected = expected_lora(fresh, True, True)
         tolerances = [FORWARD[dtype]] * 2 + [FACTORS[dtype]] * 2
         assert all(error(a, e) <= t for a, e, t in zip(captured, expected, tolerances, strict=True)), factor
+
+
+DOCUMENTED = re.findall(
+    r"^```python\n(.*?)^```", (Path(__file__).parents[2] / "docs/cuda_graphs.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("code", DOCUMENTED, ids=["training", "inference"])
+def test_documented_cuda_graphs(code: str) -> None:
+    exec(compile(code, "docs/cuda_graphs.md", "exec"), {"__name__": "documented"})
 
 
 @needs_cuda
