@@ -336,14 +336,18 @@ def _default(pipeline: Any, name: str) -> Any:
     return inspect.signature(pipeline.__call__).parameters[name].default
 
 
-def _encode_pixart(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        clean_caption=_default(pipeline, "clean_caption"),
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
+def _encode_as_called(pipeline: Any, prompts: list[str], device: torch.device, **given: Any) -> tuple[Any, ...]:
+    """What `encode_prompt` gives, without guidance, for the arguments that `__call__` gives it: their defaults differ
+    in lengths and instructions, and people draw with the latter's."""
+    called = inspect.signature(pipeline.__call__).parameters
+    own = inspect.signature(pipeline.encode_prompt).parameters
+    shared = {name: one.default for name, one in called.items() if name in own and one.kind is not one.VAR_KEYWORD}
+    given = {"prompt": prompts, "device": device, "do_classifier_free_guidance": False, **given}
+    return pipeline.encode_prompt(**{**shared, **{name: value for name, value in given.items() if name in own}})
+
+
+def _encode_masked(pipeline: Any, prompts: list[str], device: torch.device, **given: Any) -> dict[str, Rows]:
+    embeddings, mask, *_ = _encode_as_called(pipeline, prompts, device, **given)
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
 
@@ -379,7 +383,7 @@ PIXART_SIGMA = Family(
     denoiser="PixArtTransformer2DModel",
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.28",
-    encode=_encode_pixart,
+    encode=_encode_masked,
     call=_call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "encoder_hidden_states": conditioning["prompt_embeds"],
@@ -454,6 +458,7 @@ SD3 = Family(
     },
     guidance=7.0,
     multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
+    largest=lambda backbone: SD3.multiple(backbone) * backbone.denoiser.config.pos_embed_max_size,
     resolution=_latent_side,
     targets=_targets_sd3,
     readers={
@@ -548,12 +553,7 @@ FLUX1 = Family(
 
 
 def _encode_chroma(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, _, mask, *_ = pipeline.encode_prompt(
-        prompt=prompts,
-        device=device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
+    embeddings, _, mask, *_ = _encode_as_called(pipeline, prompts, device)
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
 
@@ -598,9 +598,7 @@ CHROMA = Family(
 
 def _encode_qwen(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
     """Rows of their own lengths: nothing attends to the padding of the longest."""
-    embeddings, mask = pipeline.encode_prompt(
-        prompt=prompts, device=device, max_sequence_length=_default(pipeline, "max_sequence_length")
-    )
+    embeddings, mask = _encode_as_called(pipeline, prompts, device)
     lengths = [embeddings.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
     return {"prompt_embeds": tuple(row[:length] for row, length in zip(embeddings, lengths, strict=True))}
 
@@ -695,20 +693,6 @@ def _instruction(pipeline: Any) -> list[str] | None:
     return _default(pipeline, "complex_human_instruction")
 
 
-def _encode_sana(
-    pipeline: Any, prompts: list[str], device: torch.device, instructed: bool = True
-) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        clean_caption=_default(pipeline, "clean_caption"),
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-        complex_human_instruction=_instruction(pipeline) if instructed else None,
-    )
-    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
-
-
 def _instructed(pipeline: Any, prompt: str) -> str:
     return "\n".join(_instruction(pipeline) or ()) + _cleaned(pipeline, prompt)
 
@@ -727,8 +711,8 @@ def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
 def _refuse_sprint(backbone: Backbone) -> None:
     if backbone.denoiser.config.guidance_embeds:
         raise FadeError(
-            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that is "
-            "trained here: unlearn on Sana and load the adapter here with check_base=False"
+            "this is Sana-Sprint, distilled to few steps of another diffusion (TrigFlow) than the one trained here: "
+            "unlearn on Sana and load the adapter here with check_base=False"
         )
 
 
@@ -739,7 +723,7 @@ SANA = Family(
     denoiser="SanaTransformer2DModel",
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.32",
-    encode=_encode_sana,
+    encode=_encode_masked,
     call=_call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
@@ -748,7 +732,9 @@ SANA = Family(
         "encoder_attention_mask": conditioning["prompt_attention_mask"],
     },
     # The pipeline gives the negative prompt no instruction.
-    negative=lambda backbone: backbone.encoded(lambda *given: _encode_sana(*given, instructed=False), [""]),
+    negative=lambda backbone: backbone.encoded(
+        lambda *given: _encode_masked(*given, complex_human_instruction=None), [""]
+    ),
     guidance=4.5,
     multiple=lambda backbone: max(32, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
     resolution=_latent_side,
@@ -768,13 +754,7 @@ SANA = Family(
 
 
 def _encode_aura(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, *_ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
-    return {"prompt_embeds": embeddings}
+    return {"prompt_embeds": _encode_as_called(pipeline, prompts, device)[0]}
 
 
 def _call_aura(
@@ -822,24 +802,10 @@ AURAFLOW = Family(
 # --- Lumina 2 --------------------------------------------------------------------------------------------------------
 
 
-def _encode_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
-    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
-
-
 def _encode_negative_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
     """As negatives, which the pipeline gives no system prompt."""
-    _, _, embeddings, mask = pipeline.encode_prompt(
-        prompt=prompts,
-        negative_prompt=prompts,
-        do_classifier_free_guidance=True,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    _, _, embeddings, mask = _encode_as_called(
+        pipeline, prompts, device, negative_prompt=prompts, do_classifier_free_guidance=True
     )
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
@@ -855,7 +821,7 @@ LUMINA2 = Family(
     denoiser="Lumina2Transformer2DModel",
     parts=("transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
     since="0.33",
-    encode=_encode_lumina,
+    encode=_encode_masked,
     call=SDXL.call,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
@@ -879,5 +845,16 @@ LUMINA2 = Family(
 )
 
 
-FAMILIES: tuple[Family, ...] = (SDXL, STABLE_DIFFUSION, PIXART_SIGMA, SD3, FLUX1, CHROMA, QWEN_IMAGE, SANA, AURAFLOW, LUMINA2)
+FAMILIES: tuple[Family, ...] = (
+    SDXL,
+    STABLE_DIFFUSION,
+    PIXART_SIGMA,
+    SD3,
+    FLUX1,
+    CHROMA,
+    QWEN_IMAGE,
+    SANA,
+    AURAFLOW,
+    LUMINA2,
+)
 """Where pipelines of two families share the denoiser's class, the one with more parts first."""

@@ -329,6 +329,8 @@ def lumina2() -> Lumina2Pipeline:
             cap_feat_dim=16,
         ),
         scheduler=flow_scheduler(shift=6.0),
-        vae=kl(4, (8, 8, 8, 8), shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False),
+        vae=kl(
+            4, (8, 8, 8, 8), shift_factor=0.12, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False
+        ),
         text_encoder=gemma2(), tokenizer=word_tokenizer(256, end=False),
     )  # fmt: skip

@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing_and_every_target_has_a_gradient(
 
 
 def test_the_layers_that_read_the_prompt_read_what_is_said(backbone: Backbone) -> None:
-    """Their input in a forward pass is `text_states`: of both prompts together, or of each where they differ in size."""
+    """Their input in a forward pass is `text_states`: of both prompts, or of each where they differ in size."""
     _, latents, times = noised(backbone)
     together = backbone.encode_prompts(PROMPTS)
     one_size = all(isinstance(value, torch.Tensor) for value in together.values())
@@ -181,6 +181,50 @@ def test_one_step_is_refused_where_the_scheduler_would_divide_by_zero(backbone: 
     assert torch.isfinite(backbone.sample_latents(PROMPTS[:1], [0], steps=2)).all()
     with pytest.raises(FadeError, match="between 2 and"):
         backbone.sample_latents(PROMPTS[:1], [0], steps=1)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "message"),
+    [
+        ("PixArt-Sigma", {"use_additional_conditions": True}, "PixArt-Alpha"),
+        ("Qwen-Image", {"zero_cond_t": True}, "edits pictures"),
+        ("Sana", {"guidance_embeds": True}, "Sana-Sprint"),
+    ],
+    indirect=["pipeline"],
+)
+def test_other_models_with_the_denoiser_of_a_family_are_refused(
+    pipeline: Any, config: dict[str, Any], message: str
+) -> None:
+    assert backbone_for(pipeline).family.name
+    transformer = pipeline.transformer
+    given = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    pipeline.transformer = type(transformer)(**given | config)
+    with pytest.raises(FadeError, match=message):
+        backbone_for(pipeline)
+
+
+UNCHECKPOINTED = [one.name for one in FAMILIES if not one.checkpointing]
+
+
+@pytest.mark.parametrize("pipeline", UNCHECKPOINTED, indirect=True)
+def test_checkpointing_that_changes_the_answer_is_refused_for_training(backbone: Backbone) -> None:
+    backbone.check_trainable()
+    backbone.denoiser.enable_gradient_checkpointing()
+    with pytest.raises(FadeError, match=r"transformer.disable_gradient_checkpointing\(\)"):
+        backbone.check_trainable()
+    backbone.denoiser.disable_gradient_checkpointing()
+    backbone.check_trainable()
+
+
+LIMITED = ["Stable Diffusion 3/3.5", "AuraFlow"]
+
+
+@pytest.mark.parametrize("pipeline", LIMITED, indirect=True)
+def test_a_side_beyond_the_table_of_positions_is_refused(backbone: Backbone) -> None:
+    most = backbone.family.largest(backbone)
+    assert backbone.sample_latents(PROMPTS[:1], [0], steps=1, resolution=most).isfinite().all()
+    with pytest.raises(FadeError, match=f"up to {most}, not"):
+        backbone.sample_latents(PROMPTS[:1], [0], steps=1, resolution=most + backbone.family.multiple(backbone))
 
 
 MASKED = [one.name for one in FAMILIES if any(reader.mask for reader in one.readers.values())]
