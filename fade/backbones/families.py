@@ -98,6 +98,7 @@ class Family:
         targets: patterns of the attention's projections, or a function of the backbone that names them.
         readers: layers that read the prompt alone, by a name.
         refuse: raises FadeError for a denoiser of the class that is another model.
+        foreign: by name, pipelines made of parts as the family's, but for another model, and what to say of them.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
     """
@@ -126,6 +127,7 @@ class Family:
     targets: tuple[str, ...] | Callable[[Backbone], tuple[str, ...]] = PROJECTIONS
     readers: Mapping[str, Reader] = field(default_factory=dict)
     refuse: Callable[[Backbone], None] | None = None
+    foreign: Mapping[str, str] = field(default_factory=dict)
     checkpointing: bool = True
     one_by_one: bool = False
 
@@ -368,12 +370,15 @@ def _cleaned(pipeline: Any, prompt: str) -> str:
     return pipeline._text_preprocessing(prompt, clean_caption=_default(pipeline, "clean_caption"))[0]
 
 
+_PIXART_ALPHA = (
+    "draws with PixArt-Alpha, which reads 120 tokens and may be told the picture's size; that is not supported: use "
+    "PixArt-Sigma"
+)
+
+
 def _refuse_pixart_alpha(backbone: Backbone) -> None:
     if backbone.denoiser.use_additional_conditions:
-        raise FadeError(
-            "this is PixArt-Alpha (use_additional_conditions=True), which is told the picture's size as well and reads "
-            "120 tokens; that is not supported: use PixArt-Sigma"
-        )
+        raise FadeError(f"this pipeline {_PIXART_ALPHA}")
 
 
 PIXART_SIGMA = Family(
@@ -402,6 +407,7 @@ PIXART_SIGMA = Family(
         )
     },
     refuse=_refuse_pixart_alpha,
+    foreign={"PixArtAlphaPipeline": _PIXART_ALPHA},
 )
 
 
@@ -484,6 +490,11 @@ def text_length(pipeline: Any) -> int | None:
     return limit if limit is not None and limit < 512 else None
 
 
+def _rounded(noised: Tensor, times: Tensor) -> Tensor:
+    """σ as pipelines tell it that round 1000 σ to the latents' dtype first: in 16 bits not the same as σ rounded."""
+    return (1000 * times).to(noised.device, noised.dtype) / 1000
+
+
 def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
     height, width = noised.shape[2] // 2, noised.shape[3] // 2
     embeddings = conditioning["prompt_embeds"]
@@ -493,7 +504,7 @@ def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditionin
         told["guidance"] = torch.full((len(noised),), backbone.family.guidance, device=noised.device)
     return {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": embeddings,
         "pooled_projections": conditioning["pooled_prompt_embeds"],
         "txt_ids": torch.zeros(embeddings.shape[1], 3, device=noised.device, dtype=noised.dtype),
@@ -562,7 +573,7 @@ def _forward_chroma(backbone: Backbone, noised: Tensor, times: Tensor, condition
     mask = conditioning["prompt_attention_mask"]
     return {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "txt_ids": torch.zeros(mask.shape[1], 3, device=noised.device, dtype=noised.dtype),
         "img_ids": grid_ids(height, width, noised.device, noised.dtype),
@@ -634,14 +645,16 @@ def _targets_qwen(backbone: Backbone) -> tuple[str, ...]:
     )
 
 
+_QWEN_EDITS = (
+    "edits pictures or draws layers, so a prompt alone draws nothing: unlearn on the text-to-image model and load the "
+    "adapter here with check_base=False"
+)
+
+
 def _refuse_other_qwen(backbone: Backbone) -> None:
-    config = backbone.denoiser.config
     for name in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
-        if config.get(name):
-            raise FadeError(
-                f"this Qwen-Image denoiser edits pictures or draws layers ({name}=True), so a prompt alone draws "
-                "nothing: unlearn on the text-to-image model and load the adapter here with check_base=False"
-            )
+        if backbone.denoiser.config.get(name):
+            raise FadeError(f"this Qwen-Image denoiser ({name}=True) {_QWEN_EDITS}")
 
 
 QWEN_IMAGE = Family(
@@ -655,7 +668,7 @@ QWEN_IMAGE = Family(
     call=_call_qwen,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "img_shapes": [[(1, noised.shape[2] // 2, noised.shape[3] // 2)]] * len(noised),
     },
@@ -682,6 +695,15 @@ QWEN_IMAGE = Family(
         )
     },
     refuse=_refuse_other_qwen,
+    foreign=dict.fromkeys(
+        (
+            "QwenImageEditPipeline",
+            "QwenImageEditInpaintPipeline",
+            "QwenImageEditPlusPipeline",
+            "QwenImageLayeredPipeline",
+        ),
+        _QWEN_EDITS,
+    ),
 )
 
 
@@ -708,12 +730,15 @@ def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
     return denoiser.caption_norm(denoiser.caption_projection(conditioning["prompt_embeds"]))
 
 
+_SPRINT = (
+    "draws with Sana-Sprint, distilled to few steps of another diffusion (TrigFlow) than the one trained here: unlearn "
+    "on Sana and load the adapter here with check_base=False"
+)
+
+
 def _refuse_sprint(backbone: Backbone) -> None:
     if backbone.denoiser.config.guidance_embeds:
-        raise FadeError(
-            "this is Sana-Sprint, distilled to few steps of another diffusion (TrigFlow) than the one trained here: "
-            "unlearn on Sana and load the adapter here with check_base=False"
-        )
+        raise FadeError(f"this pipeline {_SPRINT}")
 
 
 SANA = Family(
@@ -727,7 +752,7 @@ SANA = Family(
     call=_call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
-        "timestep": 1000 * times * backbone.denoiser.config.timestep_scale,
+        "timestep": 1000 * times.to(noised.device) * backbone.denoiser.config.timestep_scale,
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "encoder_attention_mask": conditioning["prompt_attention_mask"],
     },
@@ -747,6 +772,7 @@ SANA = Family(
         )
     },
     refuse=_refuse_sprint,
+    foreign=dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), _SPRINT),
 )
 
 
@@ -825,7 +851,7 @@ LUMINA2 = Family(
     call=SDXL.call,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
-        "timestep": 1 - times,
+        "timestep": 1 - times.to(noised.device),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "encoder_attention_mask": conditioning["prompt_attention_mask"],
     },
