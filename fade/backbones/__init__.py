@@ -30,6 +30,9 @@ def backbone_for(pipeline: Any) -> Backbone:
         if family.draws(type(pipeline)):
             return KINDS[family.kind](pipeline, family)
     if (family := family_of(pipeline)) is not None:
+        for cls in type(pipeline).__mro__:
+            if (reason := family.foreign.get(cls.__name__)) is not None:
+                raise FadeError(f"{type(pipeline).__name__} {reason}")
         return KINDS[family.kind](_text_to_image(pipeline, family), family)
     raise FadeError(
         f"{type(pipeline).__name__} is not supported; supported are pipelines made of the parts of "

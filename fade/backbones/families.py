@@ -113,6 +113,7 @@ class Family:
         readers: layers that read the prompt alone, by a name, or a function of the backbone that makes them.
         prepare: is called with every new backbone, for what its denoiser needs to be trained.
         refuse: raises FadeError for a denoiser of the class that is another model.
+        foreign: by name, pipelines made of parts as the family's, but for another model, and what to say of them.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
         one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
     """
@@ -147,6 +148,7 @@ class Family:
     readers: Mapping[str, Reader] | Callable[[Backbone], Mapping[str, Reader]] = field(default_factory=dict)
     prepare: Callable[[Backbone], None] | None = None
     refuse: Callable[[Backbone], None] | None = None
+    foreign: Mapping[str, str] = field(default_factory=dict)
     checkpointing: bool = True
     one_by_one: bool = False
 
@@ -373,14 +375,18 @@ def _default(pipeline: Any, name: str) -> Any:
     return inspect.signature(pipeline.__call__).parameters[name].default
 
 
-def _encode_pixart(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        clean_caption=_default(pipeline, "clean_caption"),
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
+def _encode_as_called(pipeline: Any, prompts: list[str], device: torch.device, **given: Any) -> tuple[Any, ...]:
+    """What `encode_prompt` gives, without guidance, for the arguments that `__call__` gives it: their defaults differ
+    in lengths and instructions, and people draw with the latter's."""
+    called = inspect.signature(pipeline.__call__).parameters
+    own = inspect.signature(pipeline.encode_prompt).parameters
+    shared = {name: one.default for name, one in called.items() if name in own and one.kind is not one.VAR_KEYWORD}
+    given = {"prompt": prompts, "device": device, "do_classifier_free_guidance": False, **given}
+    return pipeline.encode_prompt(**{**shared, **{name: value for name, value in given.items() if name in own}})
+
+
+def _encode_masked(pipeline: Any, prompts: list[str], device: torch.device, **given: Any) -> dict[str, Rows]:
+    embeddings, mask, *_ = _encode_as_called(pipeline, prompts, device, **given)
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
 
@@ -401,12 +407,15 @@ def _cleaned(pipeline: Any, prompt: str) -> str:
     return pipeline._text_preprocessing(prompt, clean_caption=_default(pipeline, "clean_caption"))[0]
 
 
+_PIXART_ALPHA = (
+    "draws with PixArt-Alpha, which reads 120 tokens and may be told the picture's size; that is not supported: use "
+    "PixArt-Sigma"
+)
+
+
 def _refuse_pixart_alpha(backbone: Backbone) -> None:
     if backbone.denoiser.use_additional_conditions:
-        raise FadeError(
-            "this is PixArt-Alpha (use_additional_conditions=True), which is told the picture's size as well and reads "
-            "120 tokens; that is not supported: use PixArt-Sigma"
-        )
+        raise FadeError(f"this pipeline {_PIXART_ALPHA}")
 
 
 PIXART_SIGMA = Family(
@@ -416,7 +425,7 @@ PIXART_SIGMA = Family(
     denoiser="PixArtTransformer2DModel",
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.28",
-    encode=_encode_pixart,
+    encode=_encode_masked,
     call=_call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "encoder_hidden_states": conditioning["prompt_embeds"],
@@ -435,6 +444,7 @@ PIXART_SIGMA = Family(
         )
     },
     refuse=_refuse_pixart_alpha,
+    foreign={"PixArtAlphaPipeline": _PIXART_ALPHA},
 )
 
 
@@ -491,6 +501,7 @@ SD3 = Family(
     },
     guidance=7.0,
     multiple=lambda backbone: backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size,
+    largest=lambda backbone: SD3.multiple(backbone) * backbone.denoiser.config.pos_embed_max_size,
     resolution=_latent_side,
     targets=_targets_sd3,
     readers={
@@ -516,6 +527,11 @@ def text_length(pipeline: Any) -> int | None:
     return limit if limit is not None and limit < 512 else None
 
 
+def _rounded(noised: Tensor, times: Tensor) -> Tensor:
+    """σ as pipelines tell it that round 1000 σ to the latents' dtype first: in 16 bits not the same as σ rounded."""
+    return (1000 * times).to(noised.device, noised.dtype) / 1000
+
+
 def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
     height, width = noised.shape[2] // 2, noised.shape[3] // 2
     embeddings = conditioning["prompt_embeds"]
@@ -525,7 +541,7 @@ def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditionin
         told["guidance"] = torch.full((len(noised),), backbone.guidance, device=noised.device)
     return {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": embeddings,
         "pooled_projections": conditioning["pooled_prompt_embeds"],
         "txt_ids": torch.zeros(embeddings.shape[1], 3, device=noised.device, dtype=noised.dtype),
@@ -585,12 +601,7 @@ FLUX1 = Family(
 
 
 def _encode_chroma(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, _, mask, *_ = pipeline.encode_prompt(
-        prompt=prompts,
-        device=device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
+    embeddings, _, mask, *_ = _encode_as_called(pipeline, prompts, device)
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
 
@@ -599,7 +610,7 @@ def _forward_chroma(backbone: Backbone, noised: Tensor, times: Tensor, condition
     mask = conditioning["prompt_attention_mask"]
     return {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "txt_ids": torch.zeros(mask.shape[1], 3, device=noised.device, dtype=noised.dtype),
         "img_ids": grid_ids(height, width, noised.device, noised.dtype),
@@ -635,9 +646,7 @@ CHROMA = Family(
 
 def _encode_qwen(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
     """Rows of their own lengths: nothing attends to the padding of the longest."""
-    embeddings, mask = pipeline.encode_prompt(
-        prompt=prompts, device=device, max_sequence_length=_default(pipeline, "max_sequence_length")
-    )
+    embeddings, mask = _encode_as_called(pipeline, prompts, device)
     lengths = [embeddings.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
     return {"prompt_embeds": tuple(row[:length] for row, length in zip(embeddings, lengths, strict=True))}
 
@@ -673,14 +682,16 @@ def _targets_qwen(backbone: Backbone) -> tuple[str, ...]:
     )
 
 
+_QWEN_EDITS = (
+    "edits pictures or draws layers, so a prompt alone draws nothing: unlearn on the text-to-image model and load the "
+    "adapter here with check_base=False"
+)
+
+
 def _refuse_other_qwen(backbone: Backbone) -> None:
-    config = backbone.denoiser.config
     for name in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
-        if config.get(name):
-            raise FadeError(
-                f"this Qwen-Image denoiser edits pictures or draws layers ({name}=True), so a prompt alone draws "
-                "nothing: unlearn on the text-to-image model and load the adapter here with check_base=False"
-            )
+        if backbone.denoiser.config.get(name):
+            raise FadeError(f"this Qwen-Image denoiser ({name}=True) {_QWEN_EDITS}")
 
 
 QWEN_IMAGE = Family(
@@ -694,7 +705,7 @@ QWEN_IMAGE = Family(
     call=_call_qwen,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": pack(noised),
-        "timestep": times.to(noised.device, noised.dtype),
+        "timestep": _rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "img_shapes": [[(1, noised.shape[2] // 2, noised.shape[3] // 2)]] * len(noised),
     },
@@ -721,6 +732,15 @@ QWEN_IMAGE = Family(
         )
     },
     refuse=_refuse_other_qwen,
+    foreign=dict.fromkeys(
+        (
+            "QwenImageEditPipeline",
+            "QwenImageEditInpaintPipeline",
+            "QwenImageEditPlusPipeline",
+            "QwenImageLayeredPipeline",
+        ),
+        _QWEN_EDITS,
+    ),
 )
 
 
@@ -730,20 +750,6 @@ QWEN_IMAGE = Family(
 def _instruction(pipeline: Any) -> list[str] | None:
     """The lines that Sana's pipeline puts in front of every prompt."""
     return _default(pipeline, "complex_human_instruction")
-
-
-def _encode_sana(
-    pipeline: Any, prompts: list[str], device: torch.device, instructed: bool = True
-) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        clean_caption=_default(pipeline, "clean_caption"),
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-        complex_human_instruction=_instruction(pipeline) if instructed else None,
-    )
-    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
 
 def _instructed(pipeline: Any, prompt: str) -> str:
@@ -761,12 +767,15 @@ def _states_sana(backbone: Backbone, conditioning: Conditioning) -> Tensor:
     return denoiser.caption_norm(denoiser.caption_projection(conditioning["prompt_embeds"]))
 
 
+_SPRINT = (
+    "draws with Sana-Sprint, distilled to few steps of another diffusion (TrigFlow) than the one trained here: unlearn "
+    "on Sana and load the adapter here with check_base=False"
+)
+
+
 def _refuse_sprint(backbone: Backbone) -> None:
     if backbone.denoiser.config.guidance_embeds:
-        raise FadeError(
-            "this is Sana-Sprint, which was distilled to few steps of another diffusion (TrigFlow) than the one that "
-            "is trained here: unlearn on Sana and load the adapter here with check_base=False"
-        )
+        raise FadeError(f"this pipeline {_SPRINT}")
 
 
 SANA = Family(
@@ -776,16 +785,18 @@ SANA = Family(
     denoiser="SanaTransformer2DModel",
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.32",
-    encode=_encode_sana,
+    encode=_encode_masked,
     call=_call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
-        "timestep": 1000 * times * backbone.denoiser.config.timestep_scale,
+        "timestep": 1000 * times.to(noised.device) * backbone.denoiser.config.timestep_scale,
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "encoder_attention_mask": conditioning["prompt_attention_mask"],
     },
     # The pipeline gives the negative prompt no instruction.
-    negative=lambda backbone: backbone.encoded(lambda *given: _encode_sana(*given, instructed=False), [""]),
+    negative=lambda backbone: backbone.encoded(
+        lambda *given: _encode_masked(*given, complex_human_instruction=None), [""]
+    ),
     guidance=4.5,
     multiple=lambda backbone: max(32, backbone.pipeline.vae_scale_factor * backbone.denoiser.config.patch_size),
     resolution=_latent_side,
@@ -798,6 +809,7 @@ SANA = Family(
         )
     },
     refuse=_refuse_sprint,
+    foreign=dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), _SPRINT),
 )
 
 
@@ -805,13 +817,7 @@ SANA = Family(
 
 
 def _encode_aura(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, *_ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
-    return {"prompt_embeds": embeddings}
+    return {"prompt_embeds": _encode_as_called(pipeline, prompts, device)[0]}
 
 
 def _call_aura(
@@ -859,24 +865,10 @@ AURAFLOW = Family(
 # --- Lumina 2 --------------------------------------------------------------------------------------------------------
 
 
-def _encode_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
-    embeddings, mask, _, _ = pipeline.encode_prompt(
-        prompt=prompts,
-        do_classifier_free_guidance=False,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
-    )
-    return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
-
-
 def _encode_negative_lumina(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
     """As negatives, which the pipeline gives no system prompt."""
-    _, _, embeddings, mask = pipeline.encode_prompt(
-        prompt=prompts,
-        negative_prompt=prompts,
-        do_classifier_free_guidance=True,
-        device=device,
-        max_sequence_length=_default(pipeline, "max_sequence_length"),
+    _, _, embeddings, mask = _encode_as_called(
+        pipeline, prompts, device, negative_prompt=prompts, do_classifier_free_guidance=True
     )
     return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
@@ -892,11 +884,11 @@ LUMINA2 = Family(
     denoiser="Lumina2Transformer2DModel",
     parts=("transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
     since="0.33",
-    encode=_encode_lumina,
+    encode=_encode_masked,
     call=SDXL.call,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,
-        "timestep": 1 - times,
+        "timestep": 1 - times.to(noised.device),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "encoder_attention_mask": conditioning["prompt_attention_mask"],
     },
