@@ -101,8 +101,9 @@ class Family:
             scheduler's shift makes of it; its times are such shares.
         multiple: pixels that a side must be a multiple of; sides: those that there are, where they are few.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections, or a function of the backbone that names them; readers: layers
-            that read the prompt alone, by a name, or a function of the backbone that makes them.
+        targets: patterns of the attention's projections (`fade.base_model.target_regions`), or a function of the
+            backbone that names them.
+        readers: layers that read the prompt alone, by a name, or a function of the backbone that makes them.
         prepare: is called with every new backbone, for what its denoiser needs to be trained.
         refuse: raises FadeError for a denoiser of the class that is another model.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
@@ -624,7 +625,7 @@ FLUX2 = Family(
     multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
     resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
     vae=_FLUX2_VAE,
-    targets=JOINT_PROJECTIONS,
+    targets=flux2.targets,
     readers={
         "prompt": Reader(
             _named("context_embedder"),
