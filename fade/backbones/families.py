@@ -658,7 +658,8 @@ FLUX2_KLEIN = dataclasses.replace(
 
 
 def _readers_hidream(backbone: Backbone) -> dict[str, Reader]:
-    """T5, the pooled states of both CLIPs, and each layer of Llama that is read."""
+    """T5, the pooled states of both CLIPs, and each layer of Llama that is read: the closed form solves for each apart,
+    and holds some matrices of the width of its states for each."""
 
     def of_layer(layer: int, projections: tuple[str, ...]) -> Reader:
         return Reader(
