@@ -29,6 +29,7 @@ from fade.backbones import Backbone
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.errors import FadeError
 from fade.progress import progress_bar
+from fade.regions import Region
 from fade.saliency import unit_count
 from fade_kernels import (
     BitMask,
@@ -76,9 +77,7 @@ _Segments = Sequence[tuple[list[int], int | None]]
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def align(
-    forget: Sequence[int], surrogate: Sequence[int], length: int, other_length: int | None = None
-) -> list[int]:
+def align(forget: Sequence[int], surrogate: Sequence[int], length: int, other_length: int | None = None) -> list[int]:
     """For each of `length` positions of the forget prompt, the position of the surrogate prompt that answers it.
 
     `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length` (the
@@ -154,9 +153,7 @@ class TokenStatistics:
         )  # fmt: skip
 
 
-def token_statistics(
-    backbone: Backbone, reader: str, prompts: TextPrompts, encoded: EncodedPrompts
-) -> TokenStatistics:
+def token_statistics(backbone: Backbone, reader: str, prompts: TextPrompts, encoded: EncodedPrompts) -> TokenStatistics:
     """The statistics of prompts as a reader's layers see them (`Backbone.text_layers`).
 
     A pair weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
@@ -290,30 +287,43 @@ def normal_equations(
     retain: float,
     damping: float,
     protected: Tensor | None = None,
+    regions: Mapping[str, Region] | None = None,
 ) -> NormalEquations:
     """The equations of layers (name to base layer) whose input are the text states.
 
     `retain` is λ; μ is `damping` times the mean square entry of the tokens; `protected` as `protected_directions` gives
-    it. Raises FadeError where μ is 0 and some entry is 0 in every token.
+    it. Of layers with a region only that changes: R are its rows and K its columns, which must be the same of all
+    layers, as must those of `protected`. Raises FadeError where μ is 0 and some entry is 0 in every token.
     """
-    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping, protected)
-    rows = {name: len(layer.weight) for name, layer in layers.items()}
+    rows_of, columns = _cuts(layers, regions)
+    forget, held = statistics.forget[columns, columns], statistics.retain[columns, columns]
+    gram, shift = _gram(forget, held, retain, damping, protected)
+    rows = {name: len(layer.weight[rows_of[name]]) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
     # Norms of outputs only scale prices: half the precision is plenty for them, and twice as fast.
     difference, kept = statistics.difference.float(), statistics.retain.float()
-    for layer, part in zip(layers.values(), rhs.split(list(rows.values())), strict=True):
-        weight = layer.weight.detach().to(gram.device, torch.float32)
-        torch.mm(weight.double(), statistics.change, out=part)
+    change = statistics.change[:, columns]
+    for (name, layer), part in zip(layers.items(), rhs.split(list(rows.values())), strict=True):
+        weight = layer.weight.detach()[rows_of[name]].to(gram.device, torch.float32)
+        torch.mm(weight.double(), change, out=part)
         wanted.append(torch.dot((weight @ difference).flatten(), weight.flatten()))
         energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
     # A layer of zeros has no output to disturb, and no change to make either.
     energies = torch.stack(energy).double().clamp_min(1e-30)
     weights = torch.tensor([KEY_WEIGHT if name.endswith(KEYS) else 1.0 for name in layers]).to(energies)
     return NormalEquations(
-        rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), statistics.forget,
-        statistics.retain, retain, damping, shift, protected,
+        rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), forget, held, retain,
+        damping, shift, protected,
     )  # fmt: skip
+
+
+def _cuts(layers: Mapping[str, nn.Module], regions: Mapping[str, Region] | None) -> tuple[dict[str, slice], slice]:
+    """The rows of each layer that may change, and the columns, of all."""
+    whole = {name: Region(*map(range, layer.weight.shape)) for name, layer in layers.items()}
+    cuts = {name: (regions or {}).get(name, region) for name, region in whole.items()}
+    (columns,) = {region.columns for region in cuts.values()}
+    return {name: region.slices[0] for name, region in cuts.items()}, slice(columns.start, columns.stop)
 
 
 def _gram(
@@ -624,18 +634,20 @@ def protected_directions(
 
 def revival(
     layers: Mapping[str, nn.Module], equations: NormalEquations, masks: Mapping[str, BitMask],
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Tensor], regions: Mapping[str, Region] | None = None,
 ) -> Tensor:  # fmt: skip
     """T [K, K], float64, so that T x is what the edited layers answer most as the unedited answer x.
 
     It minimises Σ ‖(W + Δ) x' − W x‖² + ε ‖x'‖² over x' (RECE, Gong et al., arXiv 2407.12298), layers being weighed as
-    in the equations: a solve with one factor for all x.
+    in the equations: a solve with one factor for all x. Of layers with a region, answers are those of its rows.
     """
-    columns = equations.gram.shape[0]
-    inner, mixed = equations.gram.new_zeros(columns, columns), equations.gram.new_zeros(columns, columns)
+    width = next(iter(layers.values())).weight.shape[1]
+    inner, mixed = equations.gram.new_zeros(width, width), equations.gram.new_zeros(width, width)
+    rows_of, columns = _cuts(layers, regions)
     for (name, layer), scale in zip(layers.items(), equations.weights / equations.energy, strict=True):
-        weight = layer.weight.detach().to(equations.gram.device, torch.float32)
-        edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].to(weight.device), masks[name])
+        weight = layer.weight.detach()[rows_of[name]].to(equations.gram.device, torch.float32)
+        edited, own = weight.clone(), torch.zeros_like(weight[:, columns]).contiguous()
+        edited[:, columns] += scatter_masked_(own, values[name].to(weight.device), masks[name])
         inner += (edited.T @ edited).double() * scale
         mixed += (edited.T @ weight).double() * scale
     inner.diagonal().add_(REVIVAL_DAMPING * float(inner.diagonal().mean()))
@@ -650,8 +662,9 @@ def solution(
     change: float | None,
     left: float | None = None,
     hardening: int = 0,
+    regions: Mapping[str, Region] | None = None,
 ) -> tuple[NormalEquations, dict[str, Tensor]]:
-    """The equations that were solved last, and their `solve` on the masks.
+    """The equations that were solved last, and their `solve` on the masks, which are those of the regions.
 
     With `change`, λ is `balanced` to it and to `left`. In each round of `hardening` the tokens that revive the
     concept under the last edit join the forget tokens, with the same answers, and everything is solved anew. Raises
@@ -666,10 +679,10 @@ def solution(
     equations, values = solved(equations)
     joined = statistics
     for done in range(1, 1 + hardening):
-        revived = statistics.mapped(revival(layers, equations, masks, values))
+        revived = statistics.mapped(revival(layers, equations, masks, values, regions))
         joined = joined.joined(revived, 1 / (1 + done))
         equations, values = solved(
-            normal_equations(layers, joined, equations.retain, equations.damping, equations.protected)
+            normal_equations(layers, joined, equations.retain, equations.damping, equations.protected, regions)
         )
     return equations, values
 

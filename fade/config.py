@@ -83,9 +83,10 @@ class LocateConfig:
     tile: int = 32
     """Side of a tile, for granularity `tile`."""
     targets: tuple[str, ...] | None = None
-    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path.
-    None is the family's own choice, the projections of its attention (and, where the closed form is used, the layers
-    that read the prompt alone)."""
+    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path. A
+    region of rows and columns of the weight may follow, `to_out[:, :3072]`: that alone changes, and counts. None is the
+    family's own choice, the projections of its attention (and, where the closed form is used, the layers that read the
+    prompt alone)."""
     passes: int = 1
     """Times the forget latents are gone through, with fresh noise and timesteps each time."""
     batch_size: int = 16

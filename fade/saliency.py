@@ -30,6 +30,7 @@ from fade.errors import FadeError
 from fade.latents import Latents
 from fade.noise import epoch_order, loss_scale, step_generator
 from fade.progress import progress_bar
+from fade.regions import Region, embed, matrix_shape, target_shapes
 from fade_kernels import BitMask, GradientMagnitude, select_top_fraction
 
 
@@ -53,37 +54,36 @@ def locate(
     seed: int,
     progress: bool = False,
     within: Collection[str] | None = None,
+    regions: Mapping[str, Region] | None = None,
 ) -> Located:
     """Saliency of `layers` (name to base layer) on the latents, and the top `config.keep` of it as masks.
 
     `prompts` has every prompt of `latents`. The weights are frozen meanwhile; the denoiser's
     adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
-    hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Raises
-    FadeError where `keep` selects nothing.
+    hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Of a
+    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing.
     """
+    regions = regions or {}
     chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
+    shapes = target_shapes(chosen, regions)
     if config.granularity == "none":
-        return located_in(layers, {name: BitMask.full(matrix_shape(m)) for name, m in chosen.items()}, {}, 0.0)
-    saliency = measure_saliency(backbone, chosen, latents, prompts, config, seed, progress)
+        masks = {name: BitMask.full(shape) for name, shape in shapes.items()}
+        return located_in(layers, masks, {}, 0.0, regions)
+    saliency = measure_saliency(backbone, chosen, latents, prompts, config, seed, progress, regions)
     spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
     if config.scaling == "module":
         for name, value in saliency.items():
             value.div_(max(spread[name][0], torch.finfo(value.dtype).tiny))
     keep = config.keep
     if within is not None:
-        of_chosen = sum(unit_count(matrix_shape(m), config.granularity, config.tile) for m in chosen.values())
+        of_chosen = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
         # Half a unit more: the fraction must not round below the count.
-        keep = min(1.0, (kept_units(layers, config) + 0.5) / of_chosen)
+        keep = min(1.0, (kept_units(layers, config, regions) + 0.5) / of_chosen)
     try:
         selection = select_top_fraction(list(saliency.values()), keep, config.granularity, config.tile)
     except ValueError as error:
         raise FadeError(str(error)) from error
-    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold)
-
-
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """A layer's weight seen as [N, K]."""
-    return layer.weight.shape[0], layer.weight[0].numel()
+    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold, regions)
 
 
 def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
@@ -96,9 +96,12 @@ def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
     return counts[granularity]
 
 
-def kept_units(layers: Mapping[str, nn.Module], config: LocateConfig) -> int:
-    """How many units `keep` leaves of these layers. Raises FadeError where that is none."""
-    total = sum(unit_count(matrix_shape(layer), config.granularity, config.tile) for layer in layers.values())
+def kept_units(
+    layers: Mapping[str, nn.Module], config: LocateConfig, regions: Mapping[str, Region] | None = None
+) -> int:
+    """How many units `keep` leaves of these layers, or their regions. Raises FadeError where that is none."""
+    shapes = target_shapes(layers, regions or {})
+    total = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
     count = math.floor(config.keep * total)
     if count == 0:
         raise FadeError(
@@ -115,18 +118,21 @@ def measure_saliency(
     config: LocateConfig,
     seed: int,
     progress: bool = False,
+    regions: Mapping[str, Region] | None = None,
 ) -> dict[str, Tensor]:
-    """Unscaled saliency by layer, float32, each of its weight's shape; `auto` is `distillation` here."""
+    """Unscaled saliency by layer, float32, each of its weight's shape, or its region's; `auto` is `distillation`."""
+    slices = {name: region.slices for name, region in (regions or {}).items()}
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
-        return {name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()}
+        shapes = {name: regions[name].shape if name in slices else m.weight.shape for name, m in layers.items()}
+        return {name: torch.rand(shapes[name], generator=generator).to(m.weight.device) for name, m in layers.items()}
     batches = config.passes * -(-len(latents.forget) // config.batch_size)
     contrast = config.saliency == "contrast"
     with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
 
         def accumulate(part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
             scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
-            with GradientMagnitude(layers, per_sample=config.per_sample) as magnitude:
+            with GradientMagnitude(layers, per_sample=config.per_sample, regions=slices) as magnitude:
                 for batch in range(batches):
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
@@ -178,12 +184,18 @@ def located_in(
     masks: Mapping[str, BitMask],
     spread: Mapping[str, tuple[float, float]],
     threshold: float,
+    regions: Mapping[str, Region] | None = None,
 ) -> Located:
     """What is located in `layers`, empty masks in those of which `masks` has none.
 
-    `spread` is the mean and the largest saliency of each layer, before scaling; empty where none was measured.
+    Of layers with a region, `masks` are the region's; those of the result are the whole weight's, and what they count
+    and how dense they are is the region's again. `spread` is the mean and the largest saliency of each layer, before
+    scaling; empty where none was measured.
     """
+    regions = regions or {}
+    masks = embed(masks, layers, regions)
     masks = {name: masks[name] if name in masks else _empty(layer) for name, layer in layers.items()}
+    areas = {name: rows * columns for name, (rows, columns) in target_shapes(layers, regions).items()}
     records = []
     for name, mask in masks.items():
         mean, largest = spread.get(name, (None, None))
@@ -194,7 +206,7 @@ def located_in(
                 "saliency_mean": None if mean is None else float(f"{mean:.5g}"),
                 "saliency_max": None if largest is None else float(f"{largest:.5g}"),
                 "selected": mask.count,
-                "density": float(f"{mask.density:.5g}"),
+                "density": float(f"{mask.count / max(1, areas[name]):.5g}"),
                 "tiles_occupied": float(f"{mask.occupancy(32).float().mean().item():.5g}"),
             }
         )
@@ -203,5 +215,5 @@ def located_in(
         layers=records,
         threshold=float(threshold),
         selected=sum(mask.count for mask in masks.values()),
-        total=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
+        total=sum(areas.values()),
     )

@@ -24,6 +24,7 @@ from fade.base_model import (
     refuse_merged,
     refuse_offloaded,
     target_layers,
+    target_regions,
 )
 from fade.closed_form import (
     FIRST_WEIGHT,
@@ -49,9 +50,10 @@ from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
+from fade.regions import Region, cut, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
-from fade.saliency import Located, kept_units, locate, located_in, matrix_shape, unit_count
+from fade.saliency import Located, kept_units, locate, located_in, unit_count
 from fade_kernels import BitMask
 
 __all__ = ["ADAPTER_FILE", "unlearn", "unlearn_each"]
@@ -129,6 +131,7 @@ def _unlearn(
         for module in _modules(pipeline):
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
+        regions = target_regions(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
         if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
@@ -137,7 +140,7 @@ def _unlearn(
                 "and another saliency"
             )
         if config.locate.granularity != "none":
-            kept_units(layers, config.locate)  # that there are any, before anything is drawn
+            kept_units(layers, config.locate, regions)  # that there are any, before anything is drawn
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
@@ -155,7 +158,7 @@ def _unlearn(
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
         for module in _modules(pipeline):
             resources.enter_context(evaluation_mode(module))
-        return _run(backbone, concept, config, layers, digests, folder, name, progress)
+        return _run(backbone, concept, config, layers, regions, digests, folder, name, progress)
 
 
 @plain_mode()
@@ -239,6 +242,7 @@ def _run(
     concept: Concept,
     config: Config,
     layers: dict[str, nn.Module],
+    regions: dict[str, Region],
     digests: dict[str, str],
     folder: RunFolder | None,
     name: str,
@@ -290,10 +294,12 @@ def _run(
                 kept.begin_with(latents, prompts, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
-                    edits = _text_edits(backbone, layers, text, prompts, config) if config.uses_closed_form else {}
+                    edits = {}
+                    if config.uses_closed_form:
+                        edits = _text_edits(backbone, layers, regions, text, prompts, config)
                     located = None if kept is None else kept.located_before(layers)
                     if located is None:
-                        located = _locate(backbone, layers, latents, prompts, config, edits, progress)
+                        located = _locate(backbone, layers, regions, latents, prompts, config, edits, progress)
                         if kept is not None:
                             kept.keep_located(located)
                 solved, left = None, None
@@ -382,9 +388,10 @@ def _text_prompts(
 
 @dataclass(frozen=True)
 class _TextEdit:
-    """What is solved for the layers that read the same of a prompt."""
+    """What is solved for the layers that read the same of a prompt, and of it the same entries."""
 
     layers: dict[str, nn.Module]
+    regions: dict[str, Region]
     tokens: TokenStatistics
     equations: NormalEquations
 
@@ -392,12 +399,13 @@ class _TextEdit:
 def _text_edits(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
+    regions: Mapping[str, Region],
     text: TextPrompts,
     prompts: EncodedPrompts,
     config: Config,
-) -> dict[str, _TextEdit]:
-    """By reader, of those of the layers that read the prompt alone. A reader that cannot tell concept and surrogate
-    apart is left out; raises FadeError where none can."""
+) -> dict[tuple[str, range], _TextEdit]:
+    """By reader and the columns that may change, of those of the layers that read the prompt alone. A reader that
+    cannot tell concept and surrogate apart is left out; raises FadeError where none can."""
     settings, edits, told = config.closed_form, {}, None
     weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
     for reader, names in backbone.text_layers().items():
@@ -413,25 +421,35 @@ def _text_edits(
         if text.protect:
             rows = prompts.conditioning.rows(prompts.rows(text.protect))
             protected = protected_directions(backbone, reader, rows, tokens)
-        edits[reader] = _TextEdit(read, tokens, normal_equations(read, tokens, weight, settings.damping, protected))
+        of_columns: dict[range, dict[str, nn.Module]] = {}
+        for name, layer in read.items():
+            columns = regions[name].columns if name in regions else range(layer.weight.shape[1])
+            of_columns.setdefault(columns, {})[name] = layer
+        for columns, alike in of_columns.items():
+            own = {name: regions[name] for name in alike if name in regions}
+            held = None if protected is None else protected[columns.start : columns.stop]
+            equations = normal_equations(alike, tokens, weight, settings.damping, held, own)
+            edits[reader, columns] = _TextEdit(alike, own, tokens, equations)
     if not edits:
         raise told
     return edits
 
 
 def _solve(
-    edits: Mapping[str, _TextEdit], masks: Mapping[str, BitMask], settings: ClosedFormConfig
+    edits: Mapping[tuple[str, range], _TextEdit], masks: Mapping[str, BitMask], settings: ClosedFormConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The values of every layer with a mask, and what is left undone: the mean over readers."""
     solved, left = {name: torch.zeros(0, device="cpu", dtype=torch.float32) for name in masks}, []
     for edit in edits.values():
         if not any(masks[name].count for name in edit.layers):
             continue
+        own = cut({name: masks[name] for name in edit.layers}, edit.regions)
         equations, values = solution(
-            edit.layers, edit.tokens, edit.equations, masks, settings.change, settings.left, settings.hardening
-        )
+            edit.layers, edit.tokens, edit.equations, own, settings.change, settings.left, settings.hardening,
+            edit.regions,
+        )  # fmt: skip
         solved |= values
-        left.append({"retain_weight": equations.retain, **vars(residual(equations, masks, values))})
+        left.append({"retain_weight": equations.retain, **vars(residual(equations, own, values))})
     return solved, {name: sum(one[name] for one in left) / len(left) for name in left[0]}
 
 
@@ -443,19 +461,21 @@ def _is_of(pair: tuple[str, str], one: Pair, concept: Concept, plurals: bool) ->
 def _locate(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
+    regions: Mapping[str, Region],
     latents: Latents | None,
     prompts: EncodedPrompts,
     config: Config,
-    edits: Mapping[str, _TextEdit],
+    edits: Mapping[tuple[str, range], _TextEdit],
     progress: bool,
 ) -> Located:
     """Masks by the saliency that the settings name; where something is solved, in its layers alone."""
     within = {name for edit in edits.values() for name in edit.layers} or None
     locating = dataclasses.replace(config.locate, saliency=config.saliency)
     if config.saliency != "closed-form" or locating.granularity == "none":
-        return locate(backbone, layers, latents, prompts, locating, config.seed, progress, within)
-    most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
-    units = min(kept_units(layers, locating), most)
+        return locate(backbone, layers, latents, prompts, locating, config.seed, progress, within, regions)
+    shapes = target_shapes({name: layers[name] for name in within}, regions)
+    most = sum(unit_count(shape, locating.granularity, locating.tile) for shape in shapes.values())
+    units = min(kept_units(layers, locating, regions), most)
     settings, masks, spread, thresholds = config.closed_form, {}, {}, []
     systems = {reader: edit.equations for reader, edit in edits.items()}
     given = shares(systems, units, locating.granularity, locating.tile)
@@ -469,7 +489,7 @@ def _locate(
         masks |= chosen.masks
         spread |= chosen.spread
         thresholds.append(chosen.threshold)
-    return located_in(layers, masks, spread, min(thresholds))
+    return located_in(layers, masks, spread, min(thresholds), regions)
 
 
 def _run_record(

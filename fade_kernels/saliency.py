@@ -18,6 +18,7 @@ from fade_kernels import _ops
 from fade_kernels.overlap import find_shared
 
 Mode = Literal["abs", "signed", "square"]
+Region = tuple[slice, slice]
 
 
 def accumulate_gradient_magnitude_(saliency: Sequence[Tensor], gradient: Sequence[Tensor], mode: Mode = "abs") -> None:
@@ -100,11 +101,13 @@ class _Call:
 class _Layer:
     """A watched layer: its accumulator, calls that wait for their gradient, and gradients that wait for other calls."""
 
-    def __init__(self, name: str, module: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, region: Region | None) -> None:
         self.name = name
         self.module = module
+        self.region = region
         weight = module.weight
-        self.saliency = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        shape = weight.shape if region is None else weight.detach().flatten(1)[region].shape
+        self.saliency = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.waiting: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.arrived: list[tuple[Tensor, Tensor]] = []  # (gradient of the output, input)
 
@@ -124,6 +127,9 @@ class _Layer:
             samples = self._samples(calls) if per_sample else 1
             grad_output = torch.cat([dy.reshape(samples, -1, dy.shape[-1]) for dy, _ in calls], dim=1)
             input = torch.cat([x.reshape(samples, -1, x.shape[-1]) for _, x in calls], dim=1)
+        if self.region is not None:
+            rows, columns = self.region
+            grad_output, input = grad_output[..., rows], input[..., columns]
         accumulate_linear_gradient_magnitude_(self.saliency, grad_output, input, mode, per_sample)
 
     def _fold_conv2d(self, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
@@ -144,6 +150,7 @@ class _Layer:
                 part = self._conv2d_weight_gradient(dy, x)
                 gradient = part if gradient is None else gradient.add_(part)
                 del part
+            gradient = gradient if self.region is None else gradient.flatten(1)[self.region]
             accumulate_gradient_magnitude_([self.saliency], [gradient], mode)
 
     def _conv2d_weight_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
@@ -208,12 +215,16 @@ class GradientMagnitude:
     the magnitude of the summed gradient, as `.grad` would hold it. Calls under no_grad or inference_mode count nothing.
 
     Attributes:
-        saliency: name -> float32 accumulator in the weight's shape, on the weight's device. In mode "signed" the
-            magnitude is taken when the block ends.
+        saliency: name -> float32 accumulator in the weight's shape, or its region's [n, k], on the weight's device. In
+            mode "signed" the magnitude is taken when the block ends.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Linear | nn.Conv2d], mode: Mode = "abs", per_sample: bool = False
+        self,
+        modules: Mapping[str, nn.Linear | nn.Conv2d],
+        mode: Mode = "abs",
+        per_sample: bool = False,
+        regions: Mapping[str, Region] | None = None,
     ) -> None:
         """Prepares accumulators of zeros; nothing is watched before the `with` block.
 
@@ -221,6 +232,8 @@ class GradientMagnitude:
             modules: name -> nn.Linear or nn.Conv2d, each module once.
             mode: "abs" (FADE), "signed" (SalUn) or "square" (Fisher information).
             per_sample: take the magnitude of each sample's gradient; dimension 0 of a layer's input is the sample.
+            regions: name -> slices of the rows and of the columns of a weight seen as [N, K], outside of which nothing
+                is computed or kept; the whole weight of a layer without one.
 
         Raises:
             TypeError: a module is neither nn.Linear nor nn.Conv2d.
@@ -236,7 +249,7 @@ class GradientMagnitude:
             raise ValueError("a layer is given under two names: name each module once")
         self.mode = mode
         self.per_sample = per_sample
-        self._layers = [_Layer(name, module) for name, module in modules.items()]
+        self._layers = [_Layer(name, module, (regions or {}).get(name)) for name, module in modules.items()]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._required_grad: list[Tensor] = []
         self._anchor = torch.zeros(0, requires_grad=True)

@@ -65,7 +65,7 @@ def _text_to_image(pipeline: Any, family: Family) -> Any:
     parts = {name: found[name] for name in family.parts}
     given = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
     whole = getattr(diffusers, family.pipeline)(
-        **given, **family.make, **{name: pipeline.config[name] for name in family.kept}
+        **given, **family.make, **{name: pipeline.config[name] for name in family.kept if name in pipeline.config}
     )
     whole.scheduler = parts["scheduler"]
     return whole

@@ -109,7 +109,8 @@ class Family:
         multiple: pixels that a side must be a multiple of; largest: pixels that a side may have at most; sides: those
             that there are, where they are few.
         resolution: the side in pixels that the model was trained on.
-        targets: patterns of the attention's projections, or a function of the backbone that names them.
+        targets: patterns of the attention's projections (`fade.base_model.target_regions`), or a function of the
+            backbone that names them.
         readers: layers that read the prompt alone, by a name, or a function of the backbone that makes them.
         prepare: is called with every new backbone, for what its denoiser needs to be trained.
         refuse: raises FadeError for a denoiser of the class that is another model.
@@ -1048,7 +1049,7 @@ FLUX2 = Family(
     multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
     resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
     vae=_FLUX2_VAE,
-    targets=JOINT_PROJECTIONS,
+    targets=flux2.targets,
     readers={
         "prompt": Reader(
             _named("context_embedder"),
@@ -1081,7 +1082,8 @@ FLUX2_KLEIN = dataclasses.replace(
 
 
 def _readers_hidream(backbone: Backbone) -> dict[str, Reader]:
-    """T5, the pooled states of both CLIPs, and each layer of Llama that is read."""
+    """T5, the pooled states of both CLIPs, and each layer of Llama that is read: the closed form solves for each apart,
+    and holds some matrices of the width of its states for each."""
 
     def of_layer(layer: int, projections: tuple[str, ...]) -> Reader:
         return Reader(

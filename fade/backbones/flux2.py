@@ -20,6 +20,15 @@ STEPS = 50
 """The pipelines' default, for which the noise levels of training are spaced: their shift depends on the number."""
 
 
+def targets(backbone: Backbone) -> tuple[str, ...]:
+    """The projections of the attentions; in blocks of one stream, which have one layer for them and the MLP's input,
+    and one for both outputs, the attention's rows and columns of these."""
+    width = backbone.denoiser.config.num_attention_heads * backbone.denoiser.config.attention_head_dim
+    double = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    single = "single_transformer_blocks.*.attn"
+    return (*double, f"{single}.to_qkv_mlp_proj[:{3 * width}]", f"{single}.to_out[:, :{width}]")
+
+
 def encode(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
     embeddings, _ = pipeline.encode_prompt(prompts, device, max_sequence_length=TEXT_LENGTH)
     return {"prompt_embeds": embeddings}
