@@ -79,7 +79,8 @@ def unlearn(
     """Makes a pipeline answer `forget` as it answers `surrogate`, and everything else as before.
 
     Args:
-        pipeline: a diffusers StableDiffusionPipeline (1.x or 2.x). Its own weights are never changed.
+        pipeline: a diffusers pipeline of a supported family (`fade.backbones.FAMILIES`) that draws from a prompt alone,
+            or one made of its parts. Its own weights are never changed.
         forget, surrogate: the concept and what takes its place, put into `templates` (one `{}` each). On the bundled
             DigitCanvas, two digits or two styles. Several concepts at once: `forget={"three": "eight", "seven": "one"}`
             without `surrogate`; one adapter forgets all of them (`unlearn_each` makes one for each).
