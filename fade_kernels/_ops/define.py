@@ -80,6 +80,16 @@ def _raise_version(operator: Any, written: list[int]) -> None:
     _LIBRARY.impl(operator._opname, kernel, "ADInplaceOrView", with_keyset=True)
 
 
+def _hold_integers(ctx: Any) -> None:
+    """Of what a formula saves for backward, integers are kept as they are, out of reach of hooks on saved tensors.
+
+    These give back other memory, as offloading does, and all that is known of a mask is kept with its memory.
+    """
+    saved = ctx.to_save or ()
+    ctx.held = tuple(None if t is None or t.is_floating_point() else t for t in saved)
+    ctx.save_for_backward(*(t if held is None else None for t, held in zip(saved, ctx.held, strict=True)))
+
+
 class _Unpacked:
     """A node's context with the saved tensors in hand: a hook that recomputes them, as checkpointing does, needs the
     autograd that the formula runs below."""
@@ -87,7 +97,9 @@ class _Unpacked:
     __slots__ = ("_ctx", "needs_input_grad", "saved_tensors")
 
     def __init__(self, ctx: Any) -> None:
-        self._ctx, self.needs_input_grad, self.saved_tensors = ctx, ctx.needs_input_grad, ctx.saved_tensors
+        self._ctx, self.needs_input_grad = ctx, ctx.needs_input_grad
+        saved = zip(ctx.saved_tensors, ctx.held, strict=True)
+        self.saved_tensors = tuple(t if held is None else held for t, held in saved)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
@@ -102,13 +114,14 @@ def _node(operator: Any, setup_context: Callable[..., None], backward: Callable[
             with torch._C._AutoDispatchBelowAutograd():
                 output = operator(*args)
             setup_context(ctx, args, output)
+            _hold_integers(ctx)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():  # create_graph: the formula itself is differentiated
-                return backward(ctx, *grads)
             unpacked = _Unpacked(ctx)
+            if torch.is_grad_enabled():  # create_graph: the formula itself is differentiated
+                return backward(unpacked, *grads)
             with torch._C._AutoDispatchBelowAutograd():
                 try:
                     return backward(unpacked, *grads)
