@@ -437,7 +437,9 @@ def read_layer(
         raise ValueError(f"unknown form {form!r}"[:100])
     lora_a, lora_b = (finite(_take(tensors, f"{key}.{part}"), part) for part in ("a", "b"))
     rank = lora_a.shape[0]
-    if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
+    kernels = tuple(factor.shape[2:] for factor in (lora_a, lora_b))
+    fits = len(kernels[0]) in (0, 2) and kernels[1] == (1,) * len(kernels[0])
+    if not fits or lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
         raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     return LayerTensors(mask, factors=(lora_a, lora_b), kernel=tuple(lora_a.shape[2:]))
 

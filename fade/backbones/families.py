@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fade.backbones import flux2, hidream, kandinsky5
 from fade.backbones.base import MOST_PIXELS
-from fade.backbones.flow import grid_ids, pack, unpack
+from fade.backbones.flow import grid_ids, pack, rounded, unpack
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
@@ -528,11 +528,6 @@ def text_length(pipeline: Any) -> int | None:
     return limit if limit is not None and limit < 512 else None
 
 
-def _rounded(noised: Tensor, times: Tensor) -> Tensor:
-    """σ as pipelines tell it that round 1000 σ to the latents' dtype first: in 16 bits not the same as σ rounded."""
-    return (1000 * times).to(noised.device, noised.dtype) / 1000
-
-
 def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
     height, width = noised.shape[2] // 2, noised.shape[3] // 2
     embeddings = conditioning["prompt_embeds"]
@@ -542,7 +537,7 @@ def _forward_flux(backbone: Backbone, noised: Tensor, times: Tensor, conditionin
         told["guidance"] = torch.full((len(noised),), backbone.guidance, device=noised.device)
     return {
         "hidden_states": pack(noised),
-        "timestep": _rounded(noised, times),
+        "timestep": rounded(noised, times),
         "encoder_hidden_states": embeddings,
         "pooled_projections": conditioning["pooled_prompt_embeds"],
         "txt_ids": torch.zeros(embeddings.shape[1], 3, device=noised.device, dtype=noised.dtype),
@@ -611,7 +606,7 @@ def _forward_chroma(backbone: Backbone, noised: Tensor, times: Tensor, condition
     mask = conditioning["prompt_attention_mask"]
     return {
         "hidden_states": pack(noised),
-        "timestep": _rounded(noised, times),
+        "timestep": rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "txt_ids": torch.zeros(mask.shape[1], 3, device=noised.device, dtype=noised.dtype),
         "img_ids": grid_ids(height, width, noised.device, noised.dtype),
@@ -706,7 +701,7 @@ QWEN_IMAGE = Family(
     call=_call_qwen,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": pack(noised),
-        "timestep": _rounded(noised, times),
+        "timestep": rounded(noised, times),
         "encoder_hidden_states": conditioning["prompt_embeds"],
         "img_shapes": [[(1, noised.shape[2] // 2, noised.shape[3] // 2)]] * len(noised),
     },

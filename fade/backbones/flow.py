@@ -147,6 +147,11 @@ def _groups(conditioning: Conditioning) -> list[list[int]] | None:
     return list(found.values())
 
 
+def rounded(noised: Tensor, times: Tensor) -> Tensor:
+    """σ as pipelines tell it that round 1000 σ to the latents' dtype first: in 16 bits not the same as σ rounded."""
+    return (1000 * times).to(noised.device, noised.dtype) / 1000
+
+
 def pack(latents: Tensor) -> Tensor:
     """[n, C, h, w] -> [n, h/2 · w/2, 4 C]: patches of 2 x 2 as tokens, values in the order channel, row, column."""
     n, channels, height, width = latents.shape

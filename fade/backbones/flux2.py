@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fade.backbones.flow import pack, unpack
+from fade.backbones.flow import pack, rounded, unpack
 from fade.conditioning import Conditioning, Rows
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Con
     image = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), one)
     return {
         "hidden_states": noised.flatten(2).transpose(1, 2),
-        "timestep": times.to(device, noised.dtype),
+        "timestep": rounded(noised, times),
         "encoder_hidden_states": embeddings,
         "txt_ids": text.to(device),
         "img_ids": image.to(device),

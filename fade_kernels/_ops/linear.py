@@ -111,7 +111,7 @@ def _check_masked_lora_linear_backward(
     _check_masked_lora_linear_factor_gradients(grad_output, x, *delta)
 
 
-def _masked_lora_linear_backward(
+def masked_lora_linear_backward(
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -192,7 +192,7 @@ define(
         lora_a.new_empty(lora_a.shape if need_factors else 0),
         lora_b.new_empty(lora_b.shape if need_factors else 0),
     ),
-    default=_masked_lora_linear_backward,
+    default=masked_lora_linear_backward,
 )
 
 masked_lora_linear = define(
@@ -281,7 +281,7 @@ def _check_masked_values_linear_backward(
     _check_masked_values_linear_gradient(grad_output, x, *delta, regime)
 
 
-def _masked_values_linear_backward(
+def masked_values_linear_backward(
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -352,7 +352,7 @@ define(
         grad_output.new_empty(x.shape if need_input else 0),
         values.new_empty(values.shape if need_values else 0),
     ),
-    default=_masked_values_linear_backward,
+    default=masked_values_linear_backward,
 )
 
 masked_values_linear = define(

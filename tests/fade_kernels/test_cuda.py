@@ -691,6 +691,10 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "masked_lora_linear": (x, layer.weight, layer.bias, *lora, 0),
         "masked_lora_linear_input_gradient": (layer.grad_output, layer.weight, *fixed, 0),
         "masked_lora_linear_factor_gradients": (layer.grad_output, layer.x, *fixed, 0),
+        "masked_lora_linear_backward": (layer.grad_output, layer.x, layer.weight, *fixed, 0, True, True),
+        "masked_values_linear_backward": (
+            layer.grad_output, layer.x, layer.weight, layer.values, words, scale, 0, True, True,
+        ),
         "masked_values_linear": (x, layer.weight, layer.bias, v, words, scale, 0),
         "masked_values_linear_input_gradient": (layer.grad_output, layer.weight, layer.values, words, scale, 70, 0),
         "masked_values_linear_gradient": (layer.grad_output, layer.x, layer.values, words, scale, 0),

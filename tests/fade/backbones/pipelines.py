@@ -103,6 +103,18 @@ def build(name: str, seed: int = 0) -> Any:
     return pipeline
 
 
+def cast(pipeline: Any, dtype: torch.dtype) -> Any:
+    """As `from_pretrained` loads it: modules that a part says it needs in float32 stay so."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)
+            kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+            for name, module in part.named_modules():
+                if name.rpartition(".")[2] in kept:
+                    module.float()
+    return pipeline
+
+
 def randomise(module: nn.Module) -> None:
     """Matrices with variance 1/fan-in, vectors near what they were: nothing is switched off, nothing explodes."""
     module.eval()

@@ -23,7 +23,7 @@ from fade.config import Config
 from fade.errors import FadeError
 from fade.modes import out_of_inference_mode
 
-from .pipelines import FACTORIES, build
+from .pipelines import FACTORIES, build, cast
 
 NAMES = [family.name for family in FAMILIES]
 PROMPTS = ["a cat in the house", "van gogh"]
@@ -57,7 +57,7 @@ def test_the_prediction_is_the_pipelines_own_first_step(
     backbone: Backbone, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sign, time, packing, positions and prompt at once: what the scheduler is given in the first step."""
-    pipeline, seen = backbone.pipeline.to(dtype), []
+    pipeline, seen = cast(backbone.pipeline, dtype), []
     step = pipeline.scheduler.step
 
     def recorded(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
@@ -290,14 +290,14 @@ MASKED = [
 
 def test_token_ids_are_those_of_the_tokens_that_are_read(backbone: Backbone) -> None:
     """As many as there are, where padding is masked or left out; templates and instructions count."""
-    for reader, one in backbone.family.readers.items():
+    for reader, one in backbone.readers.items():
         for prompt, row in zip(PROMPTS, map(backbone.encode_prompts, ([prompt] for prompt in PROMPTS)), strict=True):
             tokens = backbone.text_states(reader, row).shape[1]
             segments = backbone.token_ids([prompt], reader)[0]
             assert len(segments) == len(one.segments)
             if (attended := backbone.attended(reader, row)) is not None:
                 tokens = int(attended.sum())
-            elif isinstance(row["prompt_embeds"], torch.Tensor):
+            elif all(isinstance(value, torch.Tensor) for value in row.values()):
                 continue
             assert sum(len(ids) for ids, _ in segments) == tokens
 
