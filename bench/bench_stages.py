@@ -42,6 +42,7 @@ def run_authors() -> dict[str, float]:
 
     from bench import authors_procedure
     from fade.backbones import backbone_for
+    from fade.backbones.families import PROJECTIONS
     from fade.concept import digitcanvas_concept
     from fade.config import Config
     from fade.digitcanvas import load_pipeline
@@ -55,7 +56,7 @@ def run_authors() -> dict[str, float]:
     forget, retain = backbone.decode(latents.forget), backbone.decode(latents.retain)
     with measured() as first:
         masks = authors_procedure.locate(
-            pipeline, forget, latents.forget_prompts, config.locate.targets, KEEP, config.locate.passes,
+            pipeline, forget, latents.forget_prompts, PROJECTIONS, KEEP, config.locate.passes,
             config.locate.batch_size,
         )  # fmt: skip
     with measured() as second:
