@@ -34,14 +34,14 @@ test: $(READY)
 # other way round. libstdc++ is loaded first, too, or the sanitizer does not find what throws exceptions.
 ASAN := build/asan
 ASAN_TESTS := $(addprefix tests/,fuzz fade/test_adapter_file.py $(patsubst %,fade_kernels/test_%.py,bitmask masked_lora \
-	masked_lora_conv2d select_top_fraction gradient_magnitude positions))
+	masked_lora_backward masked_lora_conv2d stochastic_rounding select_top_fraction gradient_magnitude positions))
 
 asan: $(READY)
 	FADE_SANITIZE=address,undefined FADE_CUDA=0 FADE_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext \
 		--build-lib $(ASAN) --build-temp $(ASAN)/objects
-	rm -rf $(ASAN)/fade $(ASAN)/tests $(ASAN)/fade_kernels/triton_kernels
+	rm -rf $(ASAN)/fade $(ASAN)/tests $(addprefix $(ASAN)/fade_kernels/,_ops cuda triton_kernels)
 	cp -R fade tests pyproject.toml $(ASAN)
-	cp -R fade_kernels/*.py fade_kernels/triton_kernels $(ASAN)/fade_kernels
+	cp -R fade_kernels/*.py fade_kernels/_ops fade_kernels/cuda fade_kernels/triton_kernels $(ASAN)/fade_kernels
 	preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" && cd $(ASAN) && \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$preload" \
 		$(abspath $(BIN))/python -m pytest -q --capture=sys -p no:cacheprovider $(ASAN_TESTS) -k "not (compile or opcheck or test_memory)"

@@ -2,6 +2,8 @@
 
     python -m bench --output FILE.json          on a CUDA machine: build, test, measure everything
     python -m bench --device cpu --output FILE  the tables of the CPU kernels
+    python -m bench --first-contact [--output FILE.json]   the first five minutes on a GPU machine: what works, and why
+                                                what does not (--device cpu: what can be known without one)
     python -m bench model [--chip h200]         what the roofline model predicts; nothing is measured
     python -m bench show FILE                   print a result file's tables and targets, also of a run cut short
     python -m bench plot FILE... [--output PNG] draw results, predictions beside measurements
@@ -17,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,10 +30,11 @@ from bench import checks, gpu_tables, targets
 from bench.harness import ROOT, DeviceLostError, environment
 from bench.plans import Budget, Plan, run_plans
 from bench.results_file import BadResultsError, Results, Table, show
-from bench.roofline import CHIPS, Chip
-from fade_kernels import dispatch
+from bench.roofline import CHIPS, GRAPH_LAUNCH, Chip
+from fade_kernels import registration
 
 NO_GPU = """There is no CUDA device here, so the GPU tables cannot be measured.
+  python -m bench --first-contact                   finds out why, where there should be one
   python -m bench --device cpu --output FILE.json   measures the CPU kernels
   python -m bench model                             prints what is predicted for a GPU"""
 EXIT_NO_GPU, EXIT_RED = 2, 1
@@ -56,18 +59,27 @@ def gpu_plans(toy: bool) -> list[Plan]:
     return plans
 
 
-def measure(results: Results, device: torch.device, seconds: float, plans: Sequence[Plan]) -> None:
-    """Measures in this process what the results lack; the chip's own ceilings enter the predictions."""
+def measure(
+    results: Results,
+    device: torch.device,
+    seconds: float,
+    plans: Sequence[Plan],
+    chip: Chip = CHIPS["h200"],
+    unit: str = "matrix",
+    show: Callable[[Table], None] = lambda table: None,
+) -> None:
+    """Measures in this process what the results lack; the ceilings, of `unit` for products, enter the predictions."""
     if find_spec("peft") is not None:
         importlib.import_module("peft")  # seconds that belong to no row
-    budget, chip = Budget(seconds), CHIPS["h200"]
+    budget = Budget(seconds)
     ceilings = [plan for plan in plans if plan.name == "ceilings"]
     rest = [plan for plan in plans if plan.name != "ceilings"]
     if ceilings:
         run_plans(ceilings, results, device, chip, Budget(min(seconds, 10.0)))
-        chip = gpu_tables.measured_chip(results.table("ceilings"), chip)
-        results.payload["chip"] = vars(replace(chip, name=str(results.payload["environment"].get("gpu"))))
-    run_plans(rest, results, device, chip, budget)
+        chip = gpu_tables.measured_chip(results.table("ceilings"), chip, unit)
+        name = results.payload["environment"].get("gpu") or chip.name
+        results.payload["chip"] = vars(replace(chip, name=str(name)))
+    run_plans(rest, results, device, chip, budget, show)
 
 
 def supervise(path: Path, budget: Budget, device: str, toy: bool, hanging: float = HANGING) -> list[str]:
@@ -166,7 +178,7 @@ def finish(results: Results, speedups: bool) -> None:
 def _show_ceilings(table: Table) -> None:
     chip: Chip = gpu_tables.measured_chip(table, CHIPS["h200"])
     print(
-        f"\nceilings here: {chip.bandwidth / 1e12:.2f} TB/s copied, {chip.matrix / 1e12:.0f} TFLOP/s in a large product"
+        f"\nceilings here: {chip.bandwidth / 1e12:.3g} TB/s copied, {chip.matrix / 1e12:.3g} TFLOP/s in a large product"
     )
 
 
@@ -208,7 +220,7 @@ def run_worker(arguments: argparse.Namespace) -> int:
         return EXIT_RED
     finally:
         before = results.payload.get("definitions", ())
-        results.payload["definitions"] = sorted({*before, *dispatch.served_by_definitions()})
+        results.payload["definitions"] = sorted({*before, *registration.served_by_definitions()})
         results.save()
     return 0
 
@@ -218,8 +230,8 @@ def run_cpu(arguments: argparse.Namespace) -> int:
 
     results = Results(arguments.output, {"kind": "cpu", "budget": arguments.budget, "environment": environment()})
     results.save()
-    budget = Budget(arguments.budget)
-    run_plans(cpu_tables.plans(arguments.toy), results, torch.device("cpu"), CHIPS["h200"], budget, _progress)
+    plans, device = cpu_tables.plans(arguments.toy), torch.device("cpu")
+    measure(results, device, arguments.budget, plans, cpu_tables.CHIP, "fp32", _progress)
     finish(results, speedups=not arguments.toy)
     results.payload["complete"] = True
     results.save()
@@ -240,6 +252,9 @@ def _measuring_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for everything (default: %(default)s)")
+    parser.add_argument(
+        "--first-contact", action="store_true", help="look at everything once, in order of likely trouble"
+    )
     parser.add_argument("--no-build", dest="build", action="store_false", help="take the extension as it is")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="no tests, and so no speed-ups")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: a test of this program, not of speed")
@@ -256,17 +271,32 @@ def _command(name: str, rest: Sequence[str]) -> int:
         parser.add_argument("--bandwidth", type=float, help="TB/s, instead of the chip's")
         parser.add_argument("--matrix", type=float, help="PFLOP/s of large bf16 products, instead of the chip's")
         parser.add_argument("--launch", type=float, help="microseconds a launch, instead of the chip's")
-        parser.add_argument("--efficiency", type=float, help="share of the matrix rate that own kernels reach")
-        parser.add_argument("--output", type=Path, help="JSON file to write")
+        parser.add_argument("--no-cache", action="store_true", help="everything is read from device memory")
+        parser.add_argument("--graph", action="store_true", help="1 microsecond a launch, as within a CUDA graph")
+        parser.add_argument(
+            "--host", action="store_true", help="a step takes at least the time of the host in eager mode"
+        )
+        parser.add_argument("--tables", action="store_true", help="also every table of a GPU run, predicted")
+        form = parser.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help="print the summary and the targets as JSON")
+        form.add_argument("--markdown", action="store_true", help="print README's predicted tables")
+        parser.add_argument("--output", type=Path, help="JSON file to write the predicted tables to")
         arguments = parser.parse_args(rest)
         given = {
             "bandwidth": (arguments.bandwidth, 1e12),
             "matrix": (arguments.matrix, 1e15),
-            "launch": (arguments.launch, 1e-6),
-            "efficiency": (arguments.efficiency, 1.0),
+            "launch": (1e6 * GRAPH_LAUNCH if arguments.graph else arguments.launch, 1e-6),
+            "cache_bytes": (0.0 if arguments.no_cache else None, 1.0),
         }
         changes = {field: value * unit for field, (value, unit) in given.items() if value is not None}
-        model.main(replace(CHIPS[arguments.chip], **changes), arguments.output)
+        model.main(
+            replace(CHIPS[arguments.chip], **changes),
+            arguments.output,
+            model.measured_host() if arguments.host else None,
+            tables=arguments.tables,
+            as_json=arguments.json,
+            as_markdown=arguments.markdown,
+        )
     elif name == "show":
         parser.add_argument("file", type=Path)
         results = Results.load(parser.parse_args(rest).file)
@@ -297,6 +327,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BadResultsError as error:
             print(error, file=sys.stderr)
             return EXIT_RED
+    if "--first-contact" in argv:
+        from bench import first_contact
+
+        return first_contact.command([argument for argument in argv if argument != "--first-contact"])
     arguments = _measuring_parser().parse_args(argv)
     if arguments.worker:
         return run_worker(arguments)

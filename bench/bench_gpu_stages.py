@@ -137,6 +137,7 @@ def run_authors(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, 
     """The same of the authors' procedure, which encodes its images in every step."""
     import fade
     from bench import authors_procedure
+    from fade.backbones.families import PROJECTIONS
     from fade.concept import concept_from_words
     from fade.measure import measured
 
@@ -151,7 +152,7 @@ def run_authors(pipeline: Any, scale: Scale, steps: int) -> dict[str, dict[str, 
     prompts, surrogates = repeated(concept.forget_prompts), repeated(concept.surrogate_prompts)
     with measured(device) as locating:
         masks = authors_procedure.locate(
-            pipeline, forget, prompts, config.locate.targets, KEEP, 1, scale.batch
+            pipeline, forget, prompts, PROJECTIONS, KEEP, 1, scale.batch
         )  # fmt: skip
     with measured(device) as overwriting:
         authors_procedure.overwrite(

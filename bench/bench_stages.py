@@ -42,6 +42,7 @@ def run_authors() -> dict[str, float]:
 
     from bench import authors_procedure
     from fade.backbones import backbone_for
+    from fade.backbones.families import PROJECTIONS
     from fade.concept import digitcanvas_concept
     from fade.config import Config
     from fade.digitcanvas import load_pipeline
@@ -55,7 +56,7 @@ def run_authors() -> dict[str, float]:
     forget, retain = backbone.decode(latents.forget), backbone.decode(latents.retain)
     with measured() as first:
         masks = authors_procedure.locate(
-            pipeline, forget, latents.forget_prompts, config.locate.targets, KEEP, config.locate.passes,
+            pipeline, forget, latents.forget_prompts, PROJECTIONS, KEEP, config.locate.passes,
             config.locate.batch_size,
         )  # fmt: skip
     with measured() as second:
@@ -78,22 +79,25 @@ def run_frozen() -> dict[str, float]:
     import torch
 
     from fade.backbones import backbone_for
+    from fade.conditioning import Conditioning
     from fade.digitcanvas import load_pipeline, prompt
     from fade.measure import measured
 
     torch.manual_seed(0)
     backbone = backbone_for(load_pipeline())
     denoiser = backbone.denoiser.eval().requires_grad_(False)
-    embeddings = backbone.encode_prompts([prompt(FORGET, "plain")]).repeat(2 * BATCH, 1, 1).requires_grad_(True)
+    text = backbone.encode_prompts([prompt(FORGET, "plain")])["prompt_embeds"].repeat(2 * BATCH, 1, 1)
+    text.requires_grad_(True)
+    read = Conditioning({"prompt_embeds": text})
     side = denoiser.config.sample_size
     with measured() as taken:
         for _ in range(STEPS):
             noised = torch.randn(2 * BATCH, denoiser.config.in_channels, side, side)
-            timesteps = torch.randint(backbone.num_timesteps, (2 * BATCH,))
+            timesteps = torch.randint(backbone.time_span, (2 * BATCH,))
             with torch.inference_mode():
-                backbone.predict(noised, timesteps, embeddings)
-            backbone.predict(noised, timesteps, embeddings).square().mean().backward()
-            embeddings.grad = None
+                backbone.predict(noised, timesteps, read)
+            backbone.predict(noised, timesteps, read).square().mean().backward()
+            text.grad = None
     return {"locate": 0.0, "overwrite": taken.seconds, "peak_memory": taken.peak_memory_bytes}
 
 

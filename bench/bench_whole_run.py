@@ -82,6 +82,7 @@ def run_authors(steps: int, folder: Path) -> dict[str, float]:
     from PIL import Image
 
     from bench import authors_procedure
+    from fade.backbones.families import PROJECTIONS
     from fade.config import Config
     from fade.digitcanvas import load_pipeline
     from fade.measure import measured
@@ -97,7 +98,7 @@ def run_authors(steps: int, folder: Path) -> dict[str, float]:
     with measured() as cost:
         forget, prompts = read("forget")
         masks = authors_procedure.locate(
-            pipeline, forget, prompts, config.locate.targets, AUTHORS_KEEP, 1, config.locate.batch_size
+            pipeline, forget, prompts, PROJECTIONS, AUTHORS_KEEP, 1, config.locate.batch_size
         )
         surrogates = [prompt.replace(FORGET, SURROGATE) for prompt in prompts]
         authors_procedure.overwrite(

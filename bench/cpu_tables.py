@@ -4,23 +4,31 @@ Peak memory is measured by `cpu_memory`, each candidate in a process of its own.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bench import saliency, selection
-from bench.gpu_tables import TOY
+from bench import roofline, saliency, selection
+from bench.gpu_tables import FULL, TOY, ceilings_plan
 from bench.harness import in_subprocess
-from bench.masked_layer import FROZEN, NAIVE_ONE, NAIVE_TWO, PEFT, RANK, Mask, MaskedLayer, Provider, worst_error
+from bench.masked_layer import FROZEN, KEPT, NAIVE_ONE, NAIVE_TWO, PEFT, RANK, Mask, MaskedLayer, Provider, worst_error
 from bench.plans import Plan, Prepared, Row
+from bench.roofline import FP32, Chip, Cost
 from bench.shapes import Linear, sd15_attention
 from fade_kernels import accumulate_gradient_magnitude_
 
 MASKS = (Mask(0.1), Mask(0.01), Mask(0.2, tile=32))
 PROVIDERS = {
     provider.name: provider
-    for provider in (FROZEN, PEFT, NAIVE_TWO, NAIVE_ONE, *(Provider("ours", mask.name) for mask in MASKS))
+    for provider in (
+        *(FROZEN, PEFT, NAIVE_TWO, NAIVE_ONE),
+        *(Provider("ours", mask.name) for mask in MASKS),
+        Provider("ours", MASKS[0].name, KEPT),  # in fp32 nothing is rounded: W + delta made once for both passes
+    )
 }
+CHIP = Chip("CPU", bandwidth=1.0, matrix=1.0, fp32=1.0, gathered=1.0, sampled=1.0, launch=0.0, cache_bytes=0.0)
+"""Of which the bandwidth and the rate of fp32 products are measured in every run; only lower bounds need it."""
 MEMORY_LAYER = Linear(256, 1280, 1280, bias=False, count=1)
 TOLERANCE = 1e-5  # Frobenius norm of the error over that of the float64 result
 
@@ -42,8 +50,11 @@ def masked_lora_plan(layers: Sequence[Linear], memory: bool = True) -> Plan:
             extra = _extra_bytes("masked_lora") if sized else lambda name: None
             return Prepared(calls, error, TOLERANCE, extra)
 
+        def bound(chip: Chip) -> Cost:
+            return roofline.lower_bound(layer, element=FP32)
+
         flops = layer.tokens * layer.in_features * layer.out_features
-        return Row(str(layer), layer.count, prepare, weight=1 + flops / 2e8)
+        return Row(str(layer), layer.count, prepare, bound=bound, weight=1 + flops / 2e8)
 
     title = f"SD 1.5, attention linears, forward + backward: batch 1, fp32, rank {RANK}"
     rows = [row(layer) for layer in layers]
@@ -130,7 +141,9 @@ def plans(toy: bool = False) -> list[Plan]:
     layers = TOY.forward_layers if toy else sd15_attention(1)
     levels = TOY.levels if toy else saliency.LEVELS
     values = TOY.values if toy else selection.VALUES
+    work = TOY if toy else replace(FULL, copied=2**28, side=2048)
     return [
+        ceilings_plan(replace(work, dtype=torch.float32)),
         masked_lora_plan(layers, not toy),
         selection_plan(values, not toy),
         accumulate_plan(values),

@@ -16,10 +16,11 @@ from bench import roofline, saliency, selection
 from bench.harness import device_memory
 from bench.masked_layer import (
     FROZEN,
+    KEPT,
     MERGED,
     NAIVE_ONE,
     NAIVE_TWO,
-    PATHS,
+    ONE_PRODUCT,
     PEFT,
     PEFT_AUTOCAST,
     PEFT_DEFAULT,
@@ -32,15 +33,15 @@ from bench.masked_layer import (
 from bench.plans import REPEATS, Plan, Prepared, Row
 from bench.roofline import CHIPS, Chip, Cost
 from bench.shapes import MODELS, SD15, SD35, Conv2d, Linear, Model, batched
-from fade_kernels import accumulate_gradient_magnitude_, dispatch, select_top_fraction
-from fade_kernels.masked_lora import REGIMES
+from fade_kernels import accumulate_gradient_magnitude_, choices, select_top_fraction
+from fade_kernels.mask_facts import MaskFacts
 
 SCALE = 2.0  # alpha / rank; not 1, so that nobody can leave the multiplication out
 KERNEL_TILE = 64  # tiles that the kernels skip when they are empty, and those of the tile masks here
 TEN, ONE = Mask(0.1), Mask(0.01)
 MASKS = (TEN, ONE, Mask(0.1, KERNEL_TILE), Mask(0.2, KERNEL_TILE))
-FORCED = (*(name for name in REGIMES if name != "auto"), *(path for path in PATHS if path not in REGIMES))
-EXACT = tuple(regime for regime in FORCED if regime != "scratch")
+EXACT = ("gather", "tile")  # regimes that a 16-bit linear has on CUDA; "tile" is the fused kernel there
+FORCED = (*EXACT, *ONE_PRODUCT)
 BASELINES = (FROZEN, PEFT, PEFT_DEFAULT, PEFT_AUTOCAST, NAIVE_TWO, NAIVE_ONE)
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 KEEP = 0.1  # of selection
@@ -116,16 +117,16 @@ TOY = Workload(
 
 def linear_providers(forced: bool, merged: bool) -> list[Provider]:
     """The competitors of a linear layer; `forced`: ours also in every regime; `merged`: and the merged weight."""
-    ours = [Provider("ours", mask.name) for mask in MASKS]
+    regimes = ("auto", *FORCED) if forced else ("auto", KEPT)
+    ours = [Provider("ours", mask.name, regime) for regime in regimes for mask in MASKS]
     if forced:
-        ours += [Provider("ours", mask.name, regime) for mask in MASKS for regime in FORCED]
         ours.append(Provider("ours", TEN.name, factors=torch.float32))
     return [*BASELINES, *([MERGED] if merged else []), *ours]
 
 
 def conv_providers() -> list[Provider]:
     baselines = (FROZEN, PEFT, PEFT_DEFAULT, NAIVE_TWO, NAIVE_ONE)
-    return [*baselines, *(Provider("ours", mask.name) for mask in MASKS[:3])]
+    return [*baselines, *(Provider("ours", mask.name, regime) for regime in ("auto", KEPT) for mask in MASKS[:3])]
 
 
 def occupancy(mask: Mask, tile: int = KERNEL_TILE) -> float:
@@ -144,26 +145,25 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
     if provider in (NAIVE_TWO, NAIVE_ONE):
         return roofline.naive_masked(layer, RANK, provider == NAIVE_TWO)
     mask = next(mask for mask in MASKS if mask.name == provider.mask)
-    exact = {
-        "gather": roofline.gather(layer, RANK, mask.keep),
-        "tile": roofline.fused(layer, RANK, occupancy(mask), chip),
-        "split": roofline.split(layer, RANK, occupancy(mask), chip),
-        "whole": roofline.whole(layer, RANK),
-    }
-    if provider.regime in exact:
-        return exact[provider.regime]
-    if provider.regime == "scratch":
-        return roofline.scratch(layer, RANK)
-    return _chosen(exact, mask, layer)
 
+    def cost(path: str) -> Cost:
+        if path == "gather":
+            return roofline.gather(layer, RANK, mask.keep)
+        if path in ONE_PRODUCT:
+            return roofline.one_product(layer, RANK, occupancy(mask), chip, kept=path == KEPT)
+        return roofline.fused(layer, RANK, occupancy(mask), chip)
 
-def _chosen(costs: Mapping[str, Cost], mask: Mask, layer: Linear) -> Cost:
-    """What the dispatch would choose: a path for the products, and one for the factors' gradients."""
-    facts = dispatch.MaskFacts(0, mask.keep, occupancy(mask))
+    if provider.regime in EXACT:
+        return cost(provider.regime)
+    # What would be chosen: a path for the products, and one for the factors' gradients.
+    facts = MaskFacts(0, mask.keep, occupancy(mask))
     sizes = (layer.tokens, layer.out_features, layer.in_features)
-    path = dispatch.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
-    gradients = dispatch.choose_factor_gradients(*sizes, facts)
-    return roofline.combined(costs["tile" if path == "fused" else path], costs[gradients])
+    gradients = choices.choose_factor_gradients(*sizes, facts)
+    if provider.regime == "auto":
+        path = choices.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
+    else:
+        path = provider.regime
+    return roofline.combined(cost(path), cost(gradients))
 
 
 def _masked_row(
@@ -188,14 +188,20 @@ def _masked_row(
 
     matrix = layer if isinstance(layer, Linear) else layer.as_linear()
 
+    # The model has no account of what convolutions read again.
+    modelled = isinstance(layer, Linear) or layer.kernel == 1
+
     def costs(chip: Chip) -> Mapping[str, Cost]:
-        if not isinstance(layer, Linear) and layer.kernel > 1:
-            return {}  # the model has no account of what convolutions read again
+        if not modelled:
+            return {}
         return {provider.name: linear_cost(provider, matrix, chip) for provider in providers}
+
+    def bound(chip: Chip) -> Cost | None:
+        return roofline.lower_bound(matrix) if modelled else None
 
     chip = CHIPS["h200"]
     step = sum(linear_cost(provider, matrix, chip).seconds(chip, mode) for provider in providers)
-    return Row(str(layer), layer.count, prepare, costs, weight=OVERHEAD + (REPEATS + 5) * step)
+    return Row(str(layer), layer.count, prepare, costs, bound, weight=OVERHEAD + (REPEATS + 5) * step)
 
 
 def linear_plan(
@@ -420,15 +426,15 @@ def ceilings_plan(work: Workload) -> Plan:
     return Plan("ceilings", "ceilings: a large copy and a large matrix product", "forward", "library", rows)
 
 
-def measured_chip(table: Mapping[str, Any] | None, chip: Chip) -> Chip:
-    """The chip with the bandwidth and matrix rate that the `ceilings` table found."""
+def measured_chip(table: Mapping[str, Any] | None, chip: Chip, unit: str = "matrix") -> Chip:
+    """The chip with the bandwidth and the rate of large products, by `unit`, that the `ceilings` table found."""
     for row in table["rows"] if table else ():
         cell = row["cells"].get("library", {})
         if "median" in cell and "bytes" in cell:
             if row["row"] == "copy":
                 chip = replace(chip, bandwidth=cell["bytes"] / cell["median"])
             else:
-                chip = replace(chip, matrix=cell["flops"] / cell["median"])
+                chip = replace(chip, **{unit: cell["flops"] / cell["median"]})
     return chip
 
 

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 
 import fade_kernels
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.files import ROOT, write_json  # noqa: F401  the other programs write with it
 
 
 @dataclass(frozen=True)
@@ -270,15 +269,6 @@ def environment() -> dict[str, Any]:
         "fade_kernels": fade_kernels.__version__,
         "build": build,
     }
-
-
-def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:
-    """Writes a result file: under a temporary name first, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(payload, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -1,8 +1,8 @@
 """One masked layer with random data, and a forward or forward + backward step of it by each of its competitors.
 
 Shared by the CPU and the GPU benchmarks of masked LoRA. Competitors ("providers"): the frozen layer (the floor), PEFT's
-dense LoRA in three precisions, masked LoRA in eager PyTorch in two forms, and fade_kernels, with its own choice of
-regime or with one forced.
+dense LoRA in three precisions, masked LoRA in eager PyTorch in two forms, and fade_kernels: exact, with its own choice
+of regime or with one forced, and in the one-product mode.
 """
 
 import contextlib
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from bench.shapes import Conv2d, Linear
-from fade_kernels import BitMask, dispatch, masked_lora_conv2d, masked_lora_linear
+from fade_kernels import BitMask, effective_weights, masked_lora_conv2d, masked_lora_linear
 from fade_kernels.masked_lora import force_regime
 
 RANK = 16
-PATHS = ("split", "scratch")
-"""Paths of the CUDA dispatch that are no regime. `scratch` rounds W + Delta to 16 bits: to be known, not chosen."""
+REFILLED, KEPT = "one-product", "one-product kept"
+ONE_PRODUCT = (REFILLED, KEPT)
+"""The mode that multiplies with a stochastically rounded W + Delta, which each pass makes anew, or which is made before
+the forward pass and kept for the backward pass. Here a layer has that launch to itself; a training step makes one for
+all layers."""
+SEED = 1
+"""Of the rounding."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Provider:
     Attributes:
         kind: "frozen", "merged", "PEFT dense" and so on (`BASELINES`), or "ours".
         mask: name of the mask; the baselines that have one use the first.
-        regime: of ours; "auto" is its own choice. On CUDA also one of PATHS, which other devices do not know.
+        regime: of ours; "auto" is its own choice among the exact ones; or one of ONE_PRODUCT.
         factors: dtype of ours' A and B; None: the layer's.
     """
 
@@ -129,11 +134,17 @@ class MaskedLayer:
             return nn.functional.linear(x, weight, bias)
         return nn.functional.conv2d(x, weight, bias, self.shape.stride, self.shape.kernel // 2)
 
-    def _ours(self, lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tensor:
-        arguments = (self.x, self.weight, self.bias, lora_a, lora_b, mask, self.scale)
+    def _ours(self, lora_a: Tensor, lora_b: Tensor, mask: BitMask, regime: str) -> Tensor:
+        delta, rounding = (lora_a, lora_b, mask, self.scale), {}
+        if regime == REFILLED:
+            rounding["rounding_seed"] = SEED
+        elif regime == KEPT:
+            layer = [[part] for part in (self.weight, *delta)]
+            rounding["rounded_weight"] = effective_weights(*layer, stochastic=True, seed=SEED)[0]
         if isinstance(self.shape, Linear):
-            return masked_lora_linear(*arguments)
-        return masked_lora_conv2d(*arguments, stride=self.shape.stride, padding=self.shape.kernel // 2)
+            return masked_lora_linear(self.x, self.weight, self.bias, *delta, **rounding)
+        window = {"stride": self.shape.stride, "padding": self.shape.kernel // 2}
+        return masked_lora_conv2d(self.x, self.weight, self.bias, *delta, **window, **rounding)
 
     def _peft_layer(self, dtype: torch.dtype) -> nn.Module:
         """PEFT's own layer around this weight, with this layer's factors in `dtype`."""
@@ -179,7 +190,7 @@ class MaskedLayer:
             return self._layer(self.x, self.weight + self._delta(), self.bias), own
         if provider.factors is not None:
             own = tuple(factor.detach().to(provider.factors).requires_grad_() for factor in own)
-        return self._ours(*own, self.packed[provider.mask]), own
+        return self._ours(*own, self.packed[provider.mask], provider.regime), own
 
     def forward(self, provider: Provider) -> list[Tensor]:
         """Output, without recording for a backward pass."""
@@ -215,17 +226,9 @@ class MaskedLayer:
 
 @contextlib.contextmanager
 def _forced(regime: str) -> Iterator[None]:
-    """A regime or a path of the CUDA dispatch, for forward and backward inside the block."""
-    if regime not in PATHS:
-        with force_regime(regime):
-            yield
-        return
-    chosen = dispatch.choose_linear
-    dispatch.choose_linear = lambda *_: regime
-    try:
+    """A regime, for forward and backward inside the block; the one-product mode has none."""
+    with contextlib.nullcontext() if regime in ONE_PRODUCT else force_regime(regime):
         yield
-    finally:
-        dispatch.choose_linear = chosen
 
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -43,6 +43,7 @@ class Row:
         count: how often the model has it: its weight in totals.
         prepare: sets the candidates up on a device.
         costs: candidate -> what it moves and computes.
+        bound: what no candidate that trains a masked layer can undercut, where that is known.
         weight: its share of the time, relative to other rows.
         repeats: timed rounds, where time allows.
         measure: does all of it instead of `prepare`, for candidates that are whole runs.
@@ -52,6 +53,7 @@ class Row:
     count: int
     prepare: Callable[[torch.device], Prepared] | None = None
     costs: Callable[[Chip], Mapping[str, Cost]] = lambda chip: {}
+    bound: Callable[[Chip], Cost | None] = lambda chip: None
     weight: float = 1.0
     repeats: int = REPEATS
     measure: Callable[[torch.device, Callable[[str], None]], dict[str, Cell]] | None = None
@@ -146,9 +148,11 @@ def measure_row(
         still_alive(device)
         timings = {}
         cells |= {name: {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"} for name in working}
-    costs = row.costs(chip)
+    costs, bound = row.costs(chip), row.bound(chip)
     for name, timing in timings.items():
         cells[name] |= asdict(timing)
+        if bound is not None:
+            cells[name]["bound"] = bound.seconds(chip, mode)
         if name in costs:
             cost = costs[name]
             expected = {"flops": cost.flops(mode), "bytes": cost.bytes(mode), "predicted": cost.seconds(chip, mode)}
@@ -208,13 +212,15 @@ def predict_plans(plans: Sequence[Plan], results: Results, chip: Chip) -> None:
     for plan in plans:
         table = results.open_table(plan.name, plan.title, plan.mode, plan.base)
         for row in plan.rows:
-            costs = row.costs(chip)
+            costs, bound = row.costs(chip), row.bound(chip)
+            limit = {} if bound is None else {"bound": bound.seconds(chip, plan.mode)}
             cells = {
                 name: {
                     "median": cost.seconds(chip, plan.mode),
                     "flops": cost.flops(plan.mode),
                     "bytes": cost.bytes(plan.mode),
                 }
+                | limit
                 for name, cost in costs.items()
             }
             if cells:

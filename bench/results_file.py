@@ -6,7 +6,8 @@
 
 A cell holds `median`, `low`, `high`, `fastest` (seconds), `repeats`, and where they are known `host` (seconds to queue
 the work), `extra_bytes` (peak memory beyond what was allocated), `flops`, `bytes`, `predicted` (seconds by the roofline
-model), `relative_error`; or only `error`, why there is no number. Totals weigh a row by its `count`.
+model), `bound` (seconds that no training of a masked layer undercuts, by the same model), `relative_error`; or only
+`error`, why there is no number. Totals weigh a row by its `count`.
 """
 
 import json
@@ -125,19 +126,21 @@ def show(table: Table, speedups: bool = True) -> None:
     """Prints a table: one line per column, totals over its rows weighed by their counts."""
     names, base = columns(table), table["base"]
     print(f"\n{table['title']}")
-    header = ["", "ms", f"x {base}", "host ms", "GB", "TFLOP", "model ms", "extra MiB", "runs"]
+    header = ["", "ms", f"x {base}", "x bound", "host ms", "GB", "TFLOP", "model ms", "extra MiB", "runs"]
     lines = []
     for name in names:
         cells = [row["cells"].get(name, {}) for row in table["rows"]]
         relative = ratio(table, name, base) if speedups and name not in wrong(table) else None
+        seconds, bound = total(table, name), total(table, name, "bound")
         memory = [cell["extra_bytes"] for cell in cells if cell.get("extra_bytes") is not None]
         runs = [cell["repeats"] for cell in cells if "repeats" in cell]
         error = next((cell["error"] for cell in cells if "error" in cell), None)
         lines.append(
             [
                 name + (" (WRONG)" if name in wrong(table) else ""),
-                _number(total(table, name), 1e3) or (error or "-")[:60],
+                _number(seconds, 1e3) or (error or "-")[:60],
                 _number(relative),
+                _number(seconds / bound if relative is not None and seconds and bound else None),
                 _number(total(table, name, "host"), 1e3),
                 _number(total(table, name, "bytes"), 1e-9),
                 _number(total(table, name, "flops"), 1e-12),

@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from bench.masked_layer import PATHS, Mask, MaskedLayer, Provider
+from bench.masked_layer import ONE_PRODUCT, Mask, MaskedLayer, Provider
 from bench.shapes import Linear
 from fade_kernels import (
     BitMask,
@@ -61,7 +61,7 @@ def triton_kernels(device: torch.device) -> None:
     mask = Mask(0.1)
     for layer in (Linear(67, 72, 97, bias=True, count=1), Linear(1, 33, 40, bias=False, count=1)):
         problem = MaskedLayer(layer, [mask], dtype=torch.bfloat16, device=device, rank=5)
-        for regime in (*REGIMES, *(PATHS if device.type == "cuda" else ())):
+        for regime in (*REGIMES, *ONE_PRODUCT):
             problem.training(Provider("ours", mask.name, regime))
         factors = (problem.lora_a.detach(), problem.lora_b.detach(), problem.packed[mask.name])
         effective_weight(problem.weight, *factors)

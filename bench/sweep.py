@@ -51,9 +51,11 @@ class Study:
     pairs: Sequence[tuple[str, str]]
     seeds: Sequence[int]
     keeps: Sequence[float]
-    draw: "Callable[[Study, dict[str, Any], Path], None]"
+    draw: "Callable[[Study, dict[str, Any], Path], None] | None"
     by_words: bool = False
     attacked: Sequence[float] = ()
+    dtype: str = "float32"
+    """In which the model is unlearned; its runs are judged on the float32 model, which any adapter of it fits."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,15 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     from fade.evaluation.attacks import attack
     from fade.evaluation.phrasings import held_out
 
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(torch_dtype=getattr(torch, study.dtype))
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
     config = fade.Config().replace(**study.recipes[cell.recipe], locate__keep=cell.keep, seed=cell.seed)
     adapter = fade.unlearn(
         pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
     )  # fmt: skip
+    if study.dtype != "float32":
+        pipeline = load_pipeline()
+        adapter = fade.load_adapter(pipeline, output / "adapter.safetensors")
     first = cell.seed % len(EVALUATION_SEEDS)
     drawn = {"seeds": (EVALUATION_SEEDS * 2)[first : first + images], "steps": EVALUATION_STEPS, "progress": False}
     result = evaluate(pipeline, adapter, baseline=_shared.get(drawn["seeds"]), **drawn)
@@ -120,6 +125,8 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
         "seconds": run["seconds"],
         "images": len(result.images),
     }
+    if "training_mode" in run:
+        row["training_mode"] = run["training_mode"]
     if study.by_words:
         words = (cell.forget, cell.surrogate, drawn["seeds"])
         found = _shared[words] = held_out(pipeline, adapter, baseline=_shared.get(words), **drawn)

@@ -722,9 +722,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def new_metadata(concept: Any, config: Any, base: str, digests: Mapping[str, str], scale: float) -> dict[str, Any]:
-    """Metadata of an adapter to be trained; the run record joins it at the end."""
+def new_metadata(
+    concept: Any, config: Any, base: str, digests: Mapping[str, str], scale: float, component: str = "unet"
+) -> dict[str, Any]:
+    """Metadata of an adapter to be trained on a component of a pipeline; the run record joins it at the end."""
     return {
+        "component": component,
         "concept": concept.to_dict(),
         "config": config.to_dict(),
         "base": base,

@@ -33,7 +33,9 @@ from fade_kernels import BitMask, masked_factor_values, scatter_masked_
 FORMAT, FORMAT_VERSION = "fade-adapter", 1
 VERSION_WITH_PARTS = 2
 """Of files with parts, which releases that know none would take for damaged."""
-PREFIX, PART_PREFIX = "fade.unet.", "fade.part."
+PART_PREFIX = "fade.part."
+COMPONENTS = ("unet", "transformer")
+"""Of a pipeline, that layers are in; the unet where the metadata does not say."""
 MOST_WEIGHTS = 2**31
 """Weights of a layer; the largest of today's models have 6e8."""
 LEAST_SCALE, MOST_SCALE = 1e-6, 1e6
@@ -95,6 +97,19 @@ def _mask_tensors(mask: BitMask, key: str) -> dict[str, Tensor]:
     }
 
 
+def component_of(metadata: Mapping[str, Any]) -> str:
+    """The component of a pipeline that an adapter's layers are in. Raises ValueError for one that no pipeline has."""
+    component = metadata.get("component", COMPONENTS[0])
+    if component not in COMPONENTS:
+        raise ValueError(f"component is none of {', '.join(COMPONENTS)}")
+    return component
+
+
+def _prefix(metadata: Mapping[str, Any]) -> str:
+    """What the keys of the layers' tensors begin with."""
+    return f"fade.{component_of(metadata)}."
+
+
 def write_adapter_file(
     path: str | Path,
     metadata: dict[str, Any],
@@ -108,7 +123,7 @@ def write_adapter_file(
     """
     masks, as_values, as_factors = {}, {}, {}
     for name, layer in layers.items():
-        key = PREFIX + name
+        key = _prefix(metadata) + name
         masks |= _mask_tensors(layer.mask, key)
         if layer.factors is None:
             as_values[f"{key}.values"] = layer.values.detach().float().cpu()
@@ -155,10 +170,9 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             told = str(version)[:40]
             raise AdapterFileError(f"{path} has format version {told}; this release reads up to {VERSION_WITH_PARTS}")
         kernels = metadata.get("kernels")
+        prefix, form = _prefix(metadata), metadata["form"]
         layers = {
-            name: read_layer(
-                PREFIX + name, shape, metadata["form"], tensors, None if kernels is None else kernels.get(name, [])
-            )
+            name: read_layer(prefix + name, shape, form, tensors, None if kernels is None else kernels.get(name, []))
             for name, shape in metadata["shapes"].items()
         }
         check_metadata(metadata, layers)
@@ -423,7 +437,9 @@ def read_layer(
         raise ValueError(f"unknown form {form!r}"[:100])
     lora_a, lora_b = (finite(_take(tensors, f"{key}.{part}"), part) for part in ("a", "b"))
     rank = lora_a.shape[0]
-    if lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
+    kernels = tuple(factor.shape[2:] for factor in (lora_a, lora_b))
+    fits = len(kernels[0]) in (0, 2) and kernels[1] == (1,) * len(kernels[0])
+    if not fits or lora_a.flatten(1).shape != (rank, k) or lora_b.flatten(1).shape != (n, rank):
         raise ValueError(f"the factors of {key} have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     return LayerTensors(mask, factors=(lora_a, lora_b), kernel=tuple(lora_a.shape[2:]))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
 from fade.errors import FadeError
 from fade.layers import MASKED_LAYERS, groups_on_disk
+from fade.regions import Region, region_of, split_pattern
 
 # Coarsest last: an adapter trained in a wide dtype also fits the same weights loaded in a narrower one.
 _FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -107,21 +108,52 @@ def base_layers(denoiser: nn.Module) -> dict[str, BaseLayer]:
 def target_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) -> dict[str, nn.Module]:
     """Linear and Conv2d layers of the denoiser by name, without adapters' own; all, or those matching a pattern.
 
-    A pattern is a name, the end of a name after a dot, or a glob such as `*.attn2.to_k`. The modules are the base
-    layers, also where an adapter wraps them. Raises FadeError naming a pattern that matches nothing.
+    A pattern is a name, the end of a name after a dot, or a glob such as `*.attn2.to_k`; behind it may stand a region
+    (`target_regions`). The modules are the base layers, also where an adapter wraps them. Raises FadeError naming a
+    pattern that matches nothing.
     """
     layers = {name: layer.module for name, layer in base_layers(denoiser).items()}
     if patterns is None:
         return layers
+    found = _matched(layers, patterns)
+    return {name: layers[name] for name in layers if name in found}
+
+
+def target_regions(denoiser: nn.Module, patterns: tuple[str, ...]) -> dict[str, Region]:
+    """By layer, the region that patterns such as `to_out[:, :3072]` or `to_qkv_mlp_proj[0:9216]` limit it to: rows and
+    columns of its weight [N, K] from the first to the one before the last; layers without one are left out.
+
+    Where another pattern names the whole layer, it has none. Raises FadeError as `target_layers` does, for a region
+    that is empty or outside a weight, and where two patterns name different ones of a layer.
+    """
+    layers = {name: layer.module for name, layer in base_layers(denoiser).items()}
+    regions: dict[str, Region] = {}
+    for name, named_by in _matched(layers, patterns).items():
+        asked = [(pattern, split_pattern(pattern)[1]) for pattern in named_by]
+        found = {None if b is None else region_of(pattern, b, name, layers[name]) for pattern, b in asked}
+        if None in found:
+            continue
+        if len(found) > 1:
+            raise FadeError(f"the target patterns {' and '.join(named_by)} name different regions of {name}; name one")
+        (regions[name],) = found
+    return regions
+
+
+def _matched(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, list[str]]:
+    """By layer that patterns match, those patterns."""
 
     def matches(name: str, pattern: str) -> bool:
         return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
+    matched: dict[str, list[str]] = {}
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in layers):
+        own, _ = split_pattern(pattern)
+        if not (names := [name for name in layers if matches(name, own)]):
             some = ", ".join(list(layers)[:: max(1, len(layers) // 4)][:4])
             raise FadeError(f"the target pattern {pattern!r} matches no Linear or Conv2d layer; there are e.g. {some}")
-    return {name: m for name, m in layers.items() if any(matches(name, pattern) for pattern in patterns)}
+        for name in names:
+            matched.setdefault(name, []).append(pattern)
+    return matched
 
 
 @contextlib.contextmanager

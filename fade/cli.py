@@ -226,7 +226,8 @@ def unlearn(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help=f"Layer name or glob; repeat for several. Default {', '.join(_LOCATE.targets)}.",
+            help="Layer name or glob; a region of rows and columns may follow, as in 'to_out[:, :3072]'. Repeat for "
+            "several. Default: the projections of the attention.",
         ),
     ] = None,
     rank: Annotated[
@@ -261,6 +262,14 @@ def unlearn(
             metavar=_words(settings.Parameters),
             help="Train low-rank factors or the masked weights themselves. Default: values where the adapter is "
             "solved, else factors.",
+        ),
+    ] = None,
+    training_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_words(settings.TrainingMode),
+            help="How a model in 16 bits is trained: with both products summed in float32, or in one product with a "
+            f"stochastically rounded weight. Default {_OVERWRITE.training_mode}.",
         ),
     ] = None,
     seed: Seed = None,
@@ -300,13 +309,14 @@ def unlearn(
         overwrite__retain_weight=retain_weight,
         overwrite__timesteps=timesteps,
         overwrite__parameters=parameters,
+        overwrite__training_mode=training_mode,
         closed_form__protect=protect or None,
         closed_form__hardening=hardening,
         seed=seed,
     )
     _refuse_ignored(
         chosen, steps=steps, learning_rate=learning_rate, forget_weight=forget_weight, retain_weight=retain_weight,
-        timesteps=timesteps,
+        timesteps=timesteps, training_mode=training_mode,
     )  # fmt: skip
     if not chosen.concepts:
         raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
@@ -359,7 +369,7 @@ def _concept_words(forget: list[str], surrogate: str | None) -> "tuple[settings.
 
 def _tell_of_run(record: dict[str, Any], file: Path) -> None:
     """What an unlearning run did and cost, and the file it wrote."""
-    from fade.report import where_it_sits
+    from fade.report import how_it_was_trained, where_it_sits
 
     seconds, memory = record["seconds"], record["peak_memory_bytes"]
     _console().print(
@@ -373,7 +383,7 @@ def _tell_of_run(record: dict[str, Any], file: Path) -> None:
         why = {"forgotten": ", until held-out noise said that the concept is forgotten"}.get(record["stopped_by"], "")
         if not why and "held_out_losses" in record:
             why = ", all that were allowed, before held-out noise said forgotten; evaluate it, or raise --steps"
-        _say(f"trained for {record['steps']} steps{why}")
+        _say(f"trained for {record['steps']} steps{why}; {how_it_was_trained(record)}")
     _say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
 
 

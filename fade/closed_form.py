@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.errors import FadeError
 from fade.progress import progress_bar
+from fade.regions import Region
 from fade.saliency import unit_count
 from fade_kernels import (
     BitMask,
@@ -69,13 +71,17 @@ _CHUNK_BYTES = 2**25
 """Of blocks that are factored at once where tokens are protected."""
 
 
+_Segments = Sequence[tuple[list[int], int | None]]
+"""A prompt's token ids by segment, and how many positions each has (`Backbone.token_ids`)."""
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[int]:
+def align(forget: Sequence[int], surrogate: Sequence[int], length: int, other_length: int | None = None) -> list[int]:
     """For each of `length` positions of the forget prompt, the position of the surrogate prompt that answers it.
 
-    `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length`. What
+    `forget` and `surrogate` are token ids with begin and end, without the padding that fills both up to `length` (the
+    surrogate up to `other_length`, where that is another). What
     they have in common at the beginning and at the end is aligned, what differs in between is spread evenly (where the
     surrogate has nothing there, on what follows), and padding answers padding at its own position.
     """
@@ -87,7 +93,7 @@ def align(forget: Sequence[int], surrogate: Sequence[int], length: int) -> list[
     middle = [prefix + (2 * i + 1) * other // (2 * own) for i in range(own)]
     end = [len(surrogate) - suffix + i for i in range(suffix)]
     padding = [max(i, len(surrogate)) for i in range(len(forget), length)]
-    return [min(i, length - 1) for i in (*range(prefix), *middle, *end, *padding)][:length]
+    return [min(i, (other_length or length) - 1) for i in (*range(prefix), *middle, *end, *padding)][:length]
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,8 @@ class TokenStatistics:
         )  # fmt: skip
 
 
-def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mapping[str, Tensor]) -> TokenStatistics:
-    """The statistics of prompts, from their embeddings [tokens, width].
+def token_statistics(backbone: Backbone, reader: str, prompts: TextPrompts, encoded: EncodedPrompts) -> TokenStatistics:
+    """The statistics of prompts as a reader's layers see them (`Backbone.text_layers`).
 
     A pair weighs as much as concept and surrogate lie apart in it, ‖x_s − x_f‖² summed over its tokens: one that
     hardly tells them apart must not dilute the edit. However many the phrasings are, all together weigh as much as the
@@ -158,14 +164,17 @@ def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mappi
     device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
 
     def states(prompt: str) -> Tensor:
-        return backbone.text_states(embeddings[prompt][None])[0].to(device, torch.float64)
+        return backbone.text_states(reader, encoded[prompt])[0].to(device, torch.float64)
+
+    def attended(prompt: str) -> Tensor | slice:
+        return _attended(backbone, reader, encoded[prompt], device)
 
     kept, parts = 0.0, [part for part in (prompts.retain, prompts.phrased_retain) if part]
     for part in parts:
         for prompt in part:
-            x = states(prompt)
+            x = states(prompt)[attended(prompt)]
             kept = kept + x.T @ x / (len(x) * len(part) * len(parts))
-    each = [_forget_statistics(backbone, one, states) for one in prompts.concepts]
+    each = [_forget_statistics(backbone, reader, one, states, attended) for one in prompts.concepts]
     shares = [1 / float(difference.trace()) for _, _, difference in each]
     forget, change, difference = (
         sum(share * one[part] for share, one in zip(shares, each, strict=True)) / sum(shares) for part in range(3)
@@ -173,17 +182,40 @@ def token_statistics(backbone: Backbone, prompts: TextPrompts, embeddings: Mappi
     return TokenStatistics(forget, change, difference, kept)
 
 
+def _attended(backbone: Backbone, reader: str, row: Conditioning, device: torch.device) -> Tensor | slice:
+    """Index of the tokens of a row that count: what is masked out of the picture may become anything."""
+    mask = backbone.attended(reader, row)
+    return slice(None) if mask is None else mask[0].to(device)
+
+
+def _aligned(forget: _Segments, surrogate: _Segments, length: int, other_length: int) -> list[int]:
+    """`align` of each segment of the tokens in turn; where there are no tokens, position answers position."""
+    if not forget:
+        return [min(i, other_length - 1) for i in range(length)]
+    places, begin, other_begin = [], 0, 0
+    for (own, size), (other, _) in zip(forget, surrogate, strict=True):
+        size, other_size = (size, size) if size is not None else (length - begin, other_length - other_begin)
+        places += [other_begin + place for place in align(own, other, size, other_size)]
+        begin, other_begin = begin + size, other_begin + other_size
+    return places
+
+
 def _forget_statistics(
-    backbone: Backbone, concept: TextPairs, states: Callable[[str], Tensor]
+    backbone: Backbone,
+    reader: str,
+    concept: TextPairs,
+    states: Callable[[str], Tensor],
+    attended: Callable[[str], Tensor | slice],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`TokenStatistics`' forget, change and difference of one concept."""
     words = sorted({word for pair in (*concept.pairs, *concept.phrased) for word in pair})
-    identifiers = dict(zip(words, backbone.token_ids(words), strict=True))
+    identifiers = dict(zip(words, backbone.token_ids(words, reader), strict=True))
     forget = change = difference = total = largest = 0.0
     for pairs in (concept.pairs, concept.phrased):
         for prompt, answer in pairs:
-            x = states(prompt)
-            d = states(answer)[align(identifiers[prompt], identifiers[answer], len(x))] - x
+            x, y = states(prompt), states(answer)
+            d = y[_aligned(identifiers[prompt], identifiers[answer], len(x), len(y))] - x
+            x, d = x[attended(prompt)], d[attended(prompt)]
             apart = float(d.square().sum())
             weight = apart / len(pairs)
             weighted = weight * x.T
@@ -255,30 +287,43 @@ def normal_equations(
     retain: float,
     damping: float,
     protected: Tensor | None = None,
+    regions: Mapping[str, Region] | None = None,
 ) -> NormalEquations:
     """The equations of layers (name to base layer) whose input are the text states.
 
     `retain` is λ; μ is `damping` times the mean square entry of the tokens; `protected` as `protected_directions` gives
-    it. Raises FadeError where μ is 0 and some entry is 0 in every token.
+    it. Of layers with a region only that changes: R are its rows and K its columns, which must be the same of all
+    layers, as must those of `protected`. Raises FadeError where μ is 0 and some entry is 0 in every token.
     """
-    gram, shift = _gram(statistics.forget, statistics.retain, retain, damping, protected)
-    rows = {name: len(layer.weight) for name, layer in layers.items()}
+    rows_of, columns = _cuts(layers, regions)
+    forget, held = statistics.forget[columns, columns], statistics.retain[columns, columns]
+    gram, shift = _gram(forget, held, retain, damping, protected)
+    rows = {name: len(layer.weight[rows_of[name]]) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
     # Norms of outputs only scale prices: half the precision is plenty for them, and twice as fast.
     difference, kept = statistics.difference.float(), statistics.retain.float()
-    for layer, part in zip(layers.values(), rhs.split(list(rows.values())), strict=True):
-        weight = layer.weight.detach().to(gram.device, torch.float32)
-        torch.mm(weight.double(), statistics.change, out=part)
+    change = statistics.change[:, columns]
+    for (name, layer), part in zip(layers.items(), rhs.split(list(rows.values())), strict=True):
+        weight = layer.weight.detach()[rows_of[name]].to(gram.device, torch.float32)
+        torch.mm(weight.double(), change, out=part)
         wanted.append(torch.dot((weight @ difference).flatten(), weight.flatten()))
         energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
     # A layer of zeros has no output to disturb, and no change to make either.
     energies = torch.stack(energy).double().clamp_min(1e-30)
     weights = torch.tensor([KEY_WEIGHT if name.endswith(KEYS) else 1.0 for name in layers]).to(energies)
     return NormalEquations(
-        rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), statistics.forget,
-        statistics.retain, retain, damping, shift, protected,
+        rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), forget, held, retain,
+        damping, shift, protected,
     )  # fmt: skip
+
+
+def _cuts(layers: Mapping[str, nn.Module], regions: Mapping[str, Region] | None) -> tuple[dict[str, slice], slice]:
+    """The rows of each layer that may change, and the columns, of all."""
+    whole = {name: Region(*map(range, layer.weight.shape)) for name, layer in layers.items()}
+    cuts = {name: (regions or {}).get(name, region) for name, region in whole.items()}
+    (columns,) = {region.columns for region in cuts.values()}
+    return {name: region.slices[0] for name, region in cuts.items()}, slice(columns.start, columns.stop)
 
 
 def _gram(
@@ -422,6 +467,30 @@ def select(
     return _selected(equations, mask, threshold, spread)
 
 
+def shares(
+    equations: Mapping[str, NormalEquations], units: int, granularity: str = "element", tile: int = 32
+) -> dict[str, int]:
+    """How many of `units` each of several systems of equations gets: as many as it has among the units that gain most
+    alone, over all of them. Layers that read different things of a prompt are solved apart, under one budget."""
+    if len(equations) == 1:
+        return dict.fromkeys(equations, units)
+    scores = {(key, i): s for key, one in equations.items() for i, s in enumerate(one.by_layer(_gains(one)))}
+    total = sum(unit_count(tuple(score.shape), granularity, tile) for score in scores.values())
+    chosen = select_top_fraction(list(scores.values()), min(1.0, (units + 0.5) / total), granularity, tile)
+    found = dict.fromkeys(equations, 0)
+    for (key, _), mask in zip(scores, chosen.masks, strict=True):
+        found[key] += mask.count
+    picked = sum(found.values())
+    most = {
+        key: sum(unit_count((rows, one.rhs.shape[1]), granularity, tile) for rows in one.rows.values())
+        for key, one in equations.items()
+    }
+    given = {key: min(most[key], round(units * many / picked)) for key, many in found.items()}
+    first = max(found, key=found.get)
+    given[first] = min(most[first], units - sum(many for key, many in given.items() if key != first))
+    return given
+
+
 def _selected(
     equations: NormalEquations, mask: BitMask, threshold: float, spread: Sequence[tuple[float, float]]
 ) -> Selected:
@@ -469,24 +538,25 @@ def _dense_prices(equations: NormalEquations) -> Tensor:
 
 
 def solve(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
-    """The optimum on masks by layer: float32 [mask.count], row-major; where there are protected tokens, 0 on them to
-    float64's precision before it is rounded.
+    """The optimum on the masks of the equations' layers: float32 [mask.count], row-major; where there are protected
+    tokens, 0 on them to float64's precision before it is rounded.
 
     Raises FadeError for a singular system, and where every row has fewer entries than there are constraints.
     """
     if equations.protected is None:
         return _optimum(equations, masks)
-    return _by_layer(masks, _constrained(equations, _stacked(equations, masks)))
+    return _by_layer(equations, masks, _constrained(equations, _stacked(equations, masks)))
 
 
 def _optimum(equations: NormalEquations, masks: Mapping[str, BitMask]) -> dict[str, Tensor]:
     """The optimum of the objective as G states it, protected tokens being nothing but dear."""
     values, _ = _solved(equations, _stacked(equations, masks), with_prices=False)
-    return _by_layer(masks, values)
+    return _by_layer(equations, masks, values)
 
 
-def _by_layer(masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
-    return dict(zip(masks, values.float().split([masks[name].count for name in masks]), strict=True))
+def _by_layer(equations: NormalEquations, masks: Mapping[str, BitMask], values: Tensor) -> dict[str, Tensor]:
+    parts = values.float().split([masks[name].count for name in equations.rows])
+    return dict(zip(equations.rows, parts, strict=True))
 
 
 def _constrained(equations: NormalEquations, mask: BitMask) -> Tensor:
@@ -539,13 +609,18 @@ def _solved(equations: NormalEquations, mask: BitMask, with_prices: bool) -> tup
         raise FadeError(_singular(str(error))) from error
 
 
-def protected_directions(backbone: Backbone, embeddings: Sequence[Tensor], statistics: TokenStatistics) -> Tensor:
-    """An orthonormal basis [K, P] of all tokens of protected prompts, from their embeddings [tokens, width].
+def protected_directions(
+    backbone: Backbone, reader: str, protected: Conditioning, statistics: TokenStatistics
+) -> Tensor:
+    """An orthonormal basis [K, P] of all tokens of protected prompts.
 
     Tokens that differ from others by less than rounding of the text encoder are no further direction. Raises FadeError
     where the forget tokens of the statistics lie within their span, so that nothing about them could change.
     """
-    states = torch.cat([backbone.text_states(embedding[None])[0] for embedding in embeddings])
+    rows = [protected.rows(i) for i in range(protected.count)]
+    states = torch.cat(
+        [backbone.text_states(reader, row)[0][_attended(backbone, reader, row, backbone.device)] for row in rows]
+    )
     directions, lengths, _ = torch.linalg.svd(states.to(statistics.forget).T, full_matrices=False)
     basis = directions[:, lengths > PROTECTED_PRECISION * lengths[0]].contiguous()
     outside = statistics.forget.trace() - ((basis.T @ statistics.forget) * basis.T).sum()
@@ -559,18 +634,20 @@ def protected_directions(backbone: Backbone, embeddings: Sequence[Tensor], stati
 
 def revival(
     layers: Mapping[str, nn.Module], equations: NormalEquations, masks: Mapping[str, BitMask],
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Tensor], regions: Mapping[str, Region] | None = None,
 ) -> Tensor:  # fmt: skip
     """T [K, K], float64, so that T x is what the edited layers answer most as the unedited answer x.
 
     It minimises Σ ‖(W + Δ) x' − W x‖² + ε ‖x'‖² over x' (RECE, Gong et al., arXiv 2407.12298), layers being weighed as
-    in the equations: a solve with one factor for all x.
+    in the equations: a solve with one factor for all x. Of layers with a region, answers are those of its rows.
     """
-    columns = equations.gram.shape[0]
-    inner, mixed = equations.gram.new_zeros(columns, columns), equations.gram.new_zeros(columns, columns)
+    width = next(iter(layers.values())).weight.shape[1]
+    inner, mixed = equations.gram.new_zeros(width, width), equations.gram.new_zeros(width, width)
+    rows_of, columns = _cuts(layers, regions)
     for (name, layer), scale in zip(layers.items(), equations.weights / equations.energy, strict=True):
-        weight = layer.weight.detach().to(equations.gram.device, torch.float32)
-        edited = weight + scatter_masked_(torch.zeros_like(weight), values[name].to(weight.device), masks[name])
+        weight = layer.weight.detach()[rows_of[name]].to(equations.gram.device, torch.float32)
+        edited, own = weight.clone(), torch.zeros_like(weight[:, columns]).contiguous()
+        edited[:, columns] += scatter_masked_(own, values[name].to(weight.device), masks[name])
         inner += (edited.T @ edited).double() * scale
         mixed += (edited.T @ weight).double() * scale
     inner.diagonal().add_(REVIVAL_DAMPING * float(inner.diagonal().mean()))
@@ -585,8 +662,9 @@ def solution(
     change: float | None,
     left: float | None = None,
     hardening: int = 0,
+    regions: Mapping[str, Region] | None = None,
 ) -> tuple[NormalEquations, dict[str, Tensor]]:
-    """The equations that were solved last, and their `solve` on the masks.
+    """The equations that were solved last, and their `solve` on the masks, which are those of the regions.
 
     With `change`, λ is `balanced` to it and to `left`. In each round of `hardening` the tokens that revive the
     concept under the last edit join the forget tokens, with the same answers, and everything is solved anew. Raises
@@ -601,10 +679,10 @@ def solution(
     equations, values = solved(equations)
     joined = statistics
     for done in range(1, 1 + hardening):
-        revived = statistics.mapped(revival(layers, equations, masks, values))
+        revived = statistics.mapped(revival(layers, equations, masks, values, regions))
         joined = joined.joined(revived, 1 / (1 + done))
         equations, values = solved(
-            normal_equations(layers, joined, equations.retain, equations.damping, equations.protected)
+            normal_equations(layers, joined, equations.retain, equations.damping, equations.protected, regions)
         )
     return equations, values
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fade.adapter import versions
-from fade.adapter_file import MOST_SCALE, AdapterFile, LayerTensors, read_parts, write_adapter_file
+from fade.adapter_file import MOST_SCALE, AdapterFile, LayerTensors, component_of, read_parts, write_adapter_file
 from fade.base_model import same_base, short_digest
 from fade.concept import Pair, check_together, pairs_in, plain_words, record_of, without_mention
 from fade.errors import AdapterFileError, FadeError, WrongBaseError
@@ -215,6 +215,7 @@ def _metadata(parts: Sequence[Part], files: Sequence[AdapterFile]) -> dict[str, 
     paths = {part.record.get("path") for part in parts}
     fingerprints = [file.metadata["fingerprint"] for file in reversed(files)]
     return {
+        "component": component_of(files[0].metadata),  # one, because all have the same fingerprint
         "concept": concept,
         "parts": [part.record for part in parts],
         "base": files[0].metadata.get("base", "unknown"),

@@ -21,12 +21,12 @@ Scaling = Literal["none", "module"]
 Granularity = Literal["element", "tile", "channel", "module", "none"]
 Parameters = Literal["factors", "values", "auto"]
 Method = Literal["distillation", "closed-form", "both"]
+TrainingMode = Literal["exact", "one-product", "auto"]
+CudaGraph = Literal["auto", "on", "off"]
 TimestepSampler = Literal["uniform", "band", "targeted"]
 
 MOST_SEED = 2**40
 """Seeds of images are made from it by multiplication, and torch takes 64 bits."""
-
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ class LocateConfig:
     """What is kept or dropped as a whole; `none` keeps everything, which is ordinary dense LoRA."""
     tile: int = 32
     """Side of a tile, for granularity `tile`."""
-    targets: tuple[str, ...] = ATTENTION_PROJECTIONS
-    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path."""
+    targets: tuple[str, ...] | None = None
+    """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path. A
+    region of rows and columns of the weight may follow, `to_out[:, :3072]`: that alone changes, and counts. None is the
+    family's own choice, the projections of its attention (and, where the closed form is used, the layers that read the
+    prompt alone)."""
     passes: int = 1
     """Times the forget latents are gone through, with fresh noise and timesteps each time."""
     batch_size: int = 16
@@ -157,6 +160,13 @@ class OverwriteConfig:
     """Bounds of the band as fractions of the training timesteps."""
     checkpoint_every: int = 50
     """Steps between checkpoints, when there is an output folder."""
+    training_mode: TrainingMode = "exact"
+    """How a model in 16 bits is trained (`fade.training_mode`; the run's record says what each layer used): `exact`
+    sums x Wᵀ and x Δᵀ in float32, `one-product` multiplies by W + Δ stochastically rounded once a step, `auto` takes
+    for each layer what the cost model prefers on a GPU. In float32 there is nothing to round: always exact."""
+    cuda_graph: CudaGraph = "auto"
+    """Record the student's pass once as a CUDA graph and replay it, which spares the launches from Python: `auto` where
+    it can be, `on` also keeps whatever memory that takes and warns where it cannot be, `off` never."""
 
     @property
     def peak_rate(self) -> float:
@@ -362,7 +372,7 @@ def _check(config: Config) -> None:
 
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
-    require(len(locate.targets) > 0, "targets must name at least one layer pattern")
+    require(locate.targets is None or len(locate.targets) > 0, "targets must name at least one layer pattern")
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")
     require(0 <= config.seed <= MOST_SEED, f"seed must be in [0, 2^40], not {config.seed}")
     require(overwrite.rank <= 4096, f"rank must be at most 4096, not {overwrite.rank}")

@@ -14,7 +14,8 @@ in the paper noise is fresh and the number of steps fixed.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +25,16 @@ from torch import Tensor
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
+from fade.captured_step import CapturedStep, why_not_captured
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import OverwriteConfig
 from fade.errors import DivergedError
 from fade.latents import Latents
 from fade.layers import MaskedLoraLayer
-from fade.noise import epoch_order, forget_timesteps, loss_scale, step_generator, uniform_timesteps
+from fade.noise import epoch_order, forget_times, loss_scale, step_generator, times_between
 from fade.progress import progress_bar
 from fade.run_folder import Checkpoint
+from fade.training_mode import ResolvedMode, rows_in
 
 
 @dataclass
@@ -64,13 +68,30 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What training made, beside the adapter."""
+
+    losses: Losses
+    training_mode: dict[str, Any]
+    """`ResolvedMode.record`."""
+    cuda_graph: str
+    """`captured`, or why the student's passes were launched one kernel at a time."""
+
+    def record(self, config: OverwriteConfig) -> dict[str, Any]:
+        """What a run's record says of its training."""
+        return {
+            **self.losses.record(config), "training_mode": self.training_mode, "cuda_graph": self.cuda_graph,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class _Batch:
-    """Noised latents [n, 4, h, w], the forget half first, and what the teacher says of them."""
+    """Noised latents [n, C, h, w], the forget half first, and what the teacher says of them."""
 
     rows: tuple[Tensor, Tensor]
     """Which of the forget and which of the retain latents they are."""
     noised: Tensor
-    timesteps: Tensor
+    times: Tensor
     taught: Tensor
 
 
@@ -84,25 +105,28 @@ def overwrite(
     backbone: Backbone,
     adapter: Adapter,
     latents: Latents,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: OverwriteConfig,
     seed: int,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
-) -> Losses:
-    """Trains the adapter in place and returns the losses.
+) -> Trained:
+    """Trains the adapter in place and returns the losses, and how they were computed.
 
-    `embeddings` maps every prompt of `latents` to [tokens, width]. With `checkpoint` the state is written there every
+    `prompts` has every prompt of `latents`. With `checkpoint` the state is written there every
     `config.checkpoint_every` steps; where one is there already, training goes on from it and ends as it would have
     without the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint;
     FadeError for a checkpoint that does not fit.
     """
-    forget = torch.stack([embeddings[p] for p in latents.forget_prompts])
-    surrogate = torch.stack([embeddings[p] for p in latents.surrogate_prompts])
-    retain = torch.stack([embeddings[p] for p in latents.retain_prompts])
-    sample_forget = forget_timesteps(config, backbone, latents.forget[:16], forget[:16], surrogate[:16], seed)
-    sample_retain = uniform_timesteps(backbone.num_timesteps)
+    read = prompts.conditioning.rows
+    forget, surrogate, retain = (
+        prompts.rows(texts) for texts in (latents.forget_prompts, latents.surrogate_prompts, latents.retain_prompts)
+    )
+    some = (latents.forget[:16], read(forget[:16]), read(surrogate[:16]))
+    sample_forget, sample_retain = forget_times(config, backbone, *some, seed), times_between(backbone)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
+    # The names of a batch's prompts as tensors, the same for all batches.
+    names = tuple(read(forget[:1].expand(sum(halves))).tensors())
     # A pool waits in host memory, two latents a sample, and takes nothing from an accelerator.
     keep = torch.device("cpu") if config.pool else device
     layers = list(adapter.layers.values())
@@ -110,7 +134,7 @@ def overwrite(
 
     def batches(stream: str, numbers: Sequence[int]) -> list[_Batch]:
         """Those batches of a stream of noise, with what one pass of the teacher says of them."""
-        rows, noised, timesteps = [], [], []
+        rows, noised, times = [], [], []
         for number in numbers:
             i_f = epoch_order(seed, f"{stream} forget", len(latents.forget), number, halves[0])
             i_r = epoch_order(seed, f"{stream} retain", len(latents.retain), number, halves[1])
@@ -118,25 +142,35 @@ def overwrite(
             clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
-            timesteps.append(torch.cat(drawn).to(device))
-            noised.append(backbone.add_noise(clean, noise, timesteps[-1]))
+            times.append(torch.cat(drawn).to(device))
+            noised.append(backbone.add_noise(clean, noise, times[-1]))
             rows.append((i_f, i_r))
-        prompts = [prompt for i_f, i_r in rows for prompt in (surrogate[i_f], retain[i_r])]
+        answers = read(torch.cat([row for i_f, i_r in rows for row in (surrogate[i_f], retain[i_r])]))
         with torch.inference_mode(), _adapters_off(layers):
-            taught = backbone.predict(torch.cat(noised), torch.cat(timesteps), torch.cat(prompts))
+            taught = backbone.predict(torch.cat(noised), torch.cat(times), answers)
         # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
         taught = taught.clone().split(sum(halves))
         return [
             _Batch(r, n.to(keep), t.to(keep), y.to(keep))
-            for r, n, t, y in zip(rows, noised, timesteps, taught, strict=True)
+            for r, n, t, y in zip(rows, noised, times, taught, strict=True)
         ]
 
-    def batch_losses(batch: _Batch) -> tuple[Tensor, Tensor]:
+    def student_inputs(batch: _Batch) -> tuple[Tensor, ...]:
         i_f, i_r = batch.rows
-        prompts = torch.cat([forget[i_f], retain[i_r]])
-        predicted = backbone.predict(batch.noised.to(device), batch.timesteps.to(device), prompts).float()
-        taught = batch.taught.to(device).float()
-        return tuple(F.mse_loss(*halved) for halved in zip(predicted.split(halves), taught.split(halves), strict=True))
+        asked = read(torch.cat([forget[i_f], retain[i_r]])).tensors()
+        return batch.noised.to(device), batch.times.to(device), batch.taught.to(device), *asked.values()
+
+    def halved_losses(noised: Tensor, times: Tensor, taught: Tensor, *asked: Tensor) -> tuple[Tensor, Tensor]:
+        conditioning = Conditioning.from_tensors(dict(zip(names, asked, strict=True)))
+        predicted = backbone.predict(noised, times, conditioning).float()
+        pairs = zip(predicted.split(halves), taught.float().split(halves), strict=True)
+        return tuple(F.mse_loss(*halved) for halved in pairs)
+
+    def student_losses(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is differentiated, and the losses of both halves."""
+        loss_forget, loss_retain = halved_losses(*inputs)
+        loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
+        return scale * loss / config.accumulation, loss_forget, loss_retain
 
     def pooled() -> list[_Batch]:
         pool: list[_Batch] = []
@@ -151,7 +185,14 @@ def overwrite(
 
     def held_out_losses() -> list[float]:
         with torch.inference_mode():
-            return [loss.item() for loss in batch_losses(held_out)]
+            return [loss.item() for loss in halved_losses(*student_inputs(held_out))]
+
+    def rows_in_a_step() -> list[int]:
+        """Counted in a pass of the frozen model on one sample: every sample has as many."""
+        start = backbone.times(torch.zeros(1, device=device))
+        with torch.inference_mode(), _adapters_off(layers):
+            rows = rows_in(layers, lambda: backbone.predict(latents.retain[:1], start, read(retain[:1])))
+        return [sum(halves) * count for count in rows]
 
     parameters = adapter.parameters()
     for parameter in parameters:
@@ -159,6 +200,12 @@ def overwrite(
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
     losses = Losses() if checkpoint is None else _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
+    mode = ResolvedMode.of(
+        config.training_mode, adapter.name, layers, rows_in_a_step, keep=config.cuda_graph == "on"
+    )  # fmt: skip
+    eager, captured = why_not_captured(config.cuda_graph, backbone, mode, prompts.conditioning), None
+    if eager is not None and config.cuda_graph == "on":
+        _warn_of_eager(eager)
     pool = pooled() if config.pool else None
     held_out, frozen = None, 1.0
     if config.stops:
@@ -175,6 +222,23 @@ def overwrite(
         losses.held_out_forget.append(shares[0])
         losses.held_out_retain.append(shares[1])
 
+    def learn(batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Adds a batch's gradients to those of the step, and returns both its losses."""
+        nonlocal captured, eager
+        inputs = student_inputs(batch)
+        if captured is None and eager is None:
+            try:
+                captured = CapturedStep(student_losses, parameters, inputs)
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                eager = f"it cannot be captured ({reason})"
+                _warn_of_eager(eager)
+        if captured is not None:
+            return captured(*inputs)[1:]
+        loss, *both = student_losses(*inputs)
+        loss.backward()
+        return tuple(both)
+
     end, forgotten = losses.end(config)
     with progress_bar("overwriting", config.steps, progress) as advance:
         for _ in range(first):
@@ -182,16 +246,14 @@ def overwrite(
         step = first
         while step < end:
             sums = torch.zeros(2)
-            for micro in range(config.accumulation):
-                number = step * config.accumulation + micro
-                if pool is None:
-                    (batch,) = batches("overwrite", [number])
-                else:
-                    batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
-                loss_forget, loss_retain = batch_losses(batch)
-                loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
-                (scale * loss / config.accumulation).backward()
-                sums += torch.stack([loss_forget, loss_retain]).detach().cpu() / config.accumulation
+            with mode.step(step):
+                for micro in range(config.accumulation):
+                    number = step * config.accumulation + micro
+                    if pool is None:
+                        (batch,) = batches("overwrite", [number])
+                    else:
+                        batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
+                    sums += torch.stack(learn(batch)).detach().cpu() / config.accumulation
             if not torch.isfinite(sums).all():
                 raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
@@ -205,7 +267,7 @@ def overwrite(
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_rate * _rate(step, end, config)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=captured is None)
             losses.forget.append(float(f"{sums[0].item():.5g}"))
             losses.retain.append(float(f"{sums[1].item():.5g}"))
             step += 1
@@ -215,7 +277,12 @@ def overwrite(
             advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return losses
+        parameter.grad = None
+    return Trained(losses, mode.record(config.training_mode), eager or "captured")
+
+
+def _warn_of_eager(reason: str) -> None:
+    warnings.warn(f"the student's step is launched kernel by kernel and not as a CUDA graph: {reason}", stacklevel=3)
 
 
 def _rate(step: int, end: int, config: OverwriteConfig) -> float:

@@ -139,8 +139,8 @@ def _read_as_the_same(backbone: Backbone, answers: Mapping[str, str]) -> list[bo
     """For each caption whether the text encoder cannot tell it from its answer: the concept is beyond its tokens."""
     if not answers:
         return []
-    captions, surrogates = backbone.encode_prompts([*answers, *answers.values()]).chunk(2)
-    return [torch.equal(caption, surrogate) for caption, surrogate in zip(captions, surrogates, strict=True)]
+    encoded, many = backbone.encode_prompts([*answers, *answers.values()]), len(answers)
+    return [encoded.rows(i).equal(encoded.rows(many + i)) for i in range(many)]
 
 
 def _retain_latents(

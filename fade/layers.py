@@ -71,8 +71,9 @@ _FACTORS: dict[type[nn.Module], type[_Lender]] = {nn.Linear: LinearFactor, nn.Co
 
 
 def _lent(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    # PEFT replaces factors by plain layers of a larger rank when it prepares a model for hot-swapping.
-    return module() if isinstance(module, _Lender) else (module.weight, module.bias)
+    # PEFT replaces factors by plain layers of a larger rank when it prepares a model for hot-swapping. Without a hook
+    # nothing comes between, and a call and an alias for each factor would cost as much as the product of a small layer.
+    return module() if isinstance(module, _Lender) and is_hooked(module) else (module.weight, module.bias)
 
 
 def _values(lora_a: Tensor, lora_b: Tensor) -> Tensor:
@@ -82,6 +83,12 @@ def _values(lora_a: Tensor, lora_b: Tensor) -> Tensor:
         return (lora_b * lora_a).view(-1)
     lora_a, lora_b = lora_a.flatten(1), lora_b.flatten(1)
     return lora_b[0, 0] * lora_a[0] + lora_b[0, 1:] @ lora_a[1:]
+
+
+def _scale_tensor(scale: float, device: torch.device) -> Tensor:
+    """The scale as autograd can keep it, in inference mode, too."""
+    with torch.inference_mode(False):
+        return torch.tensor(scale, dtype=torch.float32, device=device)
 
 
 class MaskBuffer(nn.Module):
@@ -96,7 +103,7 @@ class MaskBuffer(nn.Module):
         self.shape = mask.shape
         self.register_buffer("words", mask.words)
         # No buffer: what offloading writes to a disk once, it brings back as it was then.
-        self.scale = torch.tensor(scale, dtype=torch.float32, device=mask.device)
+        self.scale = _scale_tensor(scale, mask.device)
         self._mask, self._exact_scale = mask, scale
 
     def set_scale(self, scale: float) -> None:
@@ -106,7 +113,11 @@ class MaskBuffer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskBuffer":
         super()._apply(fn, recurse)
-        self.scale = torch.tensor(self._exact_scale, dtype=torch.float32, device=self.words.device)
+        if self._mask.words is not self.words:
+            # Moved: torch.compile must find the count, and no device is waited for to count anew.
+            self._mask = self._mask._with_words(self.words)
+            self.words = self._mask.words
+        self.scale = _scale_tensor(self._exact_scale, self.words.device)
         return self
 
     def _load_from_state_dict(
@@ -124,6 +135,10 @@ class MaskBuffer(nn.Module):
         if words is not None:  # written into the old memory, so what was counted of the old mask is gone
             self._mask = BitMask.from_words(self.words, self.shape)
 
+    def lent(self) -> tuple[BitMask, Tensor]:
+        """The mask and the scale, for one product."""
+        return self() if is_hooked(self) else (self.mask, self.scale)
+
     @property
     def mask(self) -> BitMask:
         if self._mask.words is not self.words:
@@ -132,8 +147,6 @@ class MaskBuffer(nn.Module):
 
     def forward(self) -> tuple[BitMask, Tensor]:
         """The mask and the scale, for one product; called, so that an offloading hook fetches them."""
-        if not is_hooked(self):
-            return self.mask, self.scale
         # The hook puts other memory under the buffer as soon as this returns.
         return BitMask.from_words(self.words.view(self.words.shape), self.shape), self.scale
 
@@ -174,6 +187,16 @@ class Merged:
     name: str
     scale: float
     held: bool
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One adapter's one-product mode (`fade.training_mode`) in one training step of one layer: the seed by which W + Δ
+    is rounded, or the weight made so beforehand."""
+
+    adapter: str
+    seed: int | None = None
+    weight: Tensor | None = None
 
 
 DENSE_FROM = 1 / 16
@@ -224,6 +247,8 @@ class MaskedLoraLayer:
     other_param_names: ClassVar[tuple[str, ...]] = (
         *lora.LoraLayer.other_param_names, "lora_mask", "values_form", "pinned"
     )  # fmt: skip
+    rounding: Rounding | None = None
+    """Set while a step of the one-product mode is trained; else every product is exact."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         # PEFT's constructor calls this before ours could add anything, and it walks `other_param_names`.
@@ -310,7 +335,7 @@ class MaskedLoraLayer:
 
     def adapter_tensors(self, adapter_name: str) -> tuple[BitMask, list[Tensor]]:
         """A masked adapter's mask with [values [nnz]] or [A, B], detached, fetched from wherever they are offloaded."""
-        mask, _ = self.lora_mask[adapter_name]()
+        mask, _ = self.lora_mask[adapter_name].lent()
         lora_a, lora_b = (_lent(factors[adapter_name])[0].detach() for factors in (self.lora_A, self.lora_B))
         return mask, [_values(lora_a, lora_b)] if self.has_values(adapter_name) else [lora_a, lora_b]
 
@@ -662,6 +687,8 @@ class MaskedLoraLayer:
     ) -> Tensor:
         """The base layer's output with what the adapters `acting` add to it."""
         masked = [name for name in acting if name in self.lora_mask]
+        if self.rounding is not None:  # what is trained shares the product with the weight
+            masked.sort(key=lambda name: name != self.rounding.adapter)
         plain = [name for name in acting if name not in self.lora_mask]
         base = self.base_layer
         fused = (
@@ -771,15 +798,18 @@ class MaskedLoraLayer:
         return self._product(name, self.lora_dropout[name](x), None, None)
 
     def _product(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        mask, scale = self.lora_mask[name]()
+        mask, scale = self.lora_mask[name].lent()
         lora_a, _ = _lent(self.lora_A[name])
         lora_b, own_bias = _lent(self.lora_B[name])
+        rounded = {}
+        if self.rounding is not None and self.rounding.adapter == name and weight is not None:
+            rounded = {"rounding_seed": self.rounding.seed, "rounded_weight": self.rounding.weight}
         if self.has_values(name):
-            return self._values_product(x, weight, bias, _values(lora_a, lora_b), mask, scale)
+            return self._values_product(x, weight, bias, _values(lora_a, lora_b), mask, scale, **rounded)
         if own_bias is not None:
             own_bias = (own_bias * scale).to(x.dtype)
             bias = own_bias if bias is None else bias + own_bias
-        return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale)
+        return self._factors_product(x, weight, bias, lora_a, lora_b, mask, scale, **rounded)
 
 
 class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
@@ -789,15 +819,16 @@ class MaskedLoraLinear(MaskedLoraLayer, lora.Linear):
         return F.linear(x, weight, bias)
 
     def _values_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
-    ) -> Tensor:
-        return masked_values_linear(x, weight, bias, values, mask, scale)
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor,
+        **rounded: Any,
+    ) -> Tensor:  # fmt: skip
+        return masked_values_linear(x, weight, bias, values, mask, scale, **rounded)
 
     def _factors_product(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
-        scale: Tensor,
+        scale: Tensor, **rounded: Any,
     ) -> Tensor:  # fmt: skip
-        return masked_lora_linear(x, weight, bias, lora_a, lora_b, mask, scale)
+        return masked_lora_linear(x, weight, bias, lora_a, lora_b, mask, scale, **rounded)
 
 
 class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
@@ -812,21 +843,22 @@ class MaskedLoraConv2d(MaskedLoraLayer, lora.Conv2d):
         return self.get_base_layer()._conv_forward(x, weight, bias)
 
     def _values_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor
-    ) -> Tensor:
-        base, (x, padding) = self.get_base_layer(), self._padded(x)
-        geometry = (base.stride, padding, base.dilation, base.groups)
-        return masked_values_conv2d(
-            x, weight, bias, values, mask, scale, *geometry, kernel_size=base.kernel_size
-        )  # fmt: skip
-
-    def _factors_product(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
-        scale: Tensor,
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, values: Tensor, mask: BitMask, scale: Tensor,
+        **rounded: Any,
     ) -> Tensor:  # fmt: skip
         base, (x, padding) = self.get_base_layer(), self._padded(x)
         geometry = (base.stride, padding, base.dilation, base.groups)
-        return masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask, scale, *geometry)
+        return masked_values_conv2d(
+            x, weight, bias, values, mask, scale, *geometry, kernel_size=base.kernel_size, **rounded
+        )
+
+    def _factors_product(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask: BitMask,
+        scale: Tensor, **rounded: Any,
+    ) -> Tensor:  # fmt: skip
+        base, (x, padding) = self.get_base_layer(), self._padded(x)
+        geometry = (base.stride, padding, base.dilation, base.groups)
+        return masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask, scale, *geometry, **rounded)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | int]:
         """The input with the padding that is not zeros of a fixed width, and what padding is left for the product."""

@@ -107,18 +107,23 @@ def _read_index(model: str, source: str) -> dict[str, Any]:
 def _pipeline_class(model: str, index: Mapping[str, Any], classes: Mapping[str, str]) -> Any:
     import diffusers
 
-    from fade.backbones import BACKBONES
+    from fade.backbones import FAMILIES, supported_families
 
     name = index.get("_class_name")
     name = name if isinstance(name, str) else "pipeline of an unknown class"
     cls = getattr(diffusers, name, None)
     taken = inspect.signature(cls).parameters if isinstance(cls, type) else {}
-    known = isinstance(cls, type) and (
-        any(base.__name__ in BACKBONES for base in cls.__mro__)
-        or any(b.has_its_parts({part: classes.get(part, "") for part in taken}) for b in BACKBONES.values())
+    known = isinstance(cls, type) and any(
+        family.draws(cls) or family.has_parts({part: classes.get(part, "") for part in taken}) for family in FAMILIES
     )
     if not known:
-        raise FadeError(f"{model} is a {name}, which is not supported; supported: {', '.join(BACKBONES)}")
+        newer = next((family for family in FAMILIES if name in (family.pipeline, *family.others)), None)
+        if newer is not None:
+            raise FadeError(
+                f"{model} is a {name}, which the installed diffusers {diffusers.__version__} does not have; "
+                f"{newer.name} needs diffusers {newer.since} or later"
+            )
+        raise FadeError(f"{model} is a {name}, which is not supported; supported: {supported_families()}")
     for part, parameter in taken.items():
         if part not in classes and parameter.default is parameter.empty and part not in cls._optional_components:
             raise FadeError(f"cannot load the model {model!r}: its model_index.json names no {part}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones import Backbone
+from fade.conditioning import Conditioning
 from fade.config import OverwriteConfig
 
 
@@ -32,29 +33,29 @@ def epoch_order(seed: int, stream: str, size: int, batch: int, batch_size: int) 
     )
 
 
-TimestepSampler = Callable[[int, torch.Generator], Tensor]
+TimeSampler = Callable[[int, torch.Generator], Tensor]
+"""Times of the backbone's type, [count], on the CPU."""
 
 
-def uniform_timesteps(num_timesteps: int, low: float = 0.0, high: float = 1.0) -> TimestepSampler:
-    """Uniform integers in [low·T, high·T)."""
-    first, last = round(low * num_timesteps), max(round(high * num_timesteps), round(low * num_timesteps) + 1)
-    return lambda count, generator: torch.randint(first, last, (count,), generator=generator)
+def times_between(backbone: Backbone, low: float = 0.0, high: float = 1.0) -> TimeSampler:
+    """As the model was trained, from that share of the way from picture to noise."""
+    return lambda count, generator: backbone.draw_times(count, generator, low, high)
 
 
-def targeted_timesteps(
-    backbone: Backbone, clean: Tensor, prompts: Tensor, surrogates: Tensor, seed: int, bins: int = 20
-) -> TimestepSampler:
-    """Timesteps in proportion to how far apart forget and surrogate predictions are there, with a floor of a fifth.
+def targeted_times(
+    backbone: Backbone, clean: Tensor, prompts: Conditioning, surrogates: Conditioning, seed: int, bins: int = 20
+) -> TimeSampler:
+    """Times in proportion to how far apart forget and surrogate predictions are there, with a floor of a fifth.
 
-    The gap is E‖ε(z_t, c_forget) − ε(z_t, c_surrogate)‖² / E‖ε(z_t, c_forget)‖², estimated on `clean` [n, 4, h, w] in
+    The gap is E‖ε(z_t, c_forget) − ε(z_t, c_surrogate)‖² / E‖ε(z_t, c_forget)‖², estimated on `clean` [n, C, h, w] in
     `bins` equal ranges of t. This is ours; what SPARE (arXiv 2602.07058 v2) samples is not public.
     """
-    edges = torch.linspace(0, backbone.num_timesteps, bins + 1)
+    edges = torch.linspace(0, backbone.time_span, bins + 1)
     gaps = torch.empty(bins)
     generator = step_generator(seed, "targeted timesteps", 0)
     with torch.inference_mode():
         for i in range(bins):
-            t = torch.full((len(clean),), int((edges[i] + edges[i + 1]) / 2), device=clean.device)
+            t = backbone.times(((edges[i] + edges[i + 1]) / 2).expand(len(clean))).to(clean.device)
             noised = backbone.add_noise(clean, torch.randn(clean.shape, generator=generator).to(clean), t)
             forget = backbone.predict(noised, t, prompts).float()
             surrogate = backbone.predict(noised, t, surrogates).float()
@@ -64,19 +65,24 @@ def targeted_timesteps(
     def sample(count: int, generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
         within = torch.rand(count, generator=generator)
-        return (edges[chosen] + within * (edges[chosen + 1] - edges[chosen])).long()
+        return backbone.times(edges[chosen] + within * (edges[chosen + 1] - edges[chosen]))
 
     return sample
 
 
-def forget_timesteps(
-    config: OverwriteConfig, backbone: Backbone, clean: Tensor, prompts: Tensor, surrogates: Tensor, seed: int
-) -> TimestepSampler:
-    """The sampler that the settings name, for the forget half; the retain half is always uniform."""
+def forget_times(
+    config: OverwriteConfig,
+    backbone: Backbone,
+    clean: Tensor,
+    prompts: Conditioning,
+    surrogates: Conditioning,
+    seed: int,
+) -> TimeSampler:
+    """The sampler that the settings name, for the forget half; the retain half is never restricted."""
     if config.timesteps == "targeted":
-        return targeted_timesteps(backbone, clean, prompts, surrogates, seed)
+        return targeted_times(backbone, clean, prompts, surrogates, seed)
     low, high = config.timestep_band if config.timesteps == "band" else (0.0, 1.0)
-    return uniform_timesteps(backbone.num_timesteps, low, high)
+    return times_between(backbone, low, high)
 
 
 def loss_scale(dtype: torch.dtype, predictions: int) -> float:

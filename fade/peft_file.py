@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fade.adapter_file import (
     FORMAT,
-    PREFIX,
     AdapterFile,
     check_metadata,
     read_adapter_file,
@@ -26,6 +25,8 @@ from fade.tuner import HEADER, bare_name
 FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What a folder's adapter is called: by `fade.unlearn`, by PEFT, by diffusers."""
 _COMPONENTS = ("unet.", "transformer.")
+_PREFIX = "fade.unet."
+"""Of keys while a file is read; which component it was is not kept in one that PEFT wrote."""
 _PARTS = {"lora_mask.words": "mask", "lora_A.weight": "a", "lora_B.weight": "b"}
 _DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError)
 
@@ -76,7 +77,7 @@ def read_peft_file(path: str | Path) -> AdapterFile:
         metadata = {**header["metadata"], "scale": header["lora_alpha"] / rank, "form": form}
         tensors = _as_in_adapter_files(state, values)
         layers = {
-            name: read_layer(PREFIX + name, shape, "values" if name in values else "factors", tensors)
+            name: read_layer(_PREFIX + name, shape, "values" if name in values else "factors", tensors)
             for name, shape in shapes.items()
         }
         if not {"fingerprint", "concept"} <= metadata.keys():
@@ -106,11 +107,11 @@ def _as_in_adapter_files(state: dict[str, Tensor], values: set[str]) -> dict[str
             if tensor.dim() < 3 or len(tensor) != 1:
                 raise ValueError(f"tensor {key} has the shape {list(tensor.shape)}"[:200])
             tensor = tensor[0]
-        tensors[f"{PREFIX}{bare_name(layer)}.{_PARTS.get(f'{part}.{own}', f'{part}.{own}')}"] = tensor
+        tensors[f"{_PREFIX}{bare_name(layer)}.{_PARTS.get(f'{part}.{own}', f'{part}.{own}')}"] = tensor
     for name in values:
         # As a layer holds them (`MaskedLoraLayer.set_values`): lora_A [1, nnz] beside a lora_B of one 1.
-        row, one = tensors.pop(f"{PREFIX}{name}.a"), tensors.pop(f"{PREFIX}{name}.b")
+        row, one = tensors.pop(f"{_PREFIX}{name}.a"), tensors.pop(f"{_PREFIX}{name}.b")
         if one.numel() != 1 or one.item() != 1 or row.numel() != row.shape[1]:
             raise ValueError(f"the values of {name} have the shapes {list(row.shape)} and {list(one.shape)}"[:200])
-        tensors[f"{PREFIX}{name}.values"] = row.flatten().float()
+        tensors[f"{_PREFIX}{name}.values"] = row.flatten().float()
     return tensors

@@ -140,6 +140,21 @@ def where_it_sits(path: str | None) -> str:
     return _PATHS.get(path, "a place that its file does not tell")
 
 
+_ROUNDED = {"kept": "rounded once a step and kept", "refilled": "rounded anew by each product"}
+
+
+def how_it_was_trained(run: dict[str, Any]) -> str | None:
+    """The arithmetic of a run's training, in words; None where its record does not tell it."""
+    if (mode := run.get("training_mode")) is None:
+        return None
+    because = f" ({'; '.join(mode['exact_because'])})" if mode.get("exact_because") else ""
+    if mode["used"] == "exact":
+        return f"every product exact{because}"
+    count, exact = mode["layers"]["one-product"], mode["layers"]["exact"]
+    others = f"; {exact} exact{because}" if exact else ""
+    return f"{count} layers in one product, weights {_ROUNDED[mode['rounded_weights']]}{others}"
+
+
 def outcome(evaluation: Evaluation) -> str:
     """What happened, in one sentence with its numbers."""
     kept = [f"{evaluation.metrics['IRA']:.1f} % of the other {_domains(evaluation)}"]
@@ -572,6 +587,8 @@ def _setting_rows(metadata: dict[str, Any], **more: dict[str, Any]) -> list[tupl
     rows = flatten(metadata.get("config", {}), "") + flatten(more, "")
     if "form" in metadata:
         rows.append(("file form", metadata["form"]))
+    if (trained := how_it_was_trained(metadata.get("run", {}))) is not None:
+        rows.append(("trained with", trained))
     fingerprint = metadata.get("fingerprint", {})
     return rows + [(f"base fingerprint, {dtype}", digest) for dtype, digest in fingerprint.items()]
 

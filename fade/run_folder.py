@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fade.adapter import Adapter, versions
 from fade.backbones import Backbone
+from fade.conditioning import EncodedPrompts
 from fade.errors import FadeError
 from fade.files import (
     WRITE_ERRORS,
@@ -121,12 +122,12 @@ class RunFolder:
         if not self.resumed:
             (self.path / REQUEST_FILE).unlink(missing_ok=True)
 
-    def begin_with(self, latents: Latents, embeddings: Mapping[str, Tensor], backbone: Backbone) -> None:
+    def begin_with(self, latents: Latents, prompts: EncodedPrompts, backbone: Backbone) -> None:
         """Keeps what the stages depend on beside the request, or compares it with what an interrupted run began with.
 
         Raises FadeError where the latents, their prompts, the text encoder or the noise schedule are other ones.
         """
-        inputs = {"latents": _latents_digest(latents), "sketch": _sketch(latents, embeddings, backbone)}
+        inputs = {"latents": _latents_digest(latents), "sketch": _sketch(latents, prompts, backbone)}
         before = self._state.get("inputs")
         if before is None:
             self._state["inputs"] = inputs
@@ -348,17 +349,18 @@ def _latents_digest(latents: Latents) -> str:
     return digest({"forget": latents.forget, "retain": latents.retain, "prompts": words})
 
 
-def _sketch(latents: Latents, embeddings: Mapping[str, Tensor], backbone: Backbone) -> list[float]:
+def _sketch(latents: Latents, prompts: EncodedPrompts, backbone: Backbone) -> list[float]:
     """A few numbers that are others where prompts are encoded, latents noised or targets formed in another way.
 
     Numbers and no digest, because their last bits may depend on the number of threads.
     """
     numbers = []
-    for prompt in sorted(embeddings):
-        embedding = embeddings[prompt].detach().float().cpu().reshape(-1)
-        direction = torch.randn(embedding.shape, generator=torch.Generator(device="cpu").manual_seed(0))
-        numbers.append(torch.dot(embedding, direction) / embedding.norm().clamp_min(1e-12))
-    steps = torch.linspace(0, backbone.num_timesteps - 1, 8).long().to(latents.forget.device)
+    for prompt in sorted(prompts.prompts):
+        for tensor in prompts[prompt].tensors().values():
+            embedding = tensor.detach().float().cpu().reshape(-1)
+            direction = torch.randn(embedding.shape, generator=torch.Generator(device="cpu").manual_seed(0))
+            numbers.append(torch.dot(embedding, direction) / embedding.norm().clamp_min(1e-12))
+    steps = backbone.times(torch.linspace(0, backbone.time_span, 8)).to(latents.forget.device)
     clean = torch.ones_like(latents.forget[:1]).expand(len(steps), *latents.forget.shape[1:])
     for formed in (backbone.add_noise(clean, 2 * clean, steps), backbone.target(clean, 2 * clean, steps)):
         numbers += formed.float().flatten(1).mean(1).cpu()

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import LocateConfig
 from fade.errors import FadeError
 from fade.latents import Latents
 from fade.noise import epoch_order, loss_scale, step_generator
 from fade.progress import progress_bar
+from fade.regions import Region, embed, matrix_shape, target_shapes
 from fade_kernels import BitMask, GradientMagnitude, select_top_fraction
 
 
@@ -47,42 +49,41 @@ def locate(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
     latents: Latents | None,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: LocateConfig,
     seed: int,
     progress: bool = False,
     within: Collection[str] | None = None,
+    regions: Mapping[str, Region] | None = None,
 ) -> Located:
     """Saliency of `layers` (name to base layer) on the latents, and the top `config.keep` of it as masks.
 
-    `embeddings` maps every prompt of `latents` to [tokens, width]. The weights are frozen meanwhile; the denoiser's
+    `prompts` has every prompt of `latents`. The weights are frozen meanwhile; the denoiser's
     adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
-    hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Raises
-    FadeError where `keep` selects nothing.
+    hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Of a
+    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing.
     """
+    regions = regions or {}
     chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
+    shapes = target_shapes(chosen, regions)
     if config.granularity == "none":
-        return located_in(layers, {name: BitMask.full(matrix_shape(m)) for name, m in chosen.items()}, {}, 0.0)
-    saliency = measure_saliency(backbone, chosen, latents, embeddings, config, seed, progress)
+        masks = {name: BitMask.full(shape) for name, shape in shapes.items()}
+        return located_in(layers, masks, {}, 0.0, regions)
+    saliency = measure_saliency(backbone, chosen, latents, prompts, config, seed, progress, regions)
     spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
     if config.scaling == "module":
         for name, value in saliency.items():
             value.div_(max(spread[name][0], torch.finfo(value.dtype).tiny))
     keep = config.keep
     if within is not None:
-        of_chosen = sum(unit_count(matrix_shape(m), config.granularity, config.tile) for m in chosen.values())
+        of_chosen = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
         # Half a unit more: the fraction must not round below the count.
-        keep = min(1.0, (kept_units(layers, config) + 0.5) / of_chosen)
+        keep = min(1.0, (kept_units(layers, config, regions) + 0.5) / of_chosen)
     try:
         selection = select_top_fraction(list(saliency.values()), keep, config.granularity, config.tile)
     except ValueError as error:
         raise FadeError(str(error)) from error
-    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold)
-
-
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """A layer's weight seen as [N, K]."""
-    return layer.weight.shape[0], layer.weight[0].numel()
+    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold, regions)
 
 
 def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
@@ -95,9 +96,12 @@ def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
     return counts[granularity]
 
 
-def kept_units(layers: Mapping[str, nn.Module], config: LocateConfig) -> int:
-    """How many units `keep` leaves of these layers. Raises FadeError where that is none."""
-    total = sum(unit_count(matrix_shape(layer), config.granularity, config.tile) for layer in layers.values())
+def kept_units(
+    layers: Mapping[str, nn.Module], config: LocateConfig, regions: Mapping[str, Region] | None = None
+) -> int:
+    """How many units `keep` leaves of these layers, or their regions. Raises FadeError where that is none."""
+    shapes = target_shapes(layers, regions or {})
+    total = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
     count = math.floor(config.keep * total)
     if count == 0:
         raise FadeError(
@@ -110,37 +114,41 @@ def measure_saliency(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
     latents: Latents | None,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: LocateConfig,
     seed: int,
     progress: bool = False,
+    regions: Mapping[str, Region] | None = None,
 ) -> dict[str, Tensor]:
-    """Unscaled saliency by layer, float32, each of its weight's shape; `auto` is `distillation` here."""
+    """Unscaled saliency by layer, float32, each of its weight's shape, or its region's; `auto` is `distillation`."""
+    slices = {name: region.slices for name, region in (regions or {}).items()}
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
-        return {name: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for name, m in layers.items()}
-    stack = _stacker(embeddings)
+        shapes = {name: regions[name].shape if name in slices else m.weight.shape for name, m in layers.items()}
+        return {name: torch.rand(shapes[name], generator=generator).to(m.weight.device) for name, m in layers.items()}
     batches = config.passes * -(-len(latents.forget) // config.batch_size)
     contrast = config.saliency == "contrast"
     with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
 
-        def accumulate(part: str, clean: Tensor, prompts: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
+        def accumulate(part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
             scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
-            with GradientMagnitude(layers, per_sample=config.per_sample) as magnitude:
+            with GradientMagnitude(layers, per_sample=config.per_sample, regions=slices) as magnitude:
                 for batch in range(batches):
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
-                    _backward(backbone, clean[index], prompts[index], surrogates, index, generator, scale)
+                    taught = None if surrogates is None else prompts.conditioning.rows(surrogates[index])
+                    read = prompts.conditioning.rows(rows[index])
+                    _backward(backbone, clean[index], read, taught, generator, scale)
                     advance()
             for value in magnitude.saliency.values():
                 value.div_(scale)
             return magnitude.saliency
 
-        forget, surrogates = stack(latents.forget_prompts), stack(latents.surrogate_prompts)
+        forget, surrogates = prompts.rows(latents.forget_prompts), prompts.rows(latents.surrogate_prompts)
         teacher = surrogates if config.saliency in ("distillation", "auto") else None
         saliency = accumulate("locate forget", latents.forget, forget, teacher)
         if contrast:
-            common = accumulate("locate retain", latents.retain, stack(latents.retain_prompts), None)
+            common = accumulate("locate retain", latents.retain, prompts.rows(latents.retain_prompts), None)
             for name, value in saliency.items():
                 value.div_(common[name] + common[name].mean().clamp_min(torch.finfo(value.dtype).tiny))
     return saliency
@@ -149,22 +157,21 @@ def measure_saliency(
 def _backward(
     backbone: Backbone,
     clean: Tensor,
-    prompts: Tensor,
-    surrogates: Tensor | None,
-    index: Tensor,
+    prompts: Conditioning,
+    surrogates: Conditioning | None,
     generator: torch.Generator,
     scale: float,
 ) -> None:
     """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss, times `scale`."""
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    timesteps = torch.randint(backbone.num_timesteps, (len(clean),), generator=generator).to(clean.device)
-    noised = backbone.add_noise(clean, noise, timesteps)
+    times = backbone.draw_times(len(clean), generator).to(clean.device)
+    noised = backbone.add_noise(clean, noise, times)
     if surrogates is None:
-        target = backbone.target(clean, noise, timesteps)
+        target = backbone.target(clean, noise, times)
     else:
         with torch.no_grad():
-            target = backbone.predict(noised, timesteps, surrogates[index])
-    loss = F.mse_loss(backbone.predict(noised, timesteps, prompts).float(), target.float())
+            target = backbone.predict(noised, times, surrogates)
+    loss = F.mse_loss(backbone.predict(noised, times, prompts).float(), target.float())
     (scale * loss).backward()
 
 
@@ -172,21 +179,23 @@ def _empty(layer: nn.Module) -> BitMask:
     return BitMask.pack(torch.zeros(matrix_shape(layer), dtype=torch.bool, device=layer.weight.device))
 
 
-def _stacker(embeddings: Mapping[str, Tensor]):
-    return lambda prompts: torch.stack([embeddings[prompt] for prompt in prompts])
-
-
 def located_in(
     layers: Mapping[str, nn.Module],
     masks: Mapping[str, BitMask],
     spread: Mapping[str, tuple[float, float]],
     threshold: float,
+    regions: Mapping[str, Region] | None = None,
 ) -> Located:
     """What is located in `layers`, empty masks in those of which `masks` has none.
 
-    `spread` is the mean and the largest saliency of each layer, before scaling; empty where none was measured.
+    Of layers with a region, `masks` are the region's; those of the result are the whole weight's, and what they count
+    and how dense they are is the region's again. `spread` is the mean and the largest saliency of each layer, before
+    scaling; empty where none was measured.
     """
+    regions = regions or {}
+    masks = embed(masks, layers, regions)
     masks = {name: masks[name] if name in masks else _empty(layer) for name, layer in layers.items()}
+    areas = {name: rows * columns for name, (rows, columns) in target_shapes(layers, regions).items()}
     records = []
     for name, mask in masks.items():
         mean, largest = spread.get(name, (None, None))
@@ -197,7 +206,7 @@ def located_in(
                 "saliency_mean": None if mean is None else float(f"{mean:.5g}"),
                 "saliency_max": None if largest is None else float(f"{largest:.5g}"),
                 "selected": mask.count,
-                "density": float(f"{mask.density:.5g}"),
+                "density": float(f"{mask.count / max(1, areas[name]):.5g}"),
                 "tiles_occupied": float(f"{mask.occupancy(32).float().mean().item():.5g}"),
             }
         )
@@ -206,5 +215,5 @@ def located_in(
         layers=records,
         threshold=float(threshold),
         selected=sum(mask.count for mask in masks.values()),
-        total=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
+        total=sum(areas.values()),
     )

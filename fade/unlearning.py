@@ -7,6 +7,7 @@ import json
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fade.base_model import (
     refuse_merged,
     refuse_offloaded,
     target_layers,
+    target_regions,
 )
 from fade.closed_form import (
     FIRST_WEIGHT,
@@ -34,21 +36,24 @@ from fade.closed_form import (
     protected_directions,
     residual,
     select,
+    shares,
     solution,
     token_statistics,
 )
 from fade.concept import Concept, Pair, digitcanvas_caption, mentions, together
 from fade.concept import beside as concept_beside
-from fade.config import Config
-from fade.distillation import Losses
+from fade.conditioning import EncodedPrompts
+from fade.config import ClosedFormConfig, Config
+from fade.distillation import Losses, Trained
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
+from fade.regions import Region, cut, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
-from fade.saliency import Located, kept_units, locate, located_in, matrix_shape, unit_count
+from fade.saliency import Located, kept_units, locate, located_in, unit_count
 from fade_kernels import BitMask
 
 __all__ = ["ADAPTER_FILE", "unlearn", "unlearn_each"]
@@ -74,7 +79,8 @@ def unlearn(
     """Makes a pipeline answer `forget` as it answers `surrogate`, and everything else as before.
 
     Args:
-        pipeline: a diffusers StableDiffusionPipeline (1.x or 2.x). Its own weights are never changed.
+        pipeline: a diffusers pipeline of a supported family (`fade.backbones.FAMILIES`) that draws from a prompt alone,
+            or one made of its parts. Its own weights are never changed.
         forget, surrogate: the concept and what takes its place, put into `templates` (one `{}` each). On the bundled
             DigitCanvas, two digits or two styles. Several concepts at once: `forget={"three": "eight", "seven": "one"}`
             without `surrogate`; one adapter forgets all of them (`unlearn_each` makes one for each).
@@ -106,7 +112,7 @@ def unlearn(
     config = config.replace(concepts=())  # the record names them as the concept
     others = concepts_of(backbone, beside)
     concept = concept_beside(concept, others, config.data.plurals)
-    config = settings_for(config, len(concept.pairs), bool(others))
+    config = _with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
 
@@ -126,6 +132,7 @@ def _unlearn(
         for module in _modules(pipeline):
             out_of_inference_mode(module)
         layers = target_layers(backbone.denoiser, config.locate.targets)
+        regions = target_regions(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
         if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
@@ -134,7 +141,7 @@ def _unlearn(
                 "and another saliency"
             )
         if config.locate.granularity != "none":
-            kept_units(layers, config.locate)  # that there are any, before anything is drawn
+            kept_units(layers, config.locate, regions)  # that there are any, before anything is drawn
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
@@ -152,7 +159,7 @@ def _unlearn(
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
         for module in _modules(pipeline):
             resources.enter_context(evaluation_mode(module))
-        return _run(backbone, concept, config, layers, digests, folder, name, progress)
+        return _run(backbone, concept, config, layers, regions, digests, folder, name, progress)
 
 
 @plain_mode()
@@ -204,7 +211,7 @@ def unlearn_each(
             request = concept_beside(one, theirs, config.data.plurals)
             folder = folders[one.forget]
             going_on = resume and folder is not None and (folder / REQUEST_FILE).is_file()
-            settings = settings_for(config, len(one.pairs), bool(theirs))
+            settings = _with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
             own = f"{name}_{slug}"
             if resume and not going_on and folder is not None and (folder / ADAPTER_FILE).is_file():
                 made[one.forget] = _finished(backbone, folder, request, settings, own)
@@ -236,6 +243,7 @@ def _run(
     concept: Concept,
     config: Config,
     layers: dict[str, nn.Module],
+    regions: dict[str, Region],
     digests: dict[str, str],
     folder: RunFolder | None,
     name: str,
@@ -275,7 +283,7 @@ def _run(
                     else:
                         warn_of_retain_prompts(concept, config.data)
                     text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
-                    embeddings = _encode(backbone, pairs, [*retain, *text.all()])
+                    prompts = _encode(backbone, pairs, [*retain, *text.all()])
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
@@ -284,51 +292,44 @@ def _run(
             # Without latents nothing is done that would be worth keeping: an interrupted run is done again.
             kept = folder if latents is not None else None
             if kept is not None:
-                kept.begin_with(latents, embeddings, backbone)
+                kept.begin_with(latents, prompts, backbone)
             with backbone.only_denoiser_on_device():
                 with stage("locate"):
-                    tokens, equations = None, None
+                    edits = {}
                     if config.uses_closed_form:
-                        tokens = token_statistics(backbone, text, embeddings)
-                        equations = _equations(backbone, layers, tokens, text.protect, embeddings, config)
+                        edits = _text_edits(backbone, layers, regions, text, prompts, config)
                     located = None if kept is None else kept.located_before(layers)
                     if located is None:
-                        located = _locate(backbone, layers, latents, embeddings, config, equations, progress)
+                        located = _locate(backbone, layers, regions, latents, prompts, config, edits, progress)
                         if kept is not None:
                             kept.keep_located(located)
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
-                        settings = config.closed_form
-                        equations, solved = solution(
-                            text_path(backbone, layers), tokens, equations, located.masks, settings.change,
-                            settings.left, settings.hardening,
-                        )  # fmt: skip
-                        left = {
-                            "retain_weight": equations.retain,
-                            **vars(residual(equations, located.masks, solved)),
-                        }
-                equations = None  # as large as the layers; training has no use for it
+                        solved, left = _solve(edits, located.masks, config.closed_form)
+                edits = {}  # as large as the layers; training has no use for them
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
                 adapter = attach(
                     pipeline, name, located.masks, rank=config.overwrite.rank,
                     alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
-                    metadata=new_metadata(concept, config, base_name(pipeline), digests, scale), seed=config.seed,
+                    metadata=new_metadata(
+                        concept, config, base_name(pipeline), digests, scale, backbone.family.component
+                    ), seed=config.seed,
                     solved=solved,
                 )  # fmt: skip
                 adapter.enable()
-                losses = Losses()
+                trained: Trained | None = None
                 if config.trains:
                     with stage("overwrite"):
-                        losses = run_overwrite(
-                            backbone, adapter, latents, embeddings, config.overwrite, config.seed,
+                        trained = run_overwrite(
+                            backbone, adapter, latents, prompts, config.overwrite, config.seed,
                             folder and folder.checkpoint(located), progress,
                         )  # fmt: skip
             adapter.metadata["run"] = {
                 "path": edit_path(located.masks, text_path(backbone, layers)),
                 "saliency": config.saliency,
-                **_run_record(costs, losses, located, left),
-                **(losses.record(config.overwrite) if config.trains else {}),
+                **_run_record(costs, trained.losses if trained else Losses(), located, left),
+                **(trained.record(config.overwrite) if trained else {}),
             }
             if folder is not None:
                 folder.finish(adapter)
@@ -341,9 +342,21 @@ def _run(
         raise
 
 
+def _with_targets(backbone: Backbone, config: Config) -> Config:
+    """Settings that name the layers to edit: the family's, and, where something is solved, the layers that read the
+    prompt alone."""
+    if config.locate.targets is not None:
+        return config
+    targets = list(backbone.targets)
+    if config.uses_closed_form:
+        named = target_layers(backbone.denoiser, backbone.targets)
+        targets += sorted(frozenset().union(*backbone.text_layers().values()) - named.keys())
+    return config.replace(locate__targets=tuple(targets))
+
+
 def text_path(backbone: Backbone, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of the layers that read the prompt alone."""
-    readers = backbone.text_layers()
+    readers = frozenset().union(*backbone.text_layers().values())
     return {name: layer for name, layer in layers.items() if name in readers}
 
 
@@ -374,20 +387,71 @@ def _text_prompts(
     return TextPrompts(each, tuple(dict.fromkeys(retain)), kept, tuple(protect))
 
 
-def _equations(
+@dataclass(frozen=True)
+class _TextEdit:
+    """What is solved for the layers that read the same of a prompt, and of it the same entries."""
+
+    layers: dict[str, nn.Module]
+    regions: dict[str, Region]
+    tokens: TokenStatistics
+    equations: NormalEquations
+
+
+def _text_edits(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
-    tokens: TokenStatistics,
-    protect: Sequence[str],
-    embeddings: Mapping[str, Tensor],
+    regions: Mapping[str, Region],
+    text: TextPrompts,
+    prompts: EncodedPrompts,
     config: Config,
-) -> NormalEquations:
-    """Of the layers that read the prompt alone."""
-    settings, protected = config.closed_form, None
-    if protect:
-        protected = protected_directions(backbone, [embeddings[prompt] for prompt in protect], tokens)
+) -> dict[tuple[str, range], _TextEdit]:
+    """By reader and the columns that may change, of those of the layers that read the prompt alone. A reader that
+    cannot tell concept and surrogate apart is left out; raises FadeError where none can."""
+    settings, edits, told = config.closed_form, {}, None
     weight = FIRST_WEIGHT if settings.retain_weight is None else settings.retain_weight
-    return normal_equations(text_path(backbone, layers), tokens, weight, settings.damping, protected)
+    for reader, names in backbone.text_layers().items():
+        read = {name: layer for name, layer in layers.items() if name in names}
+        if not read:
+            continue
+        try:
+            tokens = token_statistics(backbone, reader, text, prompts)
+        except FadeError as error:
+            told = told or error
+            continue
+        protected = None
+        if text.protect:
+            rows = prompts.conditioning.rows(prompts.rows(text.protect))
+            protected = protected_directions(backbone, reader, rows, tokens)
+        of_columns: dict[range, dict[str, nn.Module]] = {}
+        for name, layer in read.items():
+            columns = regions[name].columns if name in regions else range(layer.weight.shape[1])
+            of_columns.setdefault(columns, {})[name] = layer
+        for columns, alike in of_columns.items():
+            own = {name: regions[name] for name in alike if name in regions}
+            held = None if protected is None else protected[columns.start : columns.stop]
+            equations = normal_equations(alike, tokens, weight, settings.damping, held, own)
+            edits[reader, columns] = _TextEdit(alike, own, tokens, equations)
+    if not edits:
+        raise told
+    return edits
+
+
+def _solve(
+    edits: Mapping[tuple[str, range], _TextEdit], masks: Mapping[str, BitMask], settings: ClosedFormConfig
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The values of every layer with a mask, and what is left undone: the mean over readers."""
+    solved, left = {name: torch.zeros(0, device="cpu", dtype=torch.float32) for name in masks}, []
+    for edit in edits.values():
+        if not any(masks[name].count for name in edit.layers):
+            continue
+        own = cut({name: masks[name] for name in edit.layers}, edit.regions)
+        equations, values = solution(
+            edit.layers, edit.tokens, edit.equations, own, settings.change, settings.left, settings.hardening,
+            edit.regions,
+        )  # fmt: skip
+        solved |= values
+        left.append({"retain_weight": equations.retain, **vars(residual(equations, own, values))})
+    return solved, {name: sum(one[name] for one in left) / len(left) for name in left[0]}
 
 
 def _is_of(pair: tuple[str, str], one: Pair, concept: Concept, plurals: bool) -> bool:
@@ -398,24 +462,35 @@ def _is_of(pair: tuple[str, str], one: Pair, concept: Concept, plurals: bool) ->
 def _locate(
     backbone: Backbone,
     layers: Mapping[str, nn.Module],
+    regions: Mapping[str, Region],
     latents: Latents | None,
-    embeddings: Mapping[str, Tensor],
+    prompts: EncodedPrompts,
     config: Config,
-    equations: NormalEquations | None,
+    edits: Mapping[tuple[str, range], _TextEdit],
     progress: bool,
 ) -> Located:
-    """Masks by the saliency that the settings name; where there are `equations`, in their layers alone."""
-    within = None if equations is None else equations.rows.keys()
+    """Masks by the saliency that the settings name; where something is solved, in its layers alone."""
+    within = {name for edit in edits.values() for name in edit.layers} or None
     locating = dataclasses.replace(config.locate, saliency=config.saliency)
     if config.saliency != "closed-form" or locating.granularity == "none":
-        return locate(backbone, layers, latents, embeddings, locating, config.seed, progress, within)
-    most = sum(unit_count(matrix_shape(layers[name]), locating.granularity, locating.tile) for name in within)
-    units = min(kept_units(layers, locating), most)
-    settings = config.closed_form
-    chosen = select(
-        equations, units, locating.granularity, locating.tile, progress, settings.change, settings.left
-    )  # fmt: skip
-    return located_in(layers, chosen.masks, chosen.spread, chosen.threshold)
+        return locate(backbone, layers, latents, prompts, locating, config.seed, progress, within, regions)
+    shapes = target_shapes({name: layers[name] for name in within}, regions)
+    most = sum(unit_count(shape, locating.granularity, locating.tile) for shape in shapes.values())
+    units = min(kept_units(layers, locating, regions), most)
+    settings, masks, spread, thresholds = config.closed_form, {}, {}, []
+    systems = {reader: edit.equations for reader, edit in edits.items()}
+    given = shares(systems, units, locating.granularity, locating.tile)
+    for reader, edit in edits.items():
+        if not given[reader]:
+            continue
+        chosen = select(
+            edit.equations, given[reader], locating.granularity, locating.tile, progress, settings.change,
+            settings.left,
+        )  # fmt: skip
+        masks |= chosen.masks
+        spread |= chosen.spread
+        thresholds.append(chosen.threshold)
+    return located_in(layers, masks, spread, min(thresholds), regions)
 
 
 def _run_record(
@@ -456,18 +531,18 @@ def _alone(denoiser: nn.Module) -> Iterator[None]:
             _in_training.discard(denoiser)
 
 
-def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> dict[str, Tensor]:
+def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> EncodedPrompts:
     """Every prompt of the run, encoded once. Raises FadeError where a concept does not reach the text encoder."""
     prompts = sorted({*(prompt for pair in pairs for prompt in pair), *retain})
-    embeddings = dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+    encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
     for forget, surrogate in set(pairs):
-        if torch.equal(embeddings[forget], embeddings[surrogate]):
+        if encoded[forget].equal(encoded[surrogate]):
             shown = forget if len(forget) <= 60 else f"{forget[:60]}…"
             raise FadeError(
                 f"the text encoder reads the prompt {shown!r} and its surrogate as the same; if they are longer than "
                 "the tokens it takes, shorten the template so that the concept is among them"
             )
-    return embeddings
+    return encoded
 
 
 @contextlib.contextmanager

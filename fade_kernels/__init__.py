@@ -5,8 +5,8 @@ The whole public surface, and nothing else. Usable without the `fade` package, d
 """
 
 from fade_kernels import (
-    _ops,  # noqa: F401  defines the operators, which extension and dispatch then serve
-    dispatch,  # noqa: F401  registers the GPU kernels, and imports none of them yet
+    _ops,  # noqa: F401  defines the operators, which extension and registration then serve
+    registration,  # noqa: F401  registers the GPU kernels, and imports none of them yet
 )
 from fade_kernels._extension import build_info
 from fade_kernels.bitmask import BitMask, gather_masked, scatter_masked_
@@ -14,6 +14,7 @@ from fade_kernels.least_squares import masked_least_squares, masked_least_square
 from fade_kernels.masked_lora import (
     effective_weight,
     effective_weights,
+    effective_weights_from_values,
     masked_factor_values,
     masked_lora_conv2d,
     masked_lora_linear,
@@ -38,6 +39,7 @@ __all__ = [
     "build_info",
     "effective_weight",
     "effective_weights",
+    "effective_weights_from_values",
     "gather_masked",
     "masked_factor_values",
     "masked_least_squares",

@@ -1,7 +1,7 @@
 """Loads the compiled extensions, once, and knows the facts about them.
 
 Apart from the operators because they exist without them: `fade_kernels._C` (CPU) and `fade_kernels._C_cuda` only
-register kernels for operators that `_ops.py` has defined, and where one is missing the plain-PyTorch definitions serve.
+register kernels for operators that `_ops` has defined, and where one is missing the plain-PyTorch definitions serve.
 FADE_KERNELS=reference leaves both out; cpu or cuda insists on one and leaves out the other's device.
 """
 
@@ -44,8 +44,8 @@ def _load() -> tuple[ModuleType | None, str]:
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     """The CUDA library, or None and the reason why there is none.
 
-    Loading it asks nothing of the driver. That it is missing is told when a CUDA tensor would need it (`dispatch`):
-    most machines with a CUDA build of torch and no toolkit have no GPU either.
+    Loading it asks nothing of the driver. That it is missing is told when a CUDA tensor would need it
+    (`registration.py`): most machines with a CUDA build of torch and no toolkit have no GPU either.
     """
     if FORCED not in ("", "cuda"):
         return None, LEFT_OUT

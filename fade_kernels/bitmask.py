@@ -143,7 +143,7 @@ class BitMask:
 
     @property
     def count(self) -> int:
-        """Number of set bits."""
+        """Number of set bits. Counted when first asked for, which torch.compile cannot trace: ask once before."""
         if self._count is None:
             self._count = int(self.row_counts.sum())
         return self._count
@@ -174,11 +174,13 @@ class BitMask:
     def to(self, device: torch.device | str) -> "BitMask":
         """The same mask on another device; itself where it is there already."""
         words = self.words.to(device)
-        if words is self.words:
-            return self
-        moved = BitMask._trusted(words, self.shape)
-        moved._count = self._count
-        return moved
+        return self if words is self.words else self._with_words(words)
+
+    def _with_words(self, words: Tensor) -> "BitMask":
+        """The same mask in other memory; what was counted of it stays known."""
+        mask = BitMask._trusted(words, self.shape)
+        mask._count = self._count
+        return mask
 
     def __eq__(self, other: object) -> bool:
         """Same shape and the same bits, wherever the words are."""

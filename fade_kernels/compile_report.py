@@ -3,7 +3,9 @@
 Triton kernels are compiled case by case (`compile_cases()` of each module in `triton_kernels/`), the CUDA sources with
 nvcc where it and they are present. For each case and architecture the report has registers, spilled bytes, shared
 memory and tensor-core instructions; it fails where a case does not compile, exceeds the chip's shared memory, lacks the
-tensor-core instructions it must have, or spills on sm_90.
+tensor-core instructions it must have, or spills on sm_90. There it also fails where a loop of matrix products is not
+pipelined: where it loads from memory what was not copied to shared memory steps before, or waits for the product it has
+just begun. What may do so all the same, a case names with the reason (`CompileCase.allowed`).
 """
 
 import argparse
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fade_kernels.triton_kernels.launch import CompileCase
+    from fade_kernels.triton_kernels.launch import Allowance, CompileCase
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -37,6 +39,14 @@ MATRIX_INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.(?:sy
 
 WGMMA = re.compile(r"wgmma\.mma_async\.sync\.[^;]*?\}\s*,\s*(\{|%)")
 """A wgmma with what opens its left operand: a list of registers, or the register that holds a descriptor."""
+
+LOAD = re.compile(r"\btt\.load\b")
+PRODUCT = re.compile(r"\b(?:ttng\.warp_group_dot|tt\.dot)\b")
+WAITED_FOR = re.compile(
+    r"\bttng\.warp_group_dot_wait\b.*pendings = 0\b|\bttng\.warp_group_dot\b(?!.*isAsync = true)|\btt\.dot\b"
+)
+"""In Triton's GPU IR: a load that the pipeliner left as it was; a matrix product; a wait until no product is under way,
+or a product that is waited for where it stands."""
 
 RESOURCES = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
 
@@ -59,10 +69,14 @@ class Row:
     """Matrix instructions in the code; None: not counted."""
     register_form: int | None = None
     """Those of them, on sm_90, that take their left operand from registers: an operand made in the kernel."""
+    loads: int | None = None
+    """Loads in loops of matrix products that are not pipelined, on sm_90."""
+    waits: int | None = None
+    """Waits for a product that has just begun in such a loop, on sm_90."""
     violations: list[str] = field(default_factory=list)
 
 
-def check(row: Row, arch: int, tensor_cores: bool) -> None:
+def check(row: Row, arch: int, tensor_cores: bool, allowed: "Sequence[Allowance]" = ()) -> None:
     """Adds to the row's violations what is over a limit or missing."""
     limit = SHARED_LIMIT.get(arch)
     if row.shared_bytes is not None and limit is not None and row.shared_bytes > limit:
@@ -71,6 +85,10 @@ def check(row: Row, arch: int, tensor_cores: bool) -> None:
         row.violations.append(f"spills {row.spill_bytes} bytes")
     if tensor_cores and not row.tensor_core:
         row.violations.append("has no wgmma instructions" if arch == 90 else "has no tensor-core instructions")
+    for kind, found in (("load", row.loads), ("wait", row.waits)):
+        most = sum(allowance.count for allowance in allowed if allowance.kind == kind)
+        if found is not None and found > most:
+            row.violations.append(f"{found} {kind}s in loops of matrix products are not pipelined, {most} are allowed")
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -104,6 +122,27 @@ def count_matrix_instructions(ptx: str, arch: int) -> tuple[int, int | None]:
         left_operands = WGMMA.findall(ptx)
         return len(left_operands), left_operands.count("{")
     return len(MATRIX_INSTRUCTION.findall(ptx)), None
+
+
+def unpipelined(ttgir: str) -> tuple[int, int]:
+    """Loads, and waits for a product that has just begun, in the loops of matrix products of Triton's GPU IR.
+
+    A loop is what its own body does; loops within it count by themselves.
+    """
+    loads = waits = 0
+    stack: list[tuple[int, list[str]]] = []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if stack and indent == stack[-1][0] and line.lstrip().startswith("}"):
+            body = stack.pop()[1]
+            if any(PRODUCT.search(inner) for inner in body):
+                loads += sum(LOAD.search(inner) is not None for inner in body)
+                waits += sum(WAITED_FOR.search(inner) is not None for inner in body)
+        elif "scf.for " in line or "scf.while " in line:
+            stack.append((indent, []))
+        elif stack:
+            stack[-1][1].append(line)
+    return loads, waits
 
 
 def resource_usage(cuobjdump_output: str) -> tuple[int, int]:
@@ -157,6 +196,10 @@ def compile_triton_case(case: "CompileCase", arch: int) -> Row:
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         row.shared_bytes = compiled.metadata.shared
         row.tensor_core, row.register_form = count_matrix_instructions(compiled.asm["ptx"], arch)
+        if arch == 90:
+            row.loads, row.waits = unpipelined(compiled.asm["ttgir"])
+            if not case.tensor_cores:
+                row.waits = None  # products in plain arithmetic take their time where they stand
         if (tool := _cuobjdump()) is not None:
             with tempfile.TemporaryDirectory() as folder:
                 cubin = Path(folder) / "kernel.cubin"
@@ -171,7 +214,7 @@ def compile_triton_case(case: "CompileCase", arch: int) -> Row:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row.violations.append(f"does not compile: {type(error).__name__}: {' '.join(lines[-3:])[:400]}")
         return row
-    check(row, arch, case.tensor_cores)
+    check(row, arch, case.tensor_cores, case.allowed)
     return row
 
 
@@ -310,7 +353,7 @@ def compile_all(
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as text in aligned columns."""
-    titles = ("kernel", "configuration", "chip", "regs", "spill", "shared", "matrix", "reg. form", "")
+    titles = ("kernel", "configuration", "chip", "regs", "spill", "shared", "loads", "waits", "matrix", "reg. form", "")
     cells = [titles] + [
         (
             row.kernel,
@@ -318,7 +361,10 @@ def format_table(rows: Sequence[Row]) -> str:
             row.architecture,
             *(
                 "-" if value is None else str(value)
-                for value in (row.registers, row.spill_bytes, row.shared_bytes, row.tensor_core, row.register_form)
+                for value in (
+                    *(row.registers, row.spill_bytes, row.shared_bytes),
+                    *(row.loads, row.waits, row.tensor_core, row.register_form),
+                )
             ),
             "FAILS" if row.violations else "",
         )

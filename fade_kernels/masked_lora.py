@@ -2,10 +2,11 @@
 
 The public functions, and CPU kernels that are compositions: the convolutions, of torch's own with the effective weight,
 and the effective weights of many layers. Definitions: `reference.py`; the linear's CPU kernels and their choice:
-csrc/cpu/masked_lora.cpp. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv 2410.03750).
+csrc/cpu/masked_lora.cpp and cost.h. The method: FADE's sparse LoRA, the masked product B A of SparsePEFT (SQFT, arXiv
+2410.03750).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels.bitmask import BitMask
+from fade_kernels.overlap import find_shared
+from fade_kernels.window import Window
 
-# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/masked_lora.cpp.
+# How the CPU kernels do what the mask makes sparse; the numbers are those of `Regime` in csrc/cpu/cost.h.
 # auto: the cheapest by the measured cost table there. gather: only at the mask's positions. tile: dense, in the
 # occupied 32 x 32 tiles. whole: one more matrix product, in blocks of rows.
 REGIMES = {"auto": 0, "gather": 1, "tile": 2, "whole": 3}
@@ -51,12 +54,18 @@ def masked_lora_linear(
     lora_b: Tensor,
     mask: BitMask,
     scale: float | Tensor = 1.0,
+    *,
+    rounding_seed: int | None = None,
+    rounded_weight: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + x (s M o (B A))^T + bias, differentiable in x, lora_a and lora_b (and weight and bias).
 
     Nothing is kept for backward but the inputs: neither the delta nor a weight gradient outlives a call. In 16 bits
-    the two terms are accumulated in fp32, so that a delta below the weight's rounding still counts. Under autocast x,
-    weight and bias are cast to its dtype; the factors stay.
+    there are two modes. Exact: the two terms are summed in fp32 and the sum is rounded once, so that a delta far below
+    the weight's or the output's rounding still counts. One product, asked for by one of the keywords: W + Delta is
+    rounded to 16 bits so that its mean over seeds is exact, and one product forward and one for the input gradient use
+    these same bits; what a single step loses or gains by the rounding is zero on average. In fp32 and fp64 both are
+    one. Under autocast x, weight and bias are cast to its dtype; the factors stay.
 
     Args:
         x: [..., K], any strides; fp32, fp64, fp16 or bf16.
@@ -66,17 +75,26 @@ def masked_lora_linear(
         mask: of shape (N, K).
         scale: a number or a 0-d tensor, on the host or on x's device; not differentiable. Under torch.compile another
             number compiles again, another tensor does not.
+        rounding_seed: seed of the one-product mode, from 0 on, counted modulo 2^31; the training step, so that every
+            step rounds anew. The rounded weight is made twice, forward and for the input gradient, and not kept in
+            between.
+        rounded_weight: [N, K] in x's dtype; the one-product mode with a weight that `effective_weights(...,
+            stochastic=True, seed=step)` made beforehand, for many layers at once. It is used as it is, without a check
+            that it holds this adapter, and must stay as it is until the backward pass is over.
 
     Returns:
         [..., N] in x's dtype.
 
     Raises:
-        TypeError: dtypes that do not agree. ValueError: shapes or devices that do not; the message names the argument.
+        TypeError: dtypes that do not agree. ValueError: shapes or devices that do not, both keywords at once, a
+        negative seed; the message names the argument.
     """
     _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
-        return _ops.masked_lora_linear(x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), _regime)
+        return _ops.masked_lora_linear(
+            x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), _regime, rounding_seed, rounded_weight
+        )
 
 
 def masked_values_linear(
@@ -86,11 +104,15 @@ def masked_values_linear(
     values: Tensor,
     mask: BitMask,
     scale: float | Tensor = 1.0,
+    *,
+    rounding_seed: int | None = None,
+    rounded_weight: Tensor | None = None,
 ) -> Tensor:
     """`masked_lora_linear` with the delta given by its values: s times `values` at the mask's positions.
 
     Args:
-        values: [nnz], row-major, fp32, fp64, fp16 or bf16. Other arguments and the result: `masked_lora_linear`.
+        values: [nnz], row-major, fp32, fp64, fp16 or bf16. Other arguments and the result: `masked_lora_linear`; a
+            `rounded_weight` comes from `effective_weights_from_values`.
 
     Differentiable in x and values (and weight and bias).
 
@@ -101,7 +123,9 @@ def masked_values_linear(
     _check_count(values, mask)
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
-        return _ops.masked_values_linear(x, weight, bias, values, mask.words, _scale(scale), _regime)
+        return _ops.masked_values_linear(
+            x, weight, bias, values, mask.words, _scale(scale), _regime, rounding_seed, rounded_weight
+        )
 
 
 def masked_lora_conv2d(
@@ -116,6 +140,9 @@ def masked_lora_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    *,
+    rounding_seed: int | None = None,
+    rounded_weight: Tensor | None = None,
 ) -> Tensor:
     """Convolution with W + s M o (B A), all seen as [C_out, C_in kh kw]; differentiable like `masked_lora_linear`.
 
@@ -129,6 +156,7 @@ def masked_lora_conv2d(
             number compiles again, another tensor does not.
         stride, padding, dilation: as for torch.nn.functional.conv2d, numbers or pairs.
         groups: only 1: a grouped weight has another shape than B A.
+        rounding_seed, rounded_weight: as for `masked_lora_linear`; the rounded weight is [C_out, C_in, kh, kw].
 
     Returns:
         [n, C_out, height', width'] in x's dtype.
@@ -138,10 +166,12 @@ def masked_lora_conv2d(
     """
     _check_groups(groups)
     _check_mask(mask, lora_b.shape[:1], lora_a.shape[1:])
-    window = (_pair(stride), _pair(padding), _pair(dilation))
+    window = Window(_pair(stride), _pair(padding), _pair(dilation))
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
-        return _ops.masked_lora_conv2d(x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), *window)
+        return _ops.masked_lora_conv2d(
+            x, weight, bias, lora_a, lora_b, mask.words, _scale(scale), *window, rounding_seed, rounded_weight
+        )
 
 
 def masked_values_conv2d(
@@ -156,6 +186,9 @@ def masked_values_conv2d(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     kernel_size: int | tuple[int, int] | None = None,
+    *,
+    rounding_seed: int | None = None,
+    rounded_weight: Tensor | None = None,
 ) -> Tensor:
     """`masked_lora_conv2d` with the delta given by its values: s times `values` at the mask's positions.
 
@@ -176,10 +209,12 @@ def masked_values_conv2d(
     kernel = _pair(kernel_size)
     _check_mask(mask, mask.shape[:1], (x.shape[1], *kernel) if x.dim() == 4 else ())
     _check_count(values, mask)
-    window = (kernel, _pair(stride), _pair(padding), _pair(dilation))
+    window = Window(_pair(stride), _pair(padding), _pair(dilation))
     x, weight, bias, guard = _autocast(x, weight, bias)
     with guard:
-        return _ops.masked_values_conv2d(x, weight, bias, values, mask.words, _scale(scale), *window)
+        return _ops.masked_values_conv2d(
+            x, weight, bias, values, mask.words, _scale(scale), kernel, *window, rounding_seed, rounded_weight
+        )
 
 
 def effective_weight(
@@ -195,7 +230,8 @@ def effective_weight(
     Args:
         weight: [N, K], or [C_out, C_in, kh, kw] with the factors in PEFT's convolution shapes.
         lora_a, lora_b, mask, scale: as for `masked_lora_linear`, `masked_lora_conv2d`.
-        out: memory for the result, of the weight's shape and dtype; may be the weight itself. Not differentiable.
+        out: memory for the result, of the weight's shape and dtype; may be the weight itself, but share
+            no memory with anything else. Not differentiable.
 
     Returns:
         The effective weight, `out` where given. Without `out`, differentiable in weight, lora_a and lora_b.
@@ -211,6 +247,12 @@ def effective_weight(
         return _ops.effective_weight(weight.flatten(1), *factors).reshape(weight.shape)
     if out.shape != weight.shape:
         raise ValueError(f"out {list(out.shape)} must have the weight's shape {list(weight.shape)}")
+    shared = find_shared([out], [weight, lora_a, lora_b])
+    if shared is not None:
+        raise ValueError(
+            f"out shares memory with {('weight', 'lora_a', 'lora_b')[shared[1] - 1]}: only the weight "
+            "itself may be overwritten"
+        )
     with torch.no_grad():
         if out.is_contiguous():
             _ops.effective_weight_out(out.view(mask.shape), weight.flatten(1), *factors)
@@ -244,15 +286,8 @@ def effective_weights(
         that is not contiguous; the message names the layer.
     """
     weights = [weight.detach() for weight in weights]
-    results = [w.new_empty(w.shape) for w in weights] if out is None else list(out)
-    for i, (mask, a, b) in enumerate(zip(masks, lora_as, lora_bs, strict=False)):
-        try:
-            _check_mask(mask, b.shape[:1], a.shape[1:])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {i}: {error}") from None
-    for i, result in enumerate(results):
-        if not result.is_contiguous():
-            raise ValueError(f"layer {i}: out must be contiguous, not of strides {result.stride()}")
+    results = _results(weights, out)
+    _check_masks(masks, ((*b.shape[:1], *a.shape[1:]) for a, b in zip(lora_as, lora_bs, strict=False)))
     if weights or results:
         _ops.effective_weights_out(
             [result.detach().flatten(1) for result in results],
@@ -265,6 +300,69 @@ def effective_weights(
             seed,
         )
     return results
+
+
+def effective_weights_from_values(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    masks: Sequence[BitMask],
+    scales: Sequence[float | Tensor],
+    *,
+    out: Sequence[Tensor] | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    """`effective_weights` with each layer's delta given by its values, as for `masked_values_linear`.
+
+    Args:
+        values: [nnz] per layer, row-major, fp32, fp64, fp16 or bf16. Others and the result: `effective_weights`.
+
+    Raises:
+        As `effective_weights`; ValueError where the number of values is not the mask's count.
+    """
+    weights = [weight.detach() for weight in weights]
+    results = _results(weights, out)
+    _check_masks(masks, (weight.shape for weight in weights))
+    for i, (given, mask) in enumerate(zip(values, masks, strict=False)):
+        try:
+            _check_count(given, mask)
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from None
+    if weights or results:
+        _ops.effective_weights_from_values_out(
+            [result.detach().flatten(1) for result in results],
+            [weight.flatten(1) for weight in weights],
+            [given.detach() for given in values],
+            [mask.words for mask in masks],
+            [_scale(scale) for scale in scales],
+            stochastic,
+            seed,
+        )
+    return results
+
+
+def _results(weights: list[Tensor], out: Sequence[Tensor] | None) -> list[Tensor]:
+    """Memory for one result a weight: that given, or new."""
+    results = [w.new_empty(w.shape) for w in weights] if out is None else list(out)
+    for i, result in enumerate(results):
+        if not result.is_contiguous():
+            raise ValueError(f"layer {i}: out must be contiguous, not of strides {result.stride()}")
+    shared = None if out is None else find_shared(results, weights)
+    if shared is not None:
+        which, of = ("out", shared[1]) if shared[1] < len(results) else ("weight", shared[1] - len(results))
+        raise ValueError(
+            f"layer {shared[0]}: out shares memory with the {which} of layer {of}: only a layer's own weight may be "
+            "overwritten"
+        )
+    return results
+
+
+def _check_masks(masks: Sequence[BitMask], shapes: Iterable[tuple[int, ...]]) -> None:
+    for i, (mask, shape) in enumerate(zip(masks, shapes, strict=False)):
+        try:
+            _check_mask(mask, shape[:1], shape[1:])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {i}: {error}") from None
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tensor:
@@ -284,9 +382,31 @@ def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask: BitMask) -> Tenso
     return _ops.masked_factor_values(lora_a.flatten(1), lora_b.flatten(1), mask.words, mask.count)
 
 
+_MOST_SCALES = 256
+_scales: dict[float, Tensor] = {}
+
+
 def _scale(scale: float | Tensor) -> Tensor:
-    """The scale as a 0-d tensor. Under torch.compile a number is a constant of the graph, a tensor its input."""
-    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+    """The scale as a 0-d tensor. Under torch.compile a number is a constant of the graph, a tensor its input.
+
+    A number's tensor is kept, but for those that belong to a trace or a transform.
+    """
+    if isinstance(scale, Tensor):
+        return scale
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return torch.tensor(scale, dtype=torch.float64)
+    kept = _scales.get(scale)
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.tensor(scale, dtype=torch.float64, device="cpu")
+        if len(_scales) >= _MOST_SCALES:
+            _scales.clear()
+        _scales[scale] = kept
+    return kept
 
 
 def _pair(value: int | tuple[int, int] | list[int]) -> list[int]:
@@ -304,6 +424,8 @@ def _check_mask(mask: BitMask, rows: tuple[int, ...], columns: tuple[int, ...]) 
 
 
 def _check_count(values: Tensor, mask: BitMask) -> None:
+    if mask._count is None and torch.compiler.is_compiling():
+        return  # a graph cannot wait for the count; the kernels stay within both
     if values.numel() != mask.count:
         raise ValueError(f"values has {values.numel()} elements, but the mask has {mask.count} set bits")
 
@@ -313,13 +435,16 @@ def _check_groups(groups: int) -> None:
         raise ValueError(f"groups is {groups}: masked convolutions support groups=1 only")
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, torch.autocast | nullcontext]:
     """Casts as autocast casts a linear layer, and a context in which it casts nothing more."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight, bias, nullcontext()
+        return x, weight, bias, _NO_CONTEXT
     dtype = torch.get_autocast_dtype(device)
     x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
     return x, weight, bias, torch.autocast(device, enabled=False)
@@ -333,33 +458,67 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
     return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _lora_weight(like: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, *delta: Tensor) -> Tensor:
-    """Scratch with W + Delta, or Delta alone, as [C_out, C_in, kh, kw] in the dtype of `like`."""
-    out = like.new_empty((lora_b.shape[0], prod(lora_a.shape[1:])))
-    flat = None if weight is None else weight.flatten(1)
-    torch.ops.fade_kernels.effective_weight_out(out, flat, lora_a.flatten(1), lora_b.flatten(1), *delta)
-    return out.reshape(lora_b.shape[0], *lora_a.shape[1:])
+def _flat_copy(like: Tensor, weight: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """The weight as [N, K] in new memory, zeros without one."""
+    return like.new_zeros(size) if weight is None else like.new_empty(size).copy_(weight.reshape(size))
+
+
+def _lora_weight(
+    like: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    seed: int | None,
+    rounded: Tensor | None,
+) -> Tensor:
+    """W + Delta, or Delta alone, as [C_out, C_in, kh, kw] in the type to compute in.
+
+    In the one-product mode of 16 bits its values are rounded to the dtype of `like`.
+    """
+    if rounded is not None:
+        return _wide(rounded)
+    factors = (lora_a.flatten(1), lora_b.flatten(1))
+    if seed is None or like.dtype.itemsize != 2:
+        out = _wide(like.new_empty((lora_b.shape[0], prod(lora_a.shape[1:]))))
+        flat = None if weight is None else _wide(weight).flatten(1)
+        torch.ops.fade_kernels.effective_weight_out(out, flat, *factors, mask_words, scale)
+    else:
+        out = _flat_copy(like, weight, (lora_b.shape[0], prod(lora_a.shape[1:])))
+        layer = ([tensor] for tensor in (*factors, mask_words, scale))
+        torch.ops.fade_kernels.effective_weights_out([out], [out], *layer, True, seed)
+    return _wide(out).reshape(lora_b.shape[0], *lora_a.shape[1:])
 
 
 def _values_weight(
-    like: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor, shape: tuple[int, ...]
+    like: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    shape: tuple[int, ...],
+    seed: int | None,
+    rounded: Tensor | None,
 ) -> Tensor:
     """The same with the delta given by its values."""
-    out = like.new_empty((mask_words.shape[0], prod(shape)))
-    flat = None if weight is None else weight.flatten(1)
-    torch.ops.fade_kernels.effective_weight_from_values_out(out, flat, values, mask_words, scale)
-    return out.reshape(mask_words.shape[0], *shape)
+    if rounded is not None:
+        return _wide(rounded)
+    if seed is None or like.dtype.itemsize != 2:
+        out = _wide(like.new_empty((mask_words.shape[0], prod(shape))))
+        flat = None if weight is None else _wide(weight).flatten(1)
+        torch.ops.fade_kernels.effective_weight_from_values_out(out, flat, values, mask_words, scale)
+    else:
+        out = _flat_copy(like, weight, (mask_words.shape[0], prod(shape)))
+        layer = ([tensor] for tensor in (values, mask_words, scale))
+        torch.ops.fade_kernels.effective_weights_from_values_out([out], [out], *layer, True, seed)
+    return _wide(out).reshape(mask_words.shape[0], *shape)
 
 
-def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], *window: list[int]) -> Tensor:
+def _conv2d_weight_gradient(grad_output: Tensor, x: Tensor, kernel: list[int], window: Window) -> Tensor:
     """The whole weight gradient [C_out, C_in kh kw], for as long as it takes to contract it."""
     shape = (grad_output.shape[1], x.shape[1], *kernel)
     return torch.nn.grad.conv2d_weight(_wide(x), shape, _wide(grad_output), *window).flatten(1)
-
-
-def is_linear(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
-    """A 1 x 1 convolution that touches every pixel once is a linear layer on the pixels."""
-    return list(kernel) == [1, 1] and list(stride) == [1, 1] and list(padding) == [0, 0]
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -375,13 +534,13 @@ def _masked_lora_conv2d_cpu(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     wide = _wide(x)
-    effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
-    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    effective = _lora_weight(x, weight, lora_a, lora_b, mask_words, scale, seed, rounded)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), *window)
     return reference.in_layout_of(x, y.to(x.dtype))
 
 
@@ -393,13 +552,13 @@ def _masked_lora_conv2d_input_gradient_cpu(
     mask_words: Tensor,
     scale: Tensor,
     input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     wide = _wide(grad_output)
-    effective = _lora_weight(wide, _wide(weight), lora_a, lora_b, mask_words, scale)
-    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    effective = _lora_weight(grad_output, weight, lora_a, lora_b, mask_words, scale, seed, rounded)
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
     return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -410,17 +569,15 @@ def _masked_lora_conv2d_factor_gradients_cpu(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     kernel, factors = list(lora_a.shape[2:]), (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
-    if is_linear(kernel, stride, padding):
+    if window.is_linear(kernel):
         grads = torch.ops.fade_kernels.masked_lora_linear_factor_gradients(
             pixels(grad_output), pixels(x), *factors, REGIMES["auto"]
         )
     else:
-        gradient = _conv2d_weight_gradient(grad_output, x, kernel, stride, padding, dilation)
+        gradient = _conv2d_weight_gradient(grad_output, x, kernel, window)
         grads = torch.ops.fade_kernels.masked_factor_gradients(gradient, *factors)
     return grads[0].reshape(lora_a.shape), grads[1].reshape(lora_b.shape)
 
@@ -433,13 +590,13 @@ def _masked_values_conv2d_cpu(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     wide = _wide(x)
-    effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (x.shape[1], *kernel_size))
-    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), stride, padding, dilation)
+    effective = _values_weight(x, weight, values, mask_words, scale, (x.shape[1], *kernel_size), seed, rounded)
+    y = torch.nn.functional.conv2d(wide, effective, _wide(bias), *window)
     return reference.in_layout_of(x, y.to(x.dtype))
 
 
@@ -451,13 +608,15 @@ def _masked_values_conv2d_input_gradient_cpu(
     scale: Tensor,
     input_size: list[int],
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     wide = _wide(grad_output)
-    effective = _values_weight(wide, _wide(weight), values, mask_words, scale, (input_size[1], *kernel_size))
-    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, stride, padding, dilation)
+    effective = _values_weight(
+        grad_output, weight, values, mask_words, scale, (input_size[1], *kernel_size), seed, rounded
+    )
+    gradient = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
     return reference.in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -468,38 +627,18 @@ def _masked_values_conv2d_gradient_cpu(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
-    if is_linear(kernel_size, stride, padding):
+    if window.is_linear(kernel_size):
         return torch.ops.fade_kernels.masked_values_linear_gradient(
             pixels(grad_output), pixels(x), values, mask_words, scale, REGIMES["auto"]
         )
-    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation)
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, window)
     gathered = torch.ops.fade_kernels.gather_masked(gradient, mask_words, values.numel())
     return (scale.to(gathered.dtype) * gathered).to(values.dtype)
 
 
-def _effective_weights_out_cpu(
-    out: list[Tensor],
-    weight: list[Tensor],
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    mask_words: list[Tensor],
-    scale: list[Tensor],
-    stochastic: bool,
-    seed: int,
-) -> None:
-    if stochastic:
-        return reference.effective_weights_out(out, weight, lora_a, lora_b, mask_words, scale, stochastic, seed)
-    for layer in zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True):
-        torch.ops.fade_kernels.effective_weight_out(*layer)
-    return None
-
-
 _CPU_KERNELS = (
-    ("effective_weights_out", _effective_weights_out_cpu),
     ("masked_lora_conv2d", _masked_lora_conv2d_cpu),
     ("masked_lora_conv2d_input_gradient", _masked_lora_conv2d_input_gradient_cpu),
     ("masked_lora_conv2d_factor_gradients", _masked_lora_conv2d_factor_gradients_cpu),

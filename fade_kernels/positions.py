@@ -28,6 +28,35 @@ class MaskPositions(NamedTuple):
     """Int32 [nnz]: where each position of `by_column` stands in `by_row`."""
 
 
+class TileOrder(NamedTuple):
+    """The tiles of every strip of a mask, those that hold any bit before the others."""
+
+    tiles: Tensor
+    """Int32 [strips, tiles of a strip]: row i begins with its counts[i] tiles that hold a bit, in ascending order."""
+    counts: Tensor
+    """Int32 [strips]."""
+
+
+def find_tile_order(mask_words: Tensor, columns: int, tile_n: int, tile_k: int, *, along: str) -> TileOrder:
+    """The order in which the kernels of masked LoRA walk a mask's tiles of tile_n x tile_k bits.
+
+    Args:
+        mask_words: int32 [N, ceil(columns/32)].
+        along: "k": a strip is tile_n rows, its tiles numbered along K; "n": tile_k columns, numbered along N.
+    """
+    occupied = torch.ops.fade_kernels.mask_occupancy(mask_words, columns, tile_n, tile_k)
+    occupied = occupied if along == "k" else occupied.t()
+    tiles = torch.sort((~occupied).to(torch.uint8), dim=1, stable=True).indices
+    return TileOrder(tiles.to(torch.int32).contiguous(), occupied.sum(dim=1, dtype=torch.int32))
+
+
+def find_first_places(mask_words: Tensor, columns: int, width: int) -> Tensor:
+    """Int32 [N, ceil(columns/width)]: how many bits come before each row's tiles of `width` columns, row by row."""
+    mask = reference.unpack_mask(mask_words, columns)
+    counts = torch.nn.functional.pad(mask, (0, -columns % width)).view(mask.shape[0], -1, width).sum(dim=2)
+    return (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).to(torch.int32)
+
+
 def find_positions(mask_words: Tensor, columns: int) -> MaskPositions:
     """The positions of a mask (int32 words [N, ceil(columns/32)]). Waits for the device: once per mask."""
     mask = reference.unpack_mask(mask_words, columns)

@@ -1,13 +1,15 @@
 """Each operator in plain PyTorch: the definition, the default kernel, and what tests compare the compiled kernels with.
 
 Written for reading, not for speed; works on every device and, where the arithmetic is floating point, in the dtype of
-its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops.py`.
+its inputs, so that float64 inputs give a float64 definition. Schemas and checks: `_ops`.
 """
 
 from math import prod
 
 import torch
 from torch import Tensor
+
+from fade_kernels.window import Window
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 #
@@ -178,8 +180,12 @@ def masked_least_squares(
 
 # --- masked LoRA -----------------------------------------------------------------------------------------------------
 #
-# Delta = s M o (B A), or s times values scattered to the mask's positions. Two terms, x W^T + x Delta^T, each in
-# at least fp32 and rounded once: in 16 bits W + Delta would lose a Delta below half an ulp of W.
+# Delta = s M o (B A), or s times values scattered to the mask's positions.
+#
+# The exact mode: two terms, x W^T + x Delta^T, each in at least fp32, and one rounding of their sum: in 16 bits
+# W + Delta would lose a Delta below half an ulp of W, and x W^T rounded first an x Delta^T below half an ulp of y.
+# The one-product mode (`seed`, or `rounded` made beforehand): one term, with W + Delta rounded to 16 bits so that its
+# mean over seeds is exact; the same bits forward and for dX.
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -202,22 +208,73 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, delta: Tensor) -> Tensor:
-    wide = x.to(delta.dtype)
-    y = torch.nn.functional.linear(wide, delta)
-    if weight is not None:
-        y = torch.nn.functional.linear(wide, weight.to(delta.dtype)) + y
+def _hash_bits(bits: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers, held in int64, in which every input bit changes every output bit half the time."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return bits ^ (bits >> 16)
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """fp32 values rounded to one of their two neighbours in fp16 or bf16 so that the mean over `random` is exact.
+
+    `random` holds 32 random bits per value, in int64. How: triton_kernels/effective_weight.py.
+    """
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    exponent = (bits >> 23) & 0xFF
+    if dtype == torch.float16:
+        dropped = 13 + (113 - exponent).clamp(0, 10)
+        low = torch.bitwise_left_shift(torch.ones_like(bits), dropped) - 1
+    else:
+        low = torch.full_like(bits, 0xFFFF)
+    rounded = (bits + (random & low)) & (low ^ 0xFFFFFFFF)
+    if dtype == torch.float16:
+        up = (random >> 8).float() < values.abs() * 2.0**48
+        rounded = torch.where(exponent < 103, torch.where(up, 0x33800000, 0) | (bits & 0x80000000), rounded)
+    rounded = torch.where(exponent == 255, bits, rounded)
+    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded)
+    return signed.int().view(torch.float32).to(dtype)
+
+
+def _add_delta(
+    weight: Tensor | None, delta: Tensor, dtype: torch.dtype, seed: int | None = None, layer: int = 0
+) -> Tensor:
+    """W + Delta, added in Delta's dtype and rounded once to `dtype`: to nearest, or with a seed stochastically."""
+    exact = delta if weight is None else weight.to(delta.dtype) + delta
+    if seed is None or dtype.itemsize != 2:
+        return exact.to(dtype)
+    elements = torch.arange(exact.numel(), device=exact.device).reshape(exact.shape) & 0xFFFFFFFF
+    key = _hash_bits(torch.tensor(layer, device=exact.device)) + seed % 2**31 & 0xFFFFFFFF
+    random = _hash_bits(_hash_bits(elements) + _hash_bits(key) & 0xFFFFFFFF)
+    return round_stochastically(exact, dtype, random)
+
+
+def _terms(
+    like: Tensor, weight: Tensor | None, delta: Tensor, seed: int | None, rounded: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The weights whose products make a layer: W and Delta; in the one-product mode their rounded sum alone.
+
+    Where nothing is rounded to 16 bits both modes are one.
+    """
+    if rounded is not None:
+        return (rounded,)
+    if seed is None or like.dtype.itemsize != 2:
+        return weight, delta
+    return (_add_delta(weight, delta, like.dtype, seed),)
+
+
+def _linear(x: Tensor, bias: Tensor | None, *weights: Tensor | None) -> Tensor:
+    dtype = _compute_dtype(x)
+    y = sum(torch.nn.functional.linear(x.to(dtype), weight.to(dtype)) for weight in weights if weight is not None)
     if bias is not None:
-        y = y + bias.to(delta.dtype)
+        y = y + bias.to(dtype)
     return y.to(x.dtype)
 
 
-def _linear_input_gradient(grad_output: Tensor, weight: Tensor | None, delta: Tensor) -> Tensor:
-    wide = grad_output.to(delta.dtype)
-    grad = wide @ delta
-    if weight is not None:
-        grad = wide @ weight.to(delta.dtype) + grad
-    return grad.to(grad_output.dtype)
+def _linear_input_gradient(grad_output: Tensor, *weights: Tensor | None) -> Tensor:
+    dtype = _compute_dtype(grad_output)
+    gradient = sum(grad_output.to(dtype) @ weight.to(dtype) for weight in weights if weight is not None)
+    return gradient.to(grad_output.dtype)
 
 
 def _linear_weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -234,9 +291,12 @@ def masked_lora_linear(
     mask_words: Tensor,
     scale: Tensor,
     regime: int = 0,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + x (s M o (B A))^T + bias for x [..., K], W [N, K] (or None), A [r, K], B [N, r]."""
-    return _linear(x, weight, bias, _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x)))
+    delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x))
+    return _linear(x, bias, *_terms(x, weight, delta, seed, rounded))
 
 
 def masked_lora_linear_input_gradient(
@@ -247,10 +307,12 @@ def masked_lora_linear_input_gradient(
     mask_words: Tensor,
     scale: Tensor,
     regime: int = 0,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX = dY W + dY (s M o (B A)) for dY [..., N]."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(grad_output))
-    return _linear_input_gradient(grad_output, weight, delta)
+    return _linear_input_gradient(grad_output, *_terms(grad_output, weight, delta, seed, rounded))
 
 
 def masked_lora_linear_factor_gradients(
@@ -264,6 +326,30 @@ def masked_lora_linear_factor_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dA, dB of `masked_lora_linear`: the contraction of G = dY^T X (`masked_factor_gradients`)."""
     return masked_factor_gradients(_linear_weight_gradient(grad_output, x), lora_a, lora_b, mask_words, scale)
+
+
+def masked_lora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_factors: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA, dB of `masked_lora_linear`; what is not needed is empty, [0]."""
+    delta = (lora_a, lora_b, mask_words, scale, regime)
+    grad_x, grad_a, grad_b = (tensor.new_empty(0) for tensor in (grad_output, lora_a, lora_b))
+    if need_input:
+        grad_x = masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    if need_factors:
+        grad_a, grad_b = masked_lora_linear_factor_gradients(grad_output, x, *delta)
+    return grad_x, grad_a, grad_b
 
 
 def masked_factor_gradients(
@@ -286,9 +372,12 @@ def masked_values_linear(
     mask_words: Tensor,
     scale: Tensor,
     regime: int = 0,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + x Delta^T + bias with Delta = s times values [nnz] at the mask's positions, row-major."""
-    return _linear(x, weight, bias, _values_delta(values, mask_words, x.shape[-1], scale, _compute_dtype(x)))
+    delta = _values_delta(values, mask_words, x.shape[-1], scale, _compute_dtype(x))
+    return _linear(x, bias, *_terms(x, weight, delta, seed, rounded))
 
 
 def masked_values_linear_input_gradient(
@@ -299,10 +388,12 @@ def masked_values_linear_input_gradient(
     scale: Tensor,
     in_features: int,
     regime: int = 0,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX = dY W + dY Delta for dY [..., N]."""
     delta = _values_delta(values, mask_words, in_features, scale, _compute_dtype(grad_output))
-    return _linear_input_gradient(grad_output, weight, delta)
+    return _linear_input_gradient(grad_output, *_terms(grad_output, weight, delta, seed, rounded))
 
 
 def masked_values_linear_gradient(
@@ -311,6 +402,30 @@ def masked_values_linear_gradient(
     """dV = s (dY^T X) at the mask's positions: [nnz] in the values' dtype; of `values`, only size and dtype matter."""
     gradient = _linear_weight_gradient(grad_output, x)
     return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)
+
+
+def masked_values_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    regime: int = 0,
+    need_input: bool = True,
+    need_values: bool = True,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dX, dV of `masked_values_linear`; what is not needed is empty, [0]."""
+    delta = (values, mask_words, scale)
+    grad_x, grad_values = (tensor.new_empty(0) for tensor in (grad_output, values))
+    if need_input:
+        columns = x.shape[-1]
+        grad_x = masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+    if need_values:
+        grad_values = masked_values_linear_gradient(grad_output, x, *delta, regime)
+    return grad_x, grad_values
 
 
 def masked_factor_values(lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, count: int) -> Tensor:
@@ -336,7 +451,7 @@ def add_gathered_lora_(
     by_column: bool,
     scale: Tensor,
 ) -> None:
-    """y[t, segment_j] += s <B[n_j], A[:, k_j]> x[t, index_j] over a mask's positions j, in place.
+    """y[t, segment_j] += s <B[n_j], A[:, k_j]> x[t, index_j] over a mask's positions j, in place; y may be fp32.
 
     By row (segment: n, index: k) that is y [T, N] += s x Delta^T for x [T, K]; by column, with both exchanged,
     dx [T, K] += s dy Delta for dy [T, N].
@@ -382,7 +497,7 @@ def sampled_factor_gradients(
 def effective_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor) -> Tensor:
     """W + s M o (B A) for W [N, K], added in fp32 (fp64 for fp64) and rounded once to W's dtype."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(weight))
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+    return _add_delta(weight, delta, weight.dtype)
 
 
 def effective_weight_out(
@@ -391,34 +506,6 @@ def effective_weight_out(
     """`effective_weight` into existing memory, which may be the weight itself; without a weight, the delta alone."""
     base = torch.zeros_like(out) if weight is None else weight
     out.copy_(effective_weight(base, lora_a, lora_b, mask_words, scale))
-
-
-def _hash_bits(bits: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers, held in int64, in which every input bit changes every output bit half the time."""
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return bits ^ (bits >> 16)
-
-
-def round_stochastically(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """fp32 values rounded to one of their two neighbours in fp16 or bf16 so that the mean over `random` is exact.
-
-    `random` holds 32 random bits per value, in int64. How: triton_kernels/effective_weight.py.
-    """
-    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    exponent = (bits >> 23) & 0xFF
-    if dtype == torch.float16:
-        dropped = 13 + (113 - exponent).clamp(0, 10)
-        low = torch.bitwise_left_shift(torch.ones_like(bits), dropped) - 1
-    else:
-        low = torch.full_like(bits, 0xFFFF)
-    rounded = (bits + (random & low)) & (low ^ 0xFFFFFFFF)
-    if dtype == torch.float16:
-        up = (random >> 8).float() < values.abs() * 2.0**48
-        rounded = torch.where(exponent < 103, torch.where(up, 0x33800000, 0) | (bits & 0x80000000), rounded)
-    rounded = torch.where(exponent == 255, bits, rounded)
-    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded)
-    return signed.int().view(torch.float32).to(dtype)
 
 
 def effective_weights_out(
@@ -433,22 +520,31 @@ def effective_weights_out(
 ) -> None:
     """`effective_weight_out` of every layer. `stochastic` rounds to 16 bits so that the mean over seeds is exact."""
     for i, (result, base, *delta) in enumerate(zip(out, weight, lora_a, lora_b, mask_words, scale, strict=True)):
-        if not stochastic or result.dtype.itemsize != 2:
-            effective_weight_out(result, base, *delta)
-            continue
-        exact = base.float() + _factor_delta(*delta, torch.float32)
-        layer = _hash_bits(torch.tensor(i, device=result.device)) + seed % 2**31 & 0xFFFFFFFF
-        elements = torch.arange(result.numel(), device=result.device).reshape(result.shape) & 0xFFFFFFFF
-        random = _hash_bits(_hash_bits(elements) + _hash_bits(layer) & 0xFFFFFFFF)
-        result.copy_(round_stochastically(exact, result.dtype, random))
+        exact = _factor_delta(*delta, _compute_dtype(result))
+        result.copy_(_add_delta(base, exact, result.dtype, seed if stochastic else None, i))
 
 
 def effective_weight_from_values_out(
     out: Tensor, weight: Tensor | None, values: Tensor, mask_words: Tensor, scale: Tensor
 ) -> None:
-    """The same with the delta given by its values [nnz] at the mask's positions, row-major."""
+    """`effective_weight_out` with the delta given by its values [nnz] at the mask's positions, row-major."""
     delta = _values_delta(values, mask_words, out.shape[1], scale, _compute_dtype(out))
-    out.copy_(delta if weight is None else weight.to(delta.dtype) + delta)
+    out.copy_(_add_delta(weight, delta, out.dtype))
+
+
+def effective_weights_from_values_out(
+    out: list[Tensor],
+    weight: list[Tensor],
+    values: list[Tensor],
+    mask_words: list[Tensor],
+    scale: list[Tensor],
+    stochastic: bool,
+    seed: int,
+) -> None:
+    """The same of every layer, rounded as `effective_weights_out` rounds."""
+    for i, (result, base, v, words, s) in enumerate(zip(out, weight, values, mask_words, scale, strict=True)):
+        exact = _values_delta(v, words, result.shape[1], s, _compute_dtype(result))
+        result.copy_(_add_delta(base, exact, result.dtype, seed if stochastic else None, i))
 
 
 def image_layout(images: Tensor) -> torch.memory_format:
@@ -462,38 +558,21 @@ def in_layout_of(images: Tensor, output: Tensor) -> Tensor:
     return output.contiguous(memory_format=image_layout(images))
 
 
-def _conv2d(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    delta: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    wide = x.to(delta.dtype)
-    y = torch.nn.functional.conv2d(wide, delta, None, stride, padding, dilation)
-    if weight is not None:
-        y = torch.nn.functional.conv2d(wide, weight.to(delta.dtype), None, stride, padding, dilation) + y
+def _conv2d(x: Tensor, bias: Tensor | None, window: Window, *weights: Tensor | None) -> Tensor:
+    dtype = _compute_dtype(x)
+    wide = x.to(dtype)
+    y = sum(torch.nn.functional.conv2d(wide, w.to(dtype), None, *window) for w in weights if w is not None)
     if bias is not None:
-        y = y + bias.to(delta.dtype).reshape(-1, 1, 1)
+        y = y + bias.to(dtype).reshape(-1, 1, 1)
     return in_layout_of(x, y.to(x.dtype))
 
 
 def _conv2d_input_gradient(
-    grad_output: Tensor,
-    weight: Tensor | None,
-    delta: Tensor,
-    input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    grad_output: Tensor, input_size: list[int], window: Window, *weights: Tensor | None
 ) -> Tensor:
-    wide = grad_output.to(delta.dtype)
-    gradient = torch.nn.grad.conv2d_input(input_size, delta, wide, stride, padding, dilation)
-    if weight is not None:
-        frozen = weight.to(delta.dtype)
-        gradient = torch.nn.grad.conv2d_input(input_size, frozen, wide, stride, padding, dilation) + gradient
+    dtype = _compute_dtype(grad_output)
+    wide = grad_output.to(dtype)
+    gradient = sum(torch.nn.grad.conv2d_input(input_size, w.to(dtype), wide, *window) for w in weights if w is not None)
     return in_layout_of(grad_output, gradient.to(grad_output.dtype))
 
 
@@ -501,13 +580,11 @@ def _conv2d_weight_gradient(
     grad_output: Tensor,
     x: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     dtype = _compute_dtype(x)
     size = (grad_output.shape[1], x.shape[1], *kernel_size)
-    return torch.nn.grad.conv2d_weight(x.to(dtype), size, grad_output.to(dtype), stride, padding, dilation)
+    return torch.nn.grad.conv2d_weight(x.to(dtype), size, grad_output.to(dtype), *window)
 
 
 def masked_lora_conv2d(
@@ -518,14 +595,14 @@ def masked_lora_conv2d(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """The linear's definition for W [C_out, C_in, kh, kw], A [r, C_in, kh, kw], B [C_out, r, 1, 1]."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(x))
     delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
-    return _conv2d(x, weight, bias, delta, stride, padding, dilation)
+    return _conv2d(x, bias, window, *_terms(x, weight, delta, seed, rounded))
 
 
 def masked_lora_conv2d_input_gradient(
@@ -536,14 +613,15 @@ def masked_lora_conv2d_input_gradient(
     mask_words: Tensor,
     scale: Tensor,
     input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX of `masked_lora_conv2d`."""
     delta = _factor_delta(lora_a, lora_b, mask_words, scale, _compute_dtype(grad_output))
     delta = delta.reshape(lora_b.shape[0], *lora_a.shape[1:])
-    return _conv2d_input_gradient(grad_output, weight, delta, input_size, stride, padding, dilation)
+    terms = _terms(grad_output, weight, delta, seed, rounded)
+    return _conv2d_input_gradient(grad_output, input_size, window, *terms)
 
 
 def masked_lora_conv2d_factor_gradients(
@@ -553,12 +631,10 @@ def masked_lora_conv2d_factor_gradients(
     lora_b: Tensor,
     mask_words: Tensor,
     scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     """dA, dB of `masked_lora_conv2d`, in the factors' four-dimensional shapes."""
-    gradient = _conv2d_weight_gradient(grad_output, x, list(lora_a.shape[2:]), stride, padding, dilation)
+    gradient = _conv2d_weight_gradient(grad_output, x, list(lora_a.shape[2:]), window)
     flat_a, flat_b = lora_a.flatten(1), lora_b.flatten(1)
     grad_a, grad_b = masked_factor_gradients(gradient.flatten(1), flat_a, flat_b, mask_words, scale)
     return grad_a.reshape(lora_a.shape), grad_b.reshape(lora_b.shape)
@@ -572,14 +648,14 @@ def masked_values_conv2d(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """`masked_values_linear` for convolutions: Delta [C_out, C_in kh kw] seen as [C_out, C_in, kh, kw]."""
     shape = (mask_words.shape[0], x.shape[1], *kernel_size)
     delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(x))
-    return _conv2d(x, weight, bias, delta.reshape(shape), stride, padding, dilation)
+    return _conv2d(x, bias, window, *_terms(x, weight, delta.reshape(shape), seed, rounded))
 
 
 def masked_values_conv2d_input_gradient(
@@ -590,14 +666,15 @@ def masked_values_conv2d_input_gradient(
     scale: Tensor,
     input_size: list[int],
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
+    seed: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """dX of `masked_values_conv2d`."""
     shape = (mask_words.shape[0], input_size[1], *kernel_size)
     delta = _values_delta(values, mask_words, shape[1] * shape[2] * shape[3], scale, _compute_dtype(grad_output))
-    return _conv2d_input_gradient(grad_output, weight, delta.reshape(shape), input_size, stride, padding, dilation)
+    terms = _terms(grad_output, weight, delta.reshape(shape), seed, rounded)
+    return _conv2d_input_gradient(grad_output, input_size, window, *terms)
 
 
 def masked_values_conv2d_gradient(
@@ -607,10 +684,8 @@ def masked_values_conv2d_gradient(
     mask_words: Tensor,
     scale: Tensor,
     kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    window: Window,
 ) -> Tensor:
     """dV of `masked_values_conv2d`: [nnz] in the values' dtype."""
-    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, stride, padding, dilation).flatten(1)
+    gradient = _conv2d_weight_gradient(grad_output, x, kernel_size, window).flatten(1)
     return (scale.to(gradient.dtype) * gather_masked(gradient, mask_words, values.numel())).to(values.dtype)

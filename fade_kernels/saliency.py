@@ -15,29 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from fade_kernels import _ops
+from fade_kernels.overlap import find_shared
 
 Mode = Literal["abs", "signed", "square"]
+Region = tuple[slice, slice]
 
 
 def accumulate_gradient_magnitude_(saliency: Sequence[Tensor], gradient: Sequence[Tensor], mode: Mode = "abs") -> None:
     """Folds gradients into their accumulators, many tensors in one call: S += |g|, g or g^2, in place.
 
     Args:
-        saliency: float32 accumulators, each a different tensor.
+        saliency: float32 accumulators that share no memory.
         gradient: one for each, of the same shape: float32, float64, float16 or bfloat16, contiguous or not.
         mode: "abs" (FADE), "signed" (take the magnitude of the sum at the end: SalUn) or "square" (Fisher information).
 
     Raises:
         TypeError: an accumulator is not float32, or a gradient is not floating point.
-        ValueError: lists or shapes differ, an accumulator appears twice, unknown mode, different devices.
+        ValueError: lists or shapes differ, an accumulator shares memory with another or with a gradient, unknown mode,
+            different devices.
     """
-    _ops.accumulate_gradient_magnitude_([s.detach() for s in _distinct(saliency)], [g.detach() for g in gradient], mode)
-
-
-def _distinct(saliency: Sequence[Tensor]) -> Sequence[Tensor]:
-    if len({id(s) for s in saliency}) < len(saliency):
-        raise ValueError("an accumulator may appear only once in a call: sum its gradients first, or call twice")
-    return saliency
+    shared = find_shared(saliency, gradient)
+    if shared is not None:
+        names = [f"saliency[{i}]" if i < len(saliency) else f"gradient[{i - len(saliency)}]" for i in shared]
+        raise ValueError(f"{names[0]} and {names[1]} share memory: an accumulator may appear only once in a call")
+    _ops.accumulate_gradient_magnitude_([s.detach() for s in saliency], [g.detach() for g in gradient], mode)
 
 
 def accumulate_linear_gradient_magnitude_(
@@ -100,11 +101,13 @@ class _Call:
 class _Layer:
     """A watched layer: its accumulator, calls that wait for their gradient, and gradients that wait for other calls."""
 
-    def __init__(self, name: str, module: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, region: Region | None) -> None:
         self.name = name
         self.module = module
+        self.region = region
         weight = module.weight
-        self.saliency = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        shape = weight.shape if region is None else weight.detach().flatten(1)[region].shape
+        self.saliency = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         self.waiting: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.arrived: list[tuple[Tensor, Tensor]] = []  # (gradient of the output, input)
 
@@ -124,6 +127,9 @@ class _Layer:
             samples = self._samples(calls) if per_sample else 1
             grad_output = torch.cat([dy.reshape(samples, -1, dy.shape[-1]) for dy, _ in calls], dim=1)
             input = torch.cat([x.reshape(samples, -1, x.shape[-1]) for _, x in calls], dim=1)
+        if self.region is not None:
+            rows, columns = self.region
+            grad_output, input = grad_output[..., rows], input[..., columns]
         accumulate_linear_gradient_magnitude_(self.saliency, grad_output, input, mode, per_sample)
 
     def _fold_conv2d(self, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
@@ -144,6 +150,7 @@ class _Layer:
                 part = self._conv2d_weight_gradient(dy, x)
                 gradient = part if gradient is None else gradient.add_(part)
                 del part
+            gradient = gradient if self.region is None else gradient.flatten(1)[self.region]
             accumulate_gradient_magnitude_([self.saliency], [gradient], mode)
 
     def _conv2d_weight_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
@@ -208,12 +215,16 @@ class GradientMagnitude:
     the magnitude of the summed gradient, as `.grad` would hold it. Calls under no_grad or inference_mode count nothing.
 
     Attributes:
-        saliency: name -> float32 accumulator in the weight's shape, on the weight's device. In mode "signed" the
-            magnitude is taken when the block ends.
+        saliency: name -> float32 accumulator in the weight's shape, or its region's [n, k], on the weight's device. In
+            mode "signed" the magnitude is taken when the block ends.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Linear | nn.Conv2d], mode: Mode = "abs", per_sample: bool = False
+        self,
+        modules: Mapping[str, nn.Linear | nn.Conv2d],
+        mode: Mode = "abs",
+        per_sample: bool = False,
+        regions: Mapping[str, Region] | None = None,
     ) -> None:
         """Prepares accumulators of zeros; nothing is watched before the `with` block.
 
@@ -221,6 +232,8 @@ class GradientMagnitude:
             modules: name -> nn.Linear or nn.Conv2d, each module once.
             mode: "abs" (FADE), "signed" (SalUn) or "square" (Fisher information).
             per_sample: take the magnitude of each sample's gradient; dimension 0 of a layer's input is the sample.
+            regions: name -> slices of the rows and of the columns of a weight seen as [N, K], outside of which nothing
+                is computed or kept; the whole weight of a layer without one.
 
         Raises:
             TypeError: a module is neither nn.Linear nor nn.Conv2d.
@@ -236,7 +249,7 @@ class GradientMagnitude:
             raise ValueError("a layer is given under two names: name each module once")
         self.mode = mode
         self.per_sample = per_sample
-        self._layers = [_Layer(name, module) for name, module in modules.items()]
+        self._layers = [_Layer(name, module, (regions or {}).get(name)) for name, module in modules.items()]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._required_grad: list[Tensor] = []
         self._anchor = torch.zeros(0, requires_grad=True)
@@ -255,7 +268,7 @@ class GradientMagnitude:
         for layer in self._layers:
             if layer.module.weight.requires_grad:
                 self._required_grad.append(layer.module.weight.requires_grad_(False))
-            self._hooks.append(layer.module.register_forward_hook(self._forward_hook(layer)))
+            self._hooks.append(layer.module.register_forward_hook(self._forward_hook(layer), with_kwargs=True))
         return self
 
     def __exit__(
@@ -272,12 +285,12 @@ class GradientMagnitude:
                 layer.saliency.abs_()
 
     def _forward_hook(self, layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:
                 output = _Attach.apply(self._anchor, [output])
-            call = _Call(args[0])
+            call = _Call(args[0] if args else kwargs["input"])
             layer.waiting.add(call)
             output.register_hook(lambda grad_output: self._gradient_arrived(layer, call, grad_output))
             return output

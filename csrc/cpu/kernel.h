@@ -1,6 +1,6 @@
 // What every CPU kernel file needs from torch and from the compiler: the attribute that compiles a function for several
 // x86-64 levels, grain sizes, torch's matrix product. Kernels register themselves with
-// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m); their schemas live in fade_kernels/_ops.py.
+// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m); their schemas live in fade_kernels/_ops.
 #pragma once
 
 #include <array>

@@ -1,6 +1,7 @@
-// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora.cpp includes
-// this file once per instruction set (so no include guard): FADE_SIMD names the namespace, FADE_TARGET the instruction
-// set, FADE_REGISTER_BYTES its vectors. target_clones would not do: it clones after the compiler has split the vectors.
+// The inner loops of masked LoRA on the CPU, written with the compiler's vectors of 16 lanes. masked_lora_kernels.h
+// includes this file once per instruction set (so no include guard): FADE_SIMD names the namespace, FADE_TARGET the
+// instruction set, FADE_REGISTER_BYTES its vectors. target_clones would not do: it clones after the compiler has split
+// the vectors.
 //
 // Names: x [T, K], dy [T, N], panel = a block of rows transposed to [columns, 16 * NV] so that one vector holds 16
 // rows; offsets, columns, values = the mask as compressed sparse rows; a_t [K, rp] and b [N, rp] = factors with the
@@ -39,34 +40,117 @@ FADE_INLINE T horizontal_sum(Vector<T> v) {
   return c[0] + c[1];
 }
 
-// ---- mask -----------------------------------------------------------------------------------------------------------
+// The lanes that a pair of vectors exchanges in one step of a 16 x 16 transposition by butterflies.
+#define FADE_LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define FADE_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define FADE_LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define FADE_HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define FADE_LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define FADE_HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define FADE_LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define FADE_HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 
-FADE_TARGET inline void count_bits(const uint32_t* words, int64_t width, int64_t* bits, int64_t* occupied) {
-  int64_t sum = 0, nonzero = 0;
-  for (int64_t w = 0; w < width; ++w) {
-    sum += __builtin_popcount(words[w]);
-    nonzero += words[w] != 0;
+// Lane i of the result is the sum of v[i]'s lanes, v being 16 vectors: a transposition that adds as it goes, a third of
+// the work of 16 sums of their own.
+template <typename T>
+FADE_INLINE Vector<T> horizontal_sums(Vector<T>* v) {
+#define FADE_ADD(D, LOW, HIGH)                                                                               \
+  for (int i = 0; i < D; ++i) {                                                                              \
+    const Vector<T> a = v[i], b = v[i + D];                                                                  \
+    v[i] = __builtin_shufflevector(a, b, LOW) + __builtin_shufflevector(a, b, HIGH);                         \
   }
-  *bits = sum;
-  *occupied = nonzero;
+#pragma GCC unroll 8
+  FADE_ADD(8, FADE_LOW_8, FADE_HIGH_8)
+#pragma GCC unroll 4
+  FADE_ADD(4, FADE_LOW_4, FADE_HIGH_4)
+#pragma GCC unroll 2
+  FADE_ADD(2, FADE_LOW_2, FADE_HIGH_2)
+  FADE_ADD(1, FADE_LOW_1, FADE_HIGH_1)
+#undef FADE_ADD
+  return v[0];
 }
 
-// columns[i] = column of the i-th of a row's `count` set bits. Which words hold bits, and how many, is unpredictable:
-// so empty words are filtered without a branch, and a word's bits are written kAtOnce at a time where they fit.
-template <int kAtOnce>
-FADE_TARGET void decode_words(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
-  constexpr int64_t kChunkWords = 64;
-  int32_t* const end = columns + count;
-  for (int64_t first = 0; first < width; first += kChunkWords) {
-    int32_t occupied[kChunkWords];
-    int64_t size = 0;
-    for (int64_t w = first; w < width && w < first + kChunkWords; ++w) {
-      occupied[size] = static_cast<int32_t>(w);
-      size += words[w] != 0;
+// ---- mask -----------------------------------------------------------------------------------------------------------
+
+typedef uint32_t WordVector __attribute__((vector_size(kLanes * sizeof(uint32_t)), aligned(4), may_alias));
+
+// counts[n] = bits set in row n; returns how many words hold any.
+FADE_TARGET inline int64_t count_rows(const uint32_t* words, int64_t rows, int64_t width, int64_t* counts) {
+  WordVector filled = {};
+  int64_t occupied = 0;
+  for (int64_t n = 0; n < rows; ++n, words += width) {
+    WordVector sums = {};
+    int64_t w = 0, sum = 0;
+    for (; w + kLanes <= width; w += kLanes) {
+      WordVector v = *reinterpret_cast<const WordVector*>(words + w);
+      filled -= reinterpret_cast<WordVector>(v != 0);
+      v -= (v >> 1) & 0x55555555u;  // sums of 2, 4, 8, 16, 32 neighbours
+      v = (v & 0x33333333u) + ((v >> 2) & 0x33333333u);
+      v = (v + (v >> 4)) & 0x0F0F0F0Fu;
+      v += v >> 8;
+      v += v >> 16;
+      sums += v & 0x3Fu;
     }
+    if (w > 0) sum = horizontal_sum<uint32_t>(sums);
+    for (; w < width; ++w) {
+      sum += __builtin_popcount(words[w]);
+      occupied += words[w] != 0;
+    }
+    counts[n] = sum;
+  }
+  return occupied + horizontal_sum<uint32_t>(filled);
+}
+
+// The words of a mask, in row-major order, that hold any bit, a chunk at a time. Which do is unpredictable, and so is
+// where a row's last one stands: there is no branch on a word, and rows are not looked at one by one.
+struct OccupiedWords {
+  static constexpr int64_t kChunk = 256;
+  uint32_t word[kChunk + kLanes];
+  uint32_t column[kChunk + kLanes];  // that of the word's first bit
+
+  // Takes the words [first, last), at most kChunk, of rows of `width`; returns how many hold any bit.
+  FADE_INLINE int64_t take(const uint32_t* words, int64_t first, int64_t last, int64_t width) {
+    int64_t size = 0, w = first;
+#if FADE_REGISTER_BYTES == 64
+    const uint32_t row_end = static_cast<uint32_t>(width * kWordBits);
+    const uint32_t step = static_cast<uint32_t>(kLanes % width * kWordBits);
+    uint32_t begin[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) begin[i] = static_cast<uint32_t>((first + i) % width * kWordBits);
+    __m512i at = _mm512_loadu_si512(begin);
+    for (; w + kLanes <= last; w += kLanes) {
+      const __m512i v = _mm512_loadu_si512(words + w);
+      const __mmask16 any = _mm512_test_epi32_mask(v, v);
+      _mm512_storeu_si512(word + size, _mm512_maskz_compress_epi32(any, v));
+      _mm512_storeu_si512(column + size, _mm512_maskz_compress_epi32(any, at));
+      size += __builtin_popcount(any);
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(static_cast<int32_t>(step)));
+      const __m512i wrapped = _mm512_set1_epi32(static_cast<int32_t>(row_end));
+      at = _mm512_mask_sub_epi32(at, _mm512_cmpge_epu32_mask(at, wrapped), at, wrapped);
+    }
+#endif
+    for (int64_t in_row = w % width; w < last; ++w) {
+      word[size] = words[w];
+      column[size] = static_cast<uint32_t>(in_row * kWordBits);
+      size += words[w] != 0;
+      in_row = in_row + 1 == width ? 0 : in_row + 1;
+    }
+    return size;
+  }
+};
+
+// columns[i] = column of the i-th of the `count` bits that the words [first, last) hold. How many a word holds is
+// unpredictable, too: they are written kAtOnce at a time where they fit.
+template <int kAtOnce>
+FADE_TARGET void decode_words(const uint32_t* words, int64_t first, int64_t last, int64_t width, int64_t count,
+                              int32_t* columns) {
+  OccupiedWords occupied;
+  int32_t* const end = columns + count;
+  for (; first < last; first += OccupiedWords::kChunk) {
+    const int64_t chunk_end = first + OccupiedWords::kChunk < last ? first + OccupiedWords::kChunk : last;
+    const int64_t size = occupied.take(words, first, chunk_end, width);
     for (int64_t i = 0; i < size; ++i) {
-      uint32_t word = words[occupied[i]];
-      const int32_t base = occupied[i] * static_cast<int32_t>(kWordBits);
+      uint32_t word = occupied.word[i];
+      const int32_t base = static_cast<int32_t>(occupied.column[i]);
       const int bits = __builtin_popcount(word);
       if (bits <= kAtOnce && end - columns >= kAtOnce) {
 #pragma GCC unroll 8
@@ -82,11 +166,12 @@ FADE_TARGET void decode_words(const uint32_t* words, int64_t width, int64_t coun
   }
 }
 
-FADE_TARGET inline void decode_row(const uint32_t* words, int64_t width, int64_t count, int32_t* columns) {
-  if (count <= width) {
-    decode_words<2>(words, width, count, columns);
+FADE_TARGET inline void decode(const uint32_t* words, int64_t first, int64_t last, int64_t width, int64_t count,
+                               int32_t* columns) {
+  if (count <= last - first) {
+    decode_words<2>(words, first, last, width, count, columns);
   } else {
-    decode_words<7>(words, width, count, columns);
+    decode_words<7>(words, first, last, width, count, columns);
   }
 }
 
@@ -135,7 +220,18 @@ FADE_TARGET void scatter_add(const uint32_t* words, int64_t width, const T* valu
 template <typename T>
 FADE_TARGET void factor_values_at(const int32_t* columns, int64_t count, const T* a_t, const T* b, int64_t rp,
                                   T* values) {
-  for (int64_t j = 0; j < count; ++j) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    Vector<T> sums[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] = load<T>(a_t + columns[j + i] * rp) * load<T>(b);
+    for (int64_t c = kLanes; c < rp; c += kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) sums[i] += load<T>(a_t + columns[j + i] * rp + c) * load<T>(b + c);
+    }
+    store<T>(values + j, horizontal_sums<T>(sums));
+  }
+  for (; j < count; ++j) {
     const T* a = a_t + columns[j] * rp;
     Vector<T> sum = load<T>(a) * load<T>(b);
     for (int64_t i = kLanes; i < rp; i += kLanes) sum += load<T>(a + i) * load<T>(b + i);
@@ -181,23 +277,17 @@ FADE_TARGET void factor_values(const uint32_t* words, int64_t width, const T* a_
     rows[i] = __builtin_shufflevector(a, b, LOW);      \
     rows[i + D] = __builtin_shufflevector(a, b, HIGH); \
   }
-#define FADE_LIST(...) __VA_ARGS__
 
 FADE_INLINE void transpose_16x16(Vector<float>* rows) {
 #pragma GCC unroll 16
-  FADE_BUTTERFLY(8, FADE_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                 FADE_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  FADE_BUTTERFLY(8, FADE_LOW_8, FADE_HIGH_8)
 #pragma GCC unroll 16
-  FADE_BUTTERFLY(4, FADE_LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                 FADE_LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  FADE_BUTTERFLY(4, FADE_LOW_4, FADE_HIGH_4)
 #pragma GCC unroll 16
-  FADE_BUTTERFLY(2, FADE_LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                 FADE_LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  FADE_BUTTERFLY(2, FADE_LOW_2, FADE_HIGH_2)
 #pragma GCC unroll 16
-  FADE_BUTTERFLY(1, FADE_LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                 FADE_LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+  FADE_BUTTERFLY(1, FADE_LOW_1, FADE_HIGH_1)
 }
-#undef FADE_LIST
 #undef FADE_BUTTERFLY
 
 // panel[k, t] = x[t, k] for rows t < tall; panel rows are `wide` >= tall elements, the rest is 0.
@@ -267,24 +357,6 @@ FADE_TARGET void product_rows(const T* x_panel, int64_t begin, int64_t end, cons
     }
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store<T>(y_panel + (n - begin) * wide + v * kLanes, sum[v]);
-  }
-}
-
-// dx_panel[columns[i]] += values[i] * dy_panel[n - begin] over row n's positions.
-template <typename T, int NV>
-FADE_TARGET void product_columns(const T* dy_panel, int64_t begin, int64_t end, const int64_t* offsets,
-                                 const int32_t* columns, const T* values, T* dx_panel) {
-  constexpr int64_t wide = NV * kLanes;
-  for (int64_t n = begin; n < end; ++n) {
-    if (offsets[n] == offsets[n + 1]) continue;
-    Vector<T> dy[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) dy[v] = load<T>(dy_panel + (n - begin) * wide + v * kLanes);
-    for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
-      T* dx = dx_panel + columns[i] * wide;
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store<T>(dx + v * kLanes, load<T>(dx + v * kLanes) + values[i] * dy[v]);
-    }
   }
 }
 
@@ -393,8 +465,8 @@ FADE_TARGET void contract_rows(int64_t begin, int64_t end, const int64_t* offset
 template <typename T>
 const Kernels<T>& table() {
   static const Kernels<T> kernels = {
-      count_bits,
-      decode_row,
+      count_rows,
+      decode,
       clear_outside<T>,
       scatter_add_at<T>,
       scatter_add<T>,
@@ -403,7 +475,6 @@ const Kernels<T>& table() {
       transpose_in<T>,
       transpose_add<T>,
       {product_rows<T, 1>, product_rows<T, 2>, product_rows<T, 4>, product_rows<T, 8>},
-      {product_columns<T, 1>, product_columns<T, 2>, product_columns<T, 4>, product_columns<T, 8>},
       {sampled_rows<T, 1>, sampled_rows<T, 2>, sampled_rows<T, 4>, sampled_rows<T, 8>},
       outer_product_tile<T>,
       contract_tile<T>,
@@ -412,5 +483,13 @@ const Kernels<T>& table() {
   return kernels;
 }
 
+#undef FADE_LOW_8
+#undef FADE_HIGH_8
+#undef FADE_LOW_4
+#undef FADE_HIGH_4
+#undef FADE_LOW_2
+#undef FADE_HIGH_2
+#undef FADE_LOW_1
+#undef FADE_HIGH_1
 #undef FADE_INLINE
 }  // namespace fade::FADE_SIMD

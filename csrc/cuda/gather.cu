@@ -158,10 +158,10 @@ template <typename T, int kLanes>
 constexpr int64_t kTileWords = kTile * (kSlab<T, kLanes> + 1);
 
 // A block takes a slab of x and one of `ranges` ranges of the segments: y[t, i] += s sum over j in segment i of
-// value_j x[t, index_j], summed in fp32 and rounded once.
-template <typename T, int kLanes>
+// value_j x[t, index_j], summed in fp32 and rounded once. y has x's type, or fp32: then nothing is rounded here.
+template <typename T, typename Y, int kLanes>
 __global__ void __launch_bounds__(kThreads, kResident)
-    add_product(T* y, const Rows<T> x, const int32_t* starts, const Entry* __restrict__ entries, Scale scale,
+    add_product(Y* y, const Rows<T> x, const int32_t* starts, const Entry* __restrict__ entries, Scale scale,
                 int64_t segments, int columns, int64_t ranges, int64_t range) {
   constexpr int kPitch = kLanes + 1, kRows = kSlab<T, kLanes>, kTilePitch = kRows + 1;
   constexpr int kSegmentsAtOnce = kThreads / kLanes;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll 4
       for (int t = warp; t < kRows; t += kWarps) {
         if (first_row + t >= x.rows) break;
-        T& out = y[(first_row + t) * segments + first + lane];
+        Y& out = y[(first_row + t) * segments + first + lane];
         round_to(to_float(out) + s * tile[lane * kTilePitch + t], out);
       }
     }
@@ -386,7 +386,7 @@ void with_lanes(const Device& device, int64_t tokens, int64_t columns, const Wor
 void launch_product(const Device& device, const Tensor& y, const Tensor& x, const int32_t* starts, const Entry* entries,
                     Scale scale) {
   const int64_t tokens = x.size(0), columns = x.size(1), segments = y.size(1);
-  with_type(y, "y", [&](auto element) {
+  with_type(x, "x", [&](auto element) {
     using T = decltype(element);
     Tensor kept = x;
     const Rows<T> rows = read_rows<T>(x, kept);
@@ -399,17 +399,30 @@ void launch_product(const Device& device, const Tensor& y, const Tensor& x, cons
       const int64_t wanted = divide_up(kResident * device.multiprocessors(), slabs);
       const int64_t range = kTile * divide_up(divide_up(segments, kTile), wanted);
       const int64_t ranges = divide_up(segments, range);
-      device.launch_with_shared("gathered product", add_product<T, kLanes>, slabs * ranges, kThreads,
-                                sizeof(uint32_t) * words(kLanes), write<T>(y), rows, starts, entries, scale, segments,
-                                static_cast<int>(columns), ranges, range);
+      const auto launch = [&](auto sum) {
+        using Y = decltype(sum);
+        device.launch_with_shared("gathered product", add_product<T, Y, kLanes>, slabs * ranges, kThreads,
+                                  sizeof(uint32_t) * words(kLanes), write<Y>(y), rows, starts, entries, scale, segments,
+                                  static_cast<int>(columns), ranges, range);
+      };
+      if (y.scalar_type() == ScalarType::Float) {
+        launch(float{});
+      } else {
+        launch(element);
+      }
     });
   });
 }
 
-void check_product(const Tensor& y, const Tensor& x) {
+void check_rows(const Tensor& y, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "x and y must be [T, *] with one T");
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
   check_device(x, y, "x");
+}
+
+void check_product(const Tensor& y, const Tensor& x) {
+  check_rows(y, x);
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type() || y.scalar_type() == ScalarType::Float,
+                  "y must have the dtype of x, or float32");
 }
 
 Tensor new_entries(const Tensor& index) {
@@ -463,7 +476,8 @@ void add_gathered_values_(Tensor y, const Tensor& x, const Tensor& values, const
 
 Tensor sampled_gradient(const Tensor& grad_output, const Tensor& x, const Tensor& starts, const Tensor& index,
                         const Tensor& segment) {
-  check_product(grad_output, x);
+  check_rows(grad_output, x);
+  STD_TORCH_CHECK(grad_output.scalar_type() == x.scalar_type(), "grad_output and x must have one dtype");
   const int64_t tokens = x.size(0), columns = x.size(1), rows = grad_output.size(1), positions = index.numel();
   const Device device(x);
   Tensor gradient = torch::stable::new_empty(x, {positions}, ScalarType::Float);

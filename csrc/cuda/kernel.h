@@ -1,6 +1,6 @@
 // What every CUDA kernel file needs: launches on the current stream of a tensor's device, tables of many tensors passed
 // as kernel arguments, and scans within a block. Kernels register themselves with
-// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CUDA, m); their schemas live in fade_kernels/_ops.py.
+// STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CUDA, m); their schemas live in fade_kernels/_ops.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -69,6 +69,10 @@ class Device {
       check(cudaFuncGetAttributes(&own, function), name);
       const auto most = static_cast<int>(this->shared_bytes() - static_cast<int64_t>(own.sharedSizeBytes));
       check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+      // All of L1 as shared memory, without which a second block may find no room beside the first.
+      check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared),
+            name);
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fade.adapter_file import component_of
 from fade.errors import FadeError
 from fade.export.edit import (
     EXACT,
@@ -222,14 +223,14 @@ def _named(layers: dict[str, Factors], edit: Edit, keys: str, alpha: int) -> tup
             tensors[f"{own}.lora_down.weight"], tensors[f"{own}.lora_up.weight"] = down, up
             tensors[f"{own}.alpha"] = torch.tensor(float(alpha))
         else:
-            prefix = "unet." if keys == "diffusers" else "base_model.model."
+            prefix = f"{component_of(edit.metadata)}." if keys == "diffusers" else "base_model.model."
             tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"] = down, up
     if keys == "kohya":
         return tensors, {"ss_network_module": "networks.lora"}
     if keys == "peft":
         return tensors, {}
     # Without it, releases of diffusers before 0.36 scale layers whose rank is not the most frequent one.
-    config = {f"unet.{key}": value for key, value in _settings(layers).items()}
+    config = {f"{component_of(edit.metadata)}.{key}": value for key, value in _settings(layers).items()}
     return tensors, {"lora_adapter_metadata": json.dumps(config)}
 
 

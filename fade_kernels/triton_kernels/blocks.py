@@ -17,6 +17,16 @@ def grouped_tile(i_tile, TILES_T, TILES_N, GROUP_T: tl.constexpr):
 
 
 @triton.jit
+def column_bits(o_word, K):
+    """The bits of words `o_word` of a row that are columns below K, which are all of them but in its last word.
+
+    Every kernel drops the others from the words that it loads: a mask from a file may have them set.
+    """
+    b_left = tl.minimum(tl.maximum(K - o_word * 32, 0), 32)
+    return tl.where(b_left == 32, -1, (1 << tl.minimum(b_left, 31)) - 1)
+
+
+@triton.jit
 def expand_rows(b_words, BN: tl.constexpr, BK: tl.constexpr):
     """Mask words [BN, BK/32] -> bits [BN, BK]: one load per word, not one per element."""
     b_bits = (b_words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1  # [BN, BK/32, 32]

@@ -15,17 +15,29 @@ One launch for many layers reads a table of int64: addresses, sizes and first ti
 program finds its layer by counting the first tiles that are not after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fade_kernels.triton_kernels.blocks import any_nonzero, expand_rows
-from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, as_scale, on_device
+from fade_kernels.mask_facts import capturing, first_places
+from fade_kernels.triton_kernels.blocks import any_nonzero, column_bits, expand_rows
+from fade_kernels.triton_kernels.launch import (
+    TRITON_DTYPES,
+    Allowance,
+    CompileCase,
+    Launch,
+    Tiling,
+    as_scale,
+    ceil_div,
+    kept,
+    on_device,
+    power_of_2_from,
+)
 
 TABLE_FIELDS = tl.constexpr(13)
 """Columns of a `LayerTable`: addresses of out, weight, A, B, mask words, scale; N, K, R, row strides of weight and out,
@@ -92,10 +104,10 @@ def effective_weight_tile(
     o_k = i_k * BK + tl.arange(0, BK)
     m_n = o_n < N
     m_k = o_k < K
-    WORDS = tl.cdiv(K, 32)
     o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
-    p_words = mask_words + o_n.to(tl.int64)[:, None] * WORDS + o_word[None, :]
-    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word < WORDS)[None, :], other=0)  # [BN, BK/32]
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * tl.cdiv(K, 32) + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word * 32 < K)[None, :], other=0)  # [BN, BK/32]
+    b_words &= column_bits(o_word, K)[None, :]
     is_occupied = any_nonzero(b_words)
     if is_occupied or not IN_PLACE:
         m_out = m_n[:, None] & m_k[None, :]
@@ -151,6 +163,58 @@ def effective_weight_kernel(
         out, weight, lora_a, lora_b, mask_words, b_scale, seed.to(tl.uint32), tl.program_id(0), N, K, R,
         stride_weight, stride_out, BN, BK, BR, HAS_WEIGHT, IN_PLACE, STOCHASTIC,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed", "layer"])
+def effective_weight_from_values_kernel(
+    out,
+    weight,
+    values,
+    mask_words,
+    places,
+    scale,
+    seed,
+    layer,
+    N,
+    K,
+    COUNT,
+    stride_weight,
+    stride_out,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SCALE_POINTER: tl.constexpr,
+):
+    TILES_K = tl.cdiv(K, BK)
+    i_n = tl.program_id(0) // TILES_K
+    i_k = tl.program_id(0) % TILES_K
+    o_n = i_n * BN + tl.arange(0, BN)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_n = o_n < N
+    m_out = m_n[:, None] & (o_k < K)[None, :]
+    o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * tl.cdiv(K, 32) + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word * 32 < K)[None, :], other=0)  # [BN, BK/32]
+    b_bits = expand_rows(b_words & column_bits(o_word, K)[None, :], BN, BK)
+    b_first = tl.load(places + o_n.to(tl.int64) * TILES_K + i_k, mask=m_n, other=0)  # [BN]
+    o_value = b_first[:, None] + tl.cumsum(b_bits, axis=1) - b_bits  # [BN, BK]
+    m_value = (b_bits != 0) & (o_value < COUNT)
+    b_scale = tl.load(scale) if SCALE_POINTER else scale
+    b_values = tl.load(values + o_value, mask=m_value, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        p_weight = weight + o_n.to(tl.int64)[:, None] * stride_weight + o_k[None, :]
+        b_out = tl.load(p_weight, mask=m_out, other=0.0).to(tl.float32)  # [BN, BK]
+    else:
+        b_out = tl.zeros((BN, BK), dtype=tl.float32)
+    b_out += tl.where(m_value, b_values * b_scale, -0.0)  # -0.0 leaves every number its bits
+    if STOCHASTIC:
+        o_element = o_n.to(tl.uint32)[:, None] * K + o_k.to(tl.uint32)[None, :]
+        key = hash_bits(layer.to(tl.uint32)) + seed.to(tl.uint32)
+        b_random = hash_bits(hash_bits(o_element) + hash_bits(key))  # [BN, BK]
+        b_out = round_stochastically(b_out, b_random, out.dtype.element_ty == tl.float16)
+    p_out = out + o_n.to(tl.int64)[:, None] * stride_out + o_k[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -310,43 +374,123 @@ def effective_weight(
         ValueError: `out` is no matrix with contiguous rows, or has another dtype than `dtype`.
     """
     layer = _matrices(Layer(weight, lora_a, lora_b, mask_words, scale, out, dtype))
-    (n, k), rank = layer.out.shape, layer.lora_a.shape[0]
     if layer.out.numel() == 0:
         return layer.result
-    tiling = tiling or TILINGS[0]
-    scale_argument, scale_pointer = as_scale(scale)
+    scale_argument = as_scale(scale)
+    base, rounded = layer.weight, stochastic and layer.out.dtype.itemsize == 2
+
+    def make() -> Launch:
+        (n, k), blocks = layer.out.shape, (tiling or TILINGS[0]).blocks
+        return Launch(
+            effective_weight_kernel,
+            (ceil_div(n, blocks["BN"]) * ceil_div(k, blocks["BK"]),),
+            (n, k, layer.lora_a.shape[0], 0 if base is None else base.stride(0), layer.out.stride(0)),
+            {
+                "HAS_WEIGHT": base is not None,
+                "IN_PLACE": layer.in_place,
+                "STOCHASTIC": rounded,
+                "SCALE_POINTER": isinstance(scale_argument, Tensor),
+            },
+            tiling or TILINGS[0],
+        )
+
+    if tiling is None:
+        key = (
+            *(layer.out.shape, layer.out.stride(), layer.out.dtype, layer.lora_a.shape[0], layer.lora_a.dtype),
+            None if base is None else (base.stride(), base.dtype, layer.in_place),
+            *(rounded, scale_argument.__class__ is float),
+        )
+        launch = kept(_launches, key, make)
+    else:
+        launch = make()
     with on_device(layer.out):
-        effective_weight_kernel[(triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"]),)](
+        launch(
             layer.out,
-            layer.out if layer.weight is None else layer.weight,
+            layer.out if base is None else base,
             layer.lora_a,
             layer.lora_b,
             layer.mask_words,
             scale_argument,
             seed % SEEDS,
-            n,
-            k,
-            rank,
-            0 if layer.weight is None else layer.weight.stride(0),
-            layer.out.stride(0),
-            HAS_WEIGHT=layer.weight is not None,
-            IN_PLACE=layer.in_place,
-            STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
-            SCALE_POINTER=scale_pointer,
-            **tiling.blocks,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
         )
     return layer.result
+
+
+_launches: dict[Hashable, Launch] = {}
+
+
+VALUES_TILINGS = (Tiling({"BN": 16, "BK": 128}, num_warps=4, num_stages=1),)
+"""Rows of 256 bytes in 16 bits; a tile's first place in the values is kept with the mask, 1/8 of the mask's bytes."""
+
+
+def effective_weight_from_values(
+    out: Tensor,
+    weight: Tensor | None,
+    values: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    *,
+    stochastic: bool = False,
+    seed: int = 0,
+    layer: int = 0,
+) -> None:
+    """out = W + Delta with the delta given by its values, added in fp32 and rounded once, in one pass.
+
+    Args:
+        out: [N, K] or a convolution's [N, C, kh, kw], fp32, fp16 or bf16; may be the weight itself.
+        weight: of out's shape, or None for the delta alone.
+        values: [nnz], row-major, fp32, fp16 or bf16.
+        mask_words: int32 [N, ceil(K/32)].
+        scale: 0-d; read on the device where it lives there.
+        stochastic, seed: as for `effective_weight`.
+        layer: place among the layers of a call, each of which has random bits of its own.
+    """
+    if out.numel() == 0:
+        return
+    rows = out.flatten(1)  # a copy where rows have gaps
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    n, k = rows.shape
+    base = None if weight is None else weight.flatten(1)
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    values, mask_words, scale_argument = values.contiguous(), mask_words.contiguous(), as_scale(scale)
+    rounded = stochastic and out.dtype.itemsize == 2
+
+    def make() -> Launch:
+        (tiling,) = VALUES_TILINGS
+        return Launch(
+            effective_weight_from_values_kernel,
+            (ceil_div(n, tiling.blocks["BN"]) * ceil_div(k, tiling.blocks["BK"]),),
+            (n, k, values.numel(), 0 if base is None else base.stride(0), rows.stride(0)),
+            {
+                "HAS_WEIGHT": base is not None,
+                "STOCHASTIC": rounded,
+                "SCALE_POINTER": isinstance(scale_argument, Tensor),
+            },
+            tiling,
+        )
+
+    key = (
+        *(rows.shape, rows.stride(), rows.dtype, values.shape, values.dtype),
+        None if base is None else (base.stride(), base.dtype),
+        *(rounded, scale_argument.__class__ is float),
+    )
+    places = first_places(mask_words, k, VALUES_TILINGS[0].blocks["BK"])
+    launch = kept(_values_launches, key, make)
+    with on_device(rows):
+        launch(rows, rows if base is None else base, values, mask_words, places, scale_argument, seed % SEEDS, layer)
+    if rows.data_ptr() != out.data_ptr():
+        out.copy_(rows.view(out.shape))
+
+
+_values_launches: dict[Hashable, Launch] = {}
 
 
 class _Group(NamedTuple):
     """Layers that one launch serves: of the same dtypes and alignment."""
 
     table: Tensor
-    layers: list[_Matrices]
-    tiles: int
-    aligned: bool
+    nearest: Launch
+    stochastic: Launch
 
 
 @dataclass(frozen=True)
@@ -357,33 +501,61 @@ class LayerTable:
     """
 
     groups: list[_Group]
+    layers: list[_Matrices]
     results: list[Tensor]
-    tiling: Tiling
 
     @classmethod
     def build(cls, layers: Sequence[Layer], tiling: Tiling | None = None) -> "LayerTable":
-        """One group, so one launch, for each combination of device, dtypes and alignment."""
+        """One group, so one launch, for each combination of device, dtypes and alignment.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, into which the table cannot be copied.
+        """
         tiling = tiling or TILINGS[0]
         matrices = [_matrices(layer, index) for index, layer in enumerate(layers)]
-        groups: dict[tuple[object, ...], list[_Matrices]] = {}
+        if any(capturing(layer.out) for layer in matrices):
+            raise RuntimeError(
+                "the effective weights of many layers are asked for first while a CUDA graph is captured, which cannot "
+                "take the copy of their addresses to the device: call once before the capture, with the same tensors "
+                "(results, weights, factors, masks and scales on the device)"
+            )
+        matrices = [
+            layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32)) for layer in matrices
+        ]
+        groups: dict[tuple[Any, ...], list[_Matrices]] = {}
         for layer in matrices:
-            if layer.out.numel() == 0:
-                continue
-            layer = layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32))
-            weight = layer.weight if layer.weight is not None else layer.out
-            aligned = _aligned(layer)
-            types = (layer.out.dtype, weight.dtype, layer.lora_a.dtype, layer.weight is None, layer.in_place)
-            groups.setdefault((layer.out.device, *types, aligned), []).append(layer)
+            if layer.out.numel() > 0:
+                weight = layer.weight if layer.weight is not None else layer.out
+                types = (layer.out.dtype, weight.dtype, layer.lora_a.dtype, layer.weight is not None, layer.in_place)
+                groups.setdefault((layer.out.device, *types, _aligned(layer)), []).append(layer)
         built = []
-        for key, members in groups.items():
+        for (device, out_type, weight_type, factor_type, has_weight, in_place, aligned), members in groups.items():
             rows, tiles = [], 0
             for layer in members:
                 rows.append(_row(layer, tiles))
                 n, k = layer.out.shape
-                tiles += triton.cdiv(n, tiling.blocks["BN"]) * triton.cdiv(k, tiling.blocks["BK"])
-            table = torch.tensor(rows, dtype=torch.int64).to(members[0].out.device)
-            built.append(_Group(table, members, tiles, bool(key[-1])))
-        return cls(built, [layer.result for layer in matrices], tiling)
+                tiles += ceil_div(n, tiling.blocks["BN"]) * ceil_div(k, tiling.blocks["BK"])
+            constants = {
+                "BL": power_of_2_from(len(members)),
+                "OUT_TYPE": TRITON_TYPES[out_type],
+                "WEIGHT_TYPE": TRITON_TYPES[weight_type],
+                "FACTOR_TYPE": TRITON_TYPES[factor_type],
+                "ALIGNED": aligned,
+                "HAS_WEIGHT": has_weight,
+                "IN_PLACE": in_place,
+            }
+            nearest, stochastic = (
+                Launch(
+                    effective_weights_kernel,
+                    (tiles,),
+                    (len(members),),
+                    constants | {"STOCHASTIC": rounded and out_type.itemsize == 2},
+                    tiling,
+                )
+                for rounded in (False, True)
+            )
+            built.append(_Group(torch.tensor(rows, dtype=torch.int64).to(device), nearest, stochastic))
+        return cls(built, matrices, [layer.result for layer in matrices])
 
 
 def _row(layer: _Matrices, first_tile: int) -> list[int]:
@@ -398,34 +570,63 @@ def _aligned(layer: _Matrices) -> bool:
     return all(row[i] % 16 == 0 for i in (0, 1, 2, 3, 4, 7, 9, 10))
 
 
+_tables: dict[Hashable, list[_Group]] = {}
+_captured_tables: dict[Hashable, list[_Group]] = {}
+"""Those that a CUDA graph reads whenever it is replayed: never dropped."""
+
+MOST_TABLES = 16
+"""Tables kept: a training step has one or two, of about 100 bytes a layer."""
+
+
+def _key_of(layers: Sequence[Layer]) -> Hashable:
+    """Where and what the tensors are. A table holds no more, so that it is right for whatever tensors are there now."""
+    return tuple(
+        None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for layer in layers
+        for tensor in (layer.out, layer.weight, layer.lora_a, layer.lora_b, layer.mask_words, layer.scale)
+    )
+
+
+def _holds_no_copies(table: LayerTable, layers: Sequence[Layer]) -> bool:
+    """Whether a table has the addresses of the layers' own tensors, and none of a copy that goes with this call."""
+    names = ("out", "weight", "lora_a", "lora_b", "mask_words", "scale")
+    pairs = ((getattr(a, name), getattr(b, name)) for a, b in zip(layers, table.layers, strict=True) for name in names)
+    return all(b is None or (a is not None and a.data_ptr() == b.data_ptr()) for a, b in pairs)
+
+
 def effective_weights(layers: Sequence[Layer] | LayerTable, *, stochastic: bool = False, seed: int = 0) -> list[Tensor]:
     """`effective_weight` of every layer, in one launch where their dtypes agree; shapes and ranks may differ.
 
-    Each layer has random bits of its own. A `LayerTable` saves building and copying the table again.
+    Each layer has random bits of its own. The table that the launch reads is kept for the next call with the same
+    memory; a `LayerTable` saves looking for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and no call before it had these tensors.
     """
-    table = layers if isinstance(layers, LayerTable) else LayerTable.build(layers)
-    tiling = table.tiling
-    for group in table.groups:
-        layer = group.layers[0]
-        weight = layer.weight if layer.weight is not None else layer.out
-        with on_device(layer.out):
-            effective_weights_kernel[(group.tiles,)](
-                group.table,
-                seed % SEEDS,
-                len(group.layers),
-                BL=triton.next_power_of_2(len(group.layers)),
-                OUT_TYPE=TRITON_TYPES[layer.out.dtype],
-                WEIGHT_TYPE=TRITON_TYPES[weight.dtype],
-                FACTOR_TYPE=TRITON_TYPES[layer.lora_a.dtype],
-                ALIGNED=group.aligned,
-                HAS_WEIGHT=layer.weight is not None,
-                IN_PLACE=layer.in_place,
-                STOCHASTIC=stochastic and layer.out.dtype.itemsize == 2,
-                **tiling.blocks,
-                num_warps=tiling.num_warps,
-                num_stages=tiling.num_stages,
-            )
-    return table.results
+    if isinstance(layers, LayerTable):
+        return _launch(layers.groups, layers.results, stochastic, seed)
+    key = _key_of(layers)
+    groups = _tables.get(key)
+    if groups is not None:
+        if layers and capturing(layers[0].lora_a):
+            _captured_tables[key] = groups
+        return _launch(groups, [layer.out for layer in layers], stochastic, seed)
+    table = LayerTable.build(layers)
+    if _holds_no_copies(table, layers):
+        if len(_tables) >= MOST_TABLES:
+            _tables.pop(next(iter(_tables)), None)
+        _tables[key] = table.groups
+    return _launch(table.groups, table.results, stochastic, seed)
+
+
+def _launch(groups: list[_Group], results: list[Tensor], stochastic: bool, seed: int) -> list[Tensor]:
+    for group in groups:
+        with on_device(group.table):
+            (group.stochastic if stochastic else group.nearest)(group.table, seed % SEEDS)
+    return results
+
+
+RANK_LOOP = "a step or two: of a table's layer nothing is known when its code is made, so that B is loaded as it is"
 
 
 def compile_cases() -> list[CompileCase]:
@@ -458,8 +659,27 @@ def compile_cases() -> list[CompileCase]:
                 constants={**TILINGS[0].blocks, "BL": 64, **types, "ALIGNED": True, **flags},
                 tiling=TILINGS[0],
                 tensor_cores=dtype != torch.float32,
+                allowed=(Allowance("load", 1, RANK_LOOP), Allowance("wait", 1, RANK_LOOP)),
             )
-            for case in (one, many):
+            given = CompileCase(
+                name=f"effective_weight_from_values{', stochastic' * stochastic}",
+                kernel=effective_weight_from_values_kernel,
+                dtype=element,
+                signature={
+                    **dict.fromkeys(("out", "weight", "values"), f"*{element}"),
+                    **dict.fromkeys(("mask_words", "places"), "*i32"),
+                    "scale": "*fp32",
+                    **dict.fromkeys(("seed", "layer", "N", "K", "COUNT", "stride_weight", "stride_out"), "i32"),
+                },
+                constants={
+                    **VALUES_TILINGS[0].blocks,
+                    **{"HAS_WEIGHT": True, "STOCHASTIC": stochastic, "SCALE_POINTER": True},
+                },
+                tiling=VALUES_TILINGS[0],
+                tensor_cores=False,
+                divisible_by_16=("N", "K", "stride_weight", "stride_out"),
+            )
+            for case in (one, many, given):
                 signature = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
                 cases.append(replace(case, signature=signature))
     return cases

@@ -18,13 +18,26 @@ Traffic: dY is read K/BK times and X N/BN times (mostly from L2: the tiles of on
 workspace 4 R (BN + BK) bytes written and read per tile and split (R = 16: a quarter of G in fp32 for each split).
 """
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fade_kernels.triton_kernels.blocks import any_nonzero, expand_rows
-from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, as_scale, on_device
+from fade_kernels.triton_kernels.blocks import any_nonzero, column_bits, expand_rows
+from fade_kernels.triton_kernels.launch import (
+    TRITON_DTYPES,
+    Allowance,
+    CompileCase,
+    Launch,
+    Tiling,
+    as_scale,
+    ceil_div,
+    kept,
+    on_device,
+)
 from fade_kernels.triton_kernels.split import split_rows
 
 MOST_SPLITS = 32
@@ -71,10 +84,10 @@ def masked_lora_factor_gradients_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     m_n = o_n < N
     m_k = o_k < K
-    WORDS = tl.cdiv(K, 32)
     o_word = i_k * (BK // 32) + tl.arange(0, BK // 32)
-    p_words = mask_words + o_n.to(tl.int64)[:, None] * WORDS + o_word[None, :]
-    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word < WORDS)[None, :], other=0)  # [BN, BK/32]
+    p_words = mask_words + o_n.to(tl.int64)[:, None] * tl.cdiv(K, 32) + o_word[None, :]
+    b_words = tl.load(p_words, mask=m_n[:, None] & (o_word * 32 < K)[None, :], other=0)  # [BN, BK/32]
+    b_words &= column_bits(o_word, K)[None, :]
     is_occupied = any_nonzero(b_words)
     if not ATOMICS:
         tl.store(occupied + i_tile, is_occupied.to(tl.int32), mask=i_split == 0)
@@ -229,74 +242,101 @@ def masked_lora_factor_gradients(
         return lora_a.new_zeros(lora_a.shape), lora_b.new_zeros(lora_b.shape)
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     mask_words = mask_words.contiguous()
-    tiling = tiling or TILINGS[arithmetic(dy.dtype, input_precision)][0]
-    tile_n, tile_k = tiling.blocks["BN"], tiling.blocks["BK"]
-    tiles_n, tiles_k = triton.cdiv(n, tile_n), triton.cdiv(k, tile_k)
-    tiles = tiles_n * tiles_k
-    step = tiling.blocks["BT"]
-    split = split_rows(rows, step, step, tiles, dy.device, MOST_SPLITS, splits)
-    if atomics:
-        occupied = mask_words
-        partial_a = torch.zeros(rank, k, dtype=torch.float32, device=dy.device)
-        partial_b = torch.zeros(n, rank, dtype=torch.float32, device=dy.device)
+    lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+    scale_argument = as_scale(scale)
+
+    def make() -> _Plan:
+        return _plan(dy, x, lora_a, lora_b, scale_argument, splits, atomics, tiling, input_precision)
+
+    if tiling is None:
+        key = (
+            *(dy.shape, dy.stride(), dy.dtype, dy.device, x.stride()),
+            *(lora_a.shape, lora_a.dtype, lora_b.dtype),
+            *(scale_argument.__class__ is float, splits, atomics, input_precision),
+        )
+        plan = kept(_plans, key, make)
     else:
-        occupied = torch.empty(tiles, dtype=torch.int32, device=dy.device)
-        partial_a = torch.empty(split.count, tiles, rank, tile_k, dtype=torch.float32, device=dy.device)
-        partial_b = torch.empty(split.count, tiles, tile_n, rank, dtype=torch.float32, device=dy.device)
-    scale_argument, scale_pointer = as_scale(scale)
+        plan = make()
     with on_device(dy):
-        masked_lora_factor_gradients_kernel[(tiles, split.count)](
-            dy,
-            x,
-            lora_a.contiguous(),
-            lora_b.contiguous(),
-            mask_words,
-            scale_argument,
-            occupied,
-            partial_a,
-            partial_b,
-            rows,
-            n,
-            k,
-            rank,
-            split.rows,
-            dy.stride(0),
-            x.stride(0),
-            SCALE_POINTER=scale_pointer,
-            ATOMICS=atomics,
-            INPUT_PRECISION=input_precision,
-            FACTOR_BF16=dy.dtype == torch.bfloat16,
-            FACTOR_PRECISION=factor_precision(dy.dtype, input_precision),
-            **tiling.blocks,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
-        )
         if atomics:
-            return partial_a.to(lora_a.dtype), partial_b.to(lora_b.dtype)
-        grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
-        grad_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
-        chunks_a = triton.cdiv(rank * tile_k, REDUCE_BLOCKS["BE"]) * tiles_k
-        chunks_b = triton.cdiv(rank * tile_n, REDUCE_BLOCKS["BE"]) * tiles_n
-        reduce_partials_kernel[(max(chunks_a, chunks_b), 2)](
-            partial_a,
-            partial_b,
-            occupied,
-            grad_a,
-            grad_b,
-            n,
-            k,
-            rank,
-            split.count,
-            BN=tile_n,
-            BK=tile_k,
-            **REDUCE_BLOCKS,
-        )
+            grad_a, grad_b = (torch.zeros(f.shape, dtype=torch.float32, device=dy.device) for f in (lora_a, lora_b))
+            plan.products(dy, x, lora_a, lora_b, mask_words, scale_argument, mask_words, grad_a, grad_b)
+            return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+        occupied = torch.empty(plan.tiles, dtype=torch.int32, device=dy.device)
+        partial_a = torch.empty(plan.partial_a, dtype=torch.float32, device=dy.device)
+        partial_b = torch.empty(plan.partial_b, dtype=torch.float32, device=dy.device)
+        grad_a, grad_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
+        plan.products(dy, x, lora_a, lora_b, mask_words, scale_argument, occupied, partial_a, partial_b)
+        plan.reduction(partial_a, partial_b, occupied, grad_a, grad_b)
     return grad_a, grad_b
+
+
+class _Plan(NamedTuple):
+    """Both launches and the sizes of the workspace."""
+
+    products: Launch
+    reduction: Launch
+    tiles: int
+    partial_a: int
+    partial_b: int
+
+
+_plans: dict[Hashable, _Plan] = {}
+
+
+def _plan(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Tensor | float,
+    splits: int | None,
+    atomics: bool,
+    tiling: Tiling | None,
+    input_precision: str,
+) -> _Plan:
+    """Launches for arguments of these types, sizes and strides."""
+    (rows, n), (rank, k) = dy.shape, lora_a.shape
+    tiling = tiling or TILINGS[arithmetic(dy.dtype, input_precision)][0]
+    tile_n, tile_k, step = (tiling.blocks[size] for size in ("BN", "BK", "BT"))
+    tiles_n, tiles_k = ceil_div(n, tile_n), ceil_div(k, tile_k)
+    tiles = tiles_n * tiles_k
+    split = split_rows(rows, step, step, tiles, dy.device, MOST_SPLITS, splits)
+    constants = {
+        "SCALE_POINTER": isinstance(scale, Tensor),
+        "ATOMICS": atomics,
+        "INPUT_PRECISION": input_precision,
+        "FACTOR_BF16": dy.dtype == torch.bfloat16,
+        "FACTOR_PRECISION": factor_precision(dy.dtype, input_precision),
+    }
+    sizes = (rows, n, k, rank, split.rows, dy.stride(0), x.stride(0))
+    chunks_a = ceil_div(rank * tile_k, REDUCE_BLOCKS["BE"]) * tiles_k
+    chunks_b = ceil_div(rank * tile_n, REDUCE_BLOCKS["BE"]) * tiles_n
+    reduction = Launch(
+        reduce_partials_kernel,
+        (max(chunks_a, chunks_b), 2),
+        (n, k, rank, split.count),
+        {"BN": tile_n, "BK": tile_k},
+        Tiling(REDUCE_BLOCKS),
+    )
+    return _Plan(
+        Launch(masked_lora_factor_gradients_kernel, (tiles, split.count), sizes, constants, tiling),
+        reduction,
+        tiles,
+        split.count * tiles * rank * tile_k,
+        split.count * tiles * tile_n * rank,
+    )
 
 
 def factor_precision(dtype: torch.dtype, input_precision: str) -> str:
     """Precision of the small products with the factors."""
     return "ieee" if dtype == torch.float32 and input_precision == "ieee" else "tf32"
+
+
+RANK_LOOP = "the loop over ranks, a step for each 16 of them, comes once after the main loop of T/64 steps"
+
+ALLOWED = (Allowance("load", 1, RANK_LOOP), Allowance("wait", 2, RANK_LOOP))
+"""Not of the main loop: in the loop over ranks B's 16-bit rows are loaded as they are, and its two products stored."""
 
 
 def compile_cases() -> list[CompileCase]:
@@ -341,6 +381,7 @@ def compile_cases() -> list[CompileCase]:
                         tiling=tiling,
                         tensor_cores=name != "fp32",
                         divisible_by_16=("N", "K", "R", "ROWS", "stride_dy", "stride_x"),
+                        allowed=ALLOWED,
                     )
                 )
         if precision != "tf32":

@@ -1,14 +1,31 @@
-"""What the launchers of the masked-LoRA linear's forward and input gradient share: arguments, precisions, ranks."""
+"""What the launchers of the masked-LoRA linear's forward and input gradient share: arguments, precisions, ranks.
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+Both kernels walk the tiles of their contraction in the order of the mask's `TileOrder`: those that hold any bit first,
+with both terms in each step, then the others with the term of W alone. Neither loop has a branch, which would keep the
+loads behind it out of the pipeline and make its products wait. Where nearly all tiles hold a bit, they are walked as
+they are, without a list.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling
-from fade_kernels.triton_kernels.tuning import Problem
+from fade_kernels.mask_facts import tile_order
+from fade_kernels.triton_kernels.launch import (
+    TRITON_DTYPES,
+    Allowance,
+    CompileCase,
+    Launch,
+    Tiling,
+    as_scale,
+    ceil_div,
+    kept,
+    on_device,
+    power_of_2_from,
+)
+from fade_kernels.triton_kernels.tuning import Problem, choose_tiling
 
 GROUP_T = 16
 """Tiles of T per strip before the next strip: 16 x 128 rows of x stay in a 60 MB L2 up to 14000 channels in 16 bits."""
@@ -24,9 +41,14 @@ def with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
-def as_factors(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in one dtype, with unit stride; factors of two dtypes become fp32."""
-    if lora_a.dtype != lora_b.dtype:
+def as_factors(lora_a: Tensor, lora_b: Tensor, along: str) -> tuple[Tensor, Tensor]:
+    """Both factors in one dtype, with unit stride; factors of two dtypes become fp32.
+
+    So do 16-bit ones along N where rows of B do not start and end at multiples of 16: the input gradient copies B to
+    shared memory, 4 bytes at a time at least.
+    """
+    uneven = along == "n" and lora_b.dtype.itemsize == 2 and (lora_b.shape[1] % 16 or lora_b.stride(0) % 16)
+    if lora_a.dtype != lora_b.dtype or uneven:
         lora_a, lora_b = lora_a.float(), lora_b.float()
     return with_unit_stride(lora_a), with_unit_stride(lora_b)
 
@@ -50,7 +72,7 @@ def precision_constants(dtype: torch.dtype, rank: int, input_precision: str) -> 
     x Delta^T stays what the rounding of Delta to 16 bits makes it, 2^-9 or 2^-12 per element.
     """
     ieee = dtype == torch.float32 and input_precision == "ieee"
-    padded = max(RANK_STEP, triton.next_power_of_2(rank))
+    padded = max(RANK_STEP, power_of_2_from(rank))
     return {
         "BR": RANK_STEP if ieee else padded,
         "RANK_STEPS": ieee and padded > RANK_STEP,
@@ -73,10 +95,156 @@ def precision_name(dtype: torch.dtype, input_precision: str) -> str:
     return "tf32" if dtype == torch.float32 and input_precision == "tf32" else TRITON_DTYPES[dtype]
 
 
-def problem(rows: Tensor, lora_a: Tensor, lora_b: Tensor, input_precision: str) -> Problem:
-    """What the tiling of a launch depends on, for the rows' dtype and number and the factors' sizes."""
-    (R, K), N = lora_a.shape, lora_b.shape[0]
-    return Problem(precision_name(rows.dtype, input_precision), rows.shape[0], N, K, R)
+class _Arguments(NamedTuple):
+    """What a launch gets, as its kernel takes it."""
+
+    out: Tensor
+    rows: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    mask_words: Tensor
+    scale: Tensor | float
+    input_precision: str
+
+
+class _Plan(NamedTuple):
+    """A launch, and the tile of the `TileOrder` that it walks; None: all tiles as they are."""
+
+    launch: Launch
+    tile: tuple[int, int] | None
+
+
+class LinearKernel:
+    """One of the two kernels: what differs between them, and the launches that it has made."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        along: str,
+        candidate_tilings: Callable[[torch.dtype, int, str], tuple[Tiling, ...]],
+        default_tiling: Callable[..., Tiling],
+    ) -> None:
+        """For a kernel that sums over "k" (forward) or "n" (input gradient), and the choice of its tiling."""
+        self._kernel = kernel
+        self._name = kernel.__name__.removesuffix("_kernel")
+        self._along = along
+        self._candidate_tilings = candidate_tilings
+        self._default_tiling = default_tiling
+        self._plans: dict[Hashable, _Plan] = {}
+
+    def __call__(
+        self,
+        out: Tensor | None,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        mask_words: Tensor,
+        scale: Tensor,
+        tiling: Tiling | None,
+        input_precision: str,
+        skip_empty: bool,
+    ) -> Tensor:
+        """out = rows W^T + rows Delta^T + bias, or rows W + rows Delta. Arguments: those of the two modules.
+
+        Raises:
+            TypeError, ValueError: element types, ranks, precisions and outputs that the kernel does not take.
+        """
+        if out is None:
+            out = rows.new_empty((rows.shape[0], lora_b.shape[0] if self._along == "k" else lora_a.shape[1]))
+        weight = None if weight is None else with_unit_stride(weight)
+        factors, words = as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words)
+        scale_argument = as_scale(scale)
+        arguments = _Arguments(
+            out, with_unit_stride(rows), weight, bias, *factors, words, scale_argument, input_precision
+        )
+        with on_device(rows):
+            plan = self._plan(arguments, tiling, skip_empty)
+            if out.numel() > 0:
+                self._launch(arguments, plan, tiling)
+        return out
+
+    def _plan(self, arguments: _Arguments, tiling: Tiling | None, skip_empty: bool) -> _Plan:
+        """The launch for arguments of these types, sizes and strides."""
+        if tiling is not None:
+            return self._made(arguments, tiling, skip_empty)
+        out, rows, weight, bias, lora_a, lora_b, mask_words, scale, input_precision = arguments
+        key = (
+            *(rows.shape, rows.stride(), rows.dtype),
+            *(out.shape, out.stride(), out.dtype),
+            None if weight is None else (weight.stride(), weight.dtype),
+            None if bias is None else bias.dtype,
+            *(lora_a.shape, lora_a.stride(), lora_a.dtype),
+            *(lora_b.shape, lora_b.stride()),
+            mask_words.stride(),
+            *(scale.__class__ is float, input_precision, skip_empty),
+        )
+        return kept(self._plans, key, lambda: self._made(arguments, None, skip_empty))
+
+    def _made(self, arguments: _Arguments, tiling: Tiling | None, skip_empty: bool) -> _Plan:
+        out, rows, weight, bias, lora_a, lora_b, mask_words, scale, input_precision = arguments
+        (R, K), N, T = lora_a.shape, lora_b.shape[0], rows.shape[0]
+        check_arguments(R, input_precision, rows=rows, weight=weight, lora_a=lora_a, lora_b=lora_b, out=out)
+        forward = self._along == "k"
+        check_output("out", out, (T, N if forward else K), rows.dtype)
+        if tiling is None:
+            tiling = self._default_tiling(rows.dtype, T, N, K, R, input_precision)
+            candidates = self._candidate_tilings(rows.dtype, R, input_precision)
+
+            def run(tiling: Tiling) -> None:
+                self._launch(arguments, self._made(arguments, tiling, skip_empty), tiling)
+
+            sizes = Problem(precision_name(rows.dtype, input_precision), T, N, K, R)
+            tiling = choose_tiling(self._name, sizes, tiling, candidates, rows.device, run)
+        tile = (tiling.blocks["BN"], tiling.blocks["BK"])
+        tiles = ceil_div(T, tiling.blocks["BT"]) * ceil_div(out.shape[1], tile[0] if forward else tile[1])
+        skip = skip_empty and (K if forward else N) > 0
+        strides = (
+            rows.stride(0),
+            0 if weight is None else weight.stride(0),
+            *(lora_a.stride(0), lora_b.stride(0), mask_words.stride(0), out.stride(0)),
+        )
+        constants = {
+            **precision_constants(rows.dtype, R, input_precision),
+            "GROUP_T": GROUP_T,
+            "HAS_WEIGHT": weight is not None,
+            **({"HAS_BIAS": bias is not None} if forward else {}),
+            "SKIP": skip,
+            "SCALE_POINTER": isinstance(scale, Tensor),
+        }
+        return _Plan(Launch(self._kernel, (tiles,), (T, N, K, R, *strides), constants, tiling), tile if skip else None)
+
+    def _launch(self, arguments: _Arguments, plan: _Plan, tiling: Tiling | None) -> None:
+        out, rows, weight, bias, lora_a, lora_b, mask_words, scale, _ = arguments
+        order: tuple[Tensor, Tensor] = (mask_words, mask_words)  # pointers of absent arguments are never read
+        if plan.tile is not None:
+            listed = tile_order(mask_words, lora_a.shape[1], *plan.tile, along=self._along)
+            if listed is None:  # not known, and not to be found while a graph is captured
+                plan = self._plan(arguments, tiling, skip_empty=False)
+            else:
+                order = listed
+        weight = rows if weight is None else weight
+        if self._along == "k":
+            plan.launch(rows, weight, rows if bias is None else bias, lora_a, lora_b, mask_words, scale, *order, out)
+        else:
+            plan.launch(rows, weight, lora_a, lora_b, mask_words, scale, *order, out)
+
+
+def allowances(skip: bool, rank_steps: bool, has_weight: bool) -> tuple[Allowance, ...]:
+    """What the loops of both kernels hold although it is not pipelined."""
+    allowed = [Allowance("wait", 1, "the factors' product, R deep, is what Delta is made of in the same step")]
+    if skip:
+        loops = 1 + has_weight
+        allowed.append(Allowance("load", loops, "the next tile's number, one step ahead of the copies of that tile"))
+    if rank_steps:
+        reason = (
+            "fp32 without tensor cores, ranks above 16: the loop over ranks keeps the one around it from a pipeline"
+        )
+        allowed.append(Allowance("load", 4 if has_weight else 3, reason))
+    return tuple(allowed)
 
 
 def compile_cases_of(
@@ -88,14 +256,15 @@ def compile_cases_of(
     candidates: Callable[[torch.dtype, int, str], tuple[Tiling, ...]],
     flags: Mapping[str, bool],
 ) -> list[CompileCase]:
-    """The forms of a masked-LoRA kernel that ship: dtypes x tilings x ranks, fused and add, factors of two dtypes.
+    """The forms of a masked-LoRA kernel that ship: dtypes x tilings x ranks, with and without a list of tiles.
 
-    fp16 compiles to the same code as bf16 but for the instruction's name: its fused form stands for all.
+    fp16 compiles to the same code as bf16 but for the instruction's name: one form stands for all.
     """
     dtypes = {name: dtype for dtype, name in TRITON_DTYPES.items()}
     cases = []
 
     def add(dtype: str, rank: int, factors: str, form: str) -> None:
+        even = divisible if rank % 16 == 0 else [name for name in divisible if name not in ("R", "stride_b")]
         element = "fp32" if dtype == "tf32" else dtype
         precision = "tf32" if dtype == "tf32" else "ieee"
         for tiling in candidates(dtypes[element], rank, precision):
@@ -104,17 +273,14 @@ def compile_cases_of(
                 **precision_constants(dtypes[element], rank, precision),
                 **flags,
                 "GROUP_T": GROUP_T,
-                "HAS_WEIGHT": form != "add",
-                "ADD": form == "add",
-                "SKIP": form == "fused",
+                "HAS_WEIGHT": form != "delta alone",
+                "SKIP": form != "full mask",
                 "SCALE_POINTER": True,
             }
-            if form == "add":
-                constants |= dict.fromkeys(flags, False)
             signature = {
                 **{pointer: f"*{element}" for pointer in pointers},
                 **dict.fromkeys(("lora_a", "lora_b"), f"*{factors}"),
-                **dict.fromkeys(("mask_words", "tiles", "counts"), "*i32"),
+                **dict.fromkeys(("mask_words", "order", "counts"), "*i32"),
                 "scale": "*fp32",
                 **dict.fromkeys(integers, "i32"),
             }
@@ -130,17 +296,18 @@ def compile_cases_of(
                     constants=constants,
                     tiling=tiling,
                     tensor_cores=dtype != "fp32",
-                    divisible_by_16=tuple(divisible),
+                    divisible_by_16=tuple(even),
+                    allowed=allowances(constants["SKIP"], constants["RANK_STEPS"], constants["HAS_WEIGHT"]),
                 )
             )
 
     for dtype in ("bf16", "tf32", "fp32"):
         own = "fp32" if dtype == "tf32" else dtype
         for rank in (16, 128):
-            add(dtype, rank, own, "fused")
-            add(dtype, rank, own, "add")
-    add("bf16", 16, "bf16", "fused, full mask")
-    for rank in (32, 128):
-        add("bf16", rank, "fp32", "fused")
-    add("fp16", 16, "fp16", "fused")
+            add(dtype, rank, own, "occupied tiles first")
+            add(dtype, rank, own, "full mask")
+    add("bf16", 16, "bf16", "delta alone")
+    for rank in (4, 32, 128):
+        add("bf16", rank, "fp32", "occupied tiles first")
+    add("fp16", 16, "fp16", "occupied tiles first")
     return cases

@@ -7,7 +7,8 @@ results, which have to be written, read and summed.
 from dataclasses import dataclass
 
 import torch
-import triton
+
+from fade_kernels.triton_kernels.launch import ceil_div
 
 ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 or H200: what the interpreter, which has none, plans for."""
@@ -38,14 +39,14 @@ def split_rows(
     Depends on shapes and the device alone, so that the order of summation, and with it every bit of the result, is the
     same in every run.
     """
-    blocks = triton.cdiv(total, block)
+    blocks = ceil_div(total, block)
     if asked is None:
         processors = ASSUMED_MULTIPROCESSORS
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-        useful = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * processors, max(tiles, 1))
+        useful = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * processors, max(tiles, 1))
         asked = min(useful, total // (LEAST_STEPS * step), most)
     elif asked < 1:
         raise ValueError(f"splits must be at least 1, not {asked}")
-    rows = triton.cdiv(blocks, max(1, min(asked, blocks))) * block
-    return Split(count=triton.cdiv(total, rows), rows=rows)
+    rows = ceil_div(blocks, max(1, min(asked, blocks))) * block
+    return Split(count=ceil_div(total, rows), rows=rows)

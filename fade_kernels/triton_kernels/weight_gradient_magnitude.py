@@ -15,12 +15,15 @@ Traffic: dY is read K/BK times and X N/BN times (mostly from L2), S read and wri
 element of S and split written and read, which the last program reads alone: hence few splits.
 """
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Tiling, on_device
+from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Launch, Tiling, ceil_div, kept, on_device
 from fade_kernels.triton_kernels.split import split_rows
 
 MOST_SPLITS = 16
@@ -156,42 +159,73 @@ def accumulate_linear_gradient_magnitude_(
         raise ValueError("saliency must be float32 and contiguous: it is added to in place")
     if 0 in (dy.numel(), x.numel()):
         return
-    (n, k), samples = saliency.shape, dy.shape[0] if per_sample and magnitude != "signed" else 1
+    samples = dy.shape[0] if per_sample and magnitude != "signed" else 1
     dy, x = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
-    rows = dy.shape[0]
-    tiling = tiling or TILINGS["16bit" if dy.dtype.itemsize == 2 else input_precision][0]
-    tile_n, tile_k = tiling.blocks["BN"], tiling.blocks["BK"]
-    tiles = triton.cdiv(n, tile_n) * triton.cdiv(k, tile_k)
-    step, sample = tiling.blocks["BT"], rows // samples
-    split = split_rows(rows, step if samples == 1 else sample, step, tiles, dy.device, MOST_SPLITS, splits)
-    if split.count > 1:
-        partial = torch.empty(tiles, split.count, tile_n, tile_k, dtype=torch.float32, device=dy.device)
-        arrived = torch.zeros(tiles, dtype=torch.int32, device=dy.device)
-    else:
-        partial = arrived = saliency
-    with on_device(dy):
-        weight_gradient_magnitude_kernel[(tiles, split.count)](
-            dy,
-            x,
-            saliency,
-            partial,
-            arrived,
-            rows,
-            n,
-            k,
-            split.rows,
-            sample,
-            dy.stride(0),
-            x.stride(0),
-            MAGNITUDE=MAGNITUDES[magnitude],
-            PER_SAMPLE=samples > 1,
-            SPLIT=split.count > 1,
-            INPUT_PRECISION=input_precision,
-            **tiling.blocks,
-            num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+
+    def make() -> _Plan:
+        return _plan(saliency, dy, x, magnitude, samples, tiling, splits, input_precision)
+
+    if tiling is None:
+        key = (
+            dy.shape,
+            dy.stride(),
+            dy.dtype,
+            dy.device,
+            x.shape,
+            x.stride(),
+            magnitude,
+            samples,
+            splits,
+            input_precision,
         )
+        plan = kept(_plans, key, make)
+    else:
+        plan = make()
+    partial = arrived = saliency
+    if plan.partial:
+        partial = torch.empty(plan.partial, dtype=torch.float32, device=dy.device)
+        arrived = torch.zeros(plan.tiles, dtype=torch.int32, device=dy.device)
+    with on_device(dy):
+        plan.launch(dy, x, saliency, partial, arrived)
+
+
+class _Plan(NamedTuple):
+    """The launch and the sizes of its workspace; no partial sums: it needs none."""
+
+    launch: Launch
+    tiles: int
+    partial: int
+
+
+_plans: dict[Hashable, _Plan] = {}
+
+
+def _plan(
+    saliency: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    magnitude: str,
+    samples: int,
+    tiling: Tiling | None,
+    splits: int | None,
+    input_precision: str,
+) -> _Plan:
+    """The launch for arguments of these types, sizes and strides."""
+    (n, k), rows = saliency.shape, dy.shape[0]
+    tiling = tiling or TILINGS["16bit" if dy.dtype.itemsize == 2 else input_precision][0]
+    tile_n, tile_k, step = (tiling.blocks[size] for size in ("BN", "BK", "BT"))
+    tiles, sample = ceil_div(n, tile_n) * ceil_div(k, tile_k), rows // samples
+    split = split_rows(rows, step if samples == 1 else sample, step, tiles, dy.device, MOST_SPLITS, splits)
+    constants = {
+        "MAGNITUDE": MAGNITUDES[magnitude],
+        "PER_SAMPLE": samples > 1,
+        "SPLIT": split.count > 1,
+        "INPUT_PRECISION": input_precision,
+    }
+    sizes = (rows, n, k, split.rows, sample, dy.stride(0), x.stride(0))
+    launch = Launch(weight_gradient_magnitude_kernel, (tiles, split.count), sizes, constants, tiling)
+    return _Plan(launch, tiles, tiles * split.count * tile_n * tile_k if split.count > 1 else 0)
 
 
 def compile_cases() -> list[CompileCase]:

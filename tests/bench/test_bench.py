@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from bench import __main__ as command
 from bench import checks, cpu_tables, gpu_tables, results_file, targets
 from bench.harness import interleaved
-from bench.masked_layer import Mask, MaskedLayer, Provider, worst_error
+from bench.masked_layer import ONE_PRODUCT, Mask, MaskedLayer, Provider, worst_error
 from bench.plans import Budget, Plan, Prepared, Row, measure_row, predict_plans, run_plans
 from bench.results_file import Results
 from bench.roofline import CHIPS
@@ -75,7 +76,7 @@ def test_cells_carry_bytes_flops_and_a_prediction(measured):
 
 def test_the_model_fills_the_same_tables():
     results = Results(None, {})
-    predict_plans(gpu_tables.plans(), results, CHIP)
+    predict_plans(gpu_tables.plans(), results, replace(CHIP, cache_bytes=0.0))
     found = {target["what"]: target for target in targets.evaluate(results)}
     assert found["selection / reading four times"]["ratio"] == pytest.approx(1.0, abs=0.05)
     sd15 = results.table("linear / SD 1.5 / attention / training")
@@ -113,6 +114,7 @@ def test_every_provider_computes_the_same_layer(shape, mode):
         *gpu_tables.BASELINES[4:],
         Provider("ours", "random 50 %"),
         Provider("ours", "tiles 50 %"),
+        *(Provider("ours", "random 50 %", regime) for regime in ONE_PRODUCT),
     ):
         assert worst_error(problem.step(provider, mode), problem.expected(provider, mode)) < 1e-5, provider.name
 
@@ -347,14 +349,11 @@ def test_stages_in_toy_size():
         assert set(only["cells"][name]["stages"]) == {"locate", "overwrite"} and only["cells"][name]["median"] > 0
 
 
-def test_paths_of_the_dispatch_are_forced_and_given_back():
+def test_regimes_are_forced_and_given_back():
     from bench.masked_layer import _forced
-    from fade_kernels import dispatch, masked_lora
+    from fade_kernels import masked_lora
 
-    chosen = dispatch.choose_linear
-    with _forced("split"):
-        assert dispatch.choose_linear(None, 1, 1, 1, None, False) == "split"
-    assert dispatch.choose_linear is chosen
-    with _forced("gather"):
-        assert masked_lora._regime == masked_lora.REGIMES["gather"]
-    assert masked_lora._regime == masked_lora.REGIMES["auto"]
+    for regime, expected in (("gather", "gather"), ("one-product", "auto"), ("one-product kept", "auto")):
+        with _forced(regime):
+            assert masked_lora._regime == masked_lora.REGIMES[expected]
+        assert masked_lora._regime == masked_lora.REGIMES["auto"]

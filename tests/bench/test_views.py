@@ -5,7 +5,9 @@ import json
 import pytest
 
 from bench import __main__ as command
-from bench import compare, results_file
+from bench import compare, model, results_file, roofline
+from bench.harness import ROOT
+from bench.roofline import CHIPS
 
 
 def write(path, kind="gpu", **medians):
@@ -19,16 +21,54 @@ def write(path, kind="gpu", **medians):
     return path
 
 
-def test_model_prints_ratios_and_targets(tmp_path, capsys):
-    path = tmp_path / "model.json"
-    assert command.main(["model", "--output", str(path)]) == 0
+def test_model_prints_bounds_predictions_and_targets(capsys):
+    assert command.main(["model", "--bandwidth", "2", "--launch", "0"]) == 0
     text = capsys.readouterr().out
-    assert "4.18 (4.2)" in text and "predicted, not measured" in text
-    assert "SD 1.5 attention, batch 8, 512 px" in text and "4096 x 320 -> 320" in text.replace("32768", "4096")
+    assert "2 TB/s, 0.77 PFLOP/s, 0 us" in text and "predicted, not measured" in text
+    for name in ("SD 1.5", "SDXL", "SD 3.5 large", "FLUX.1"):
+        assert f"{name}, attention linears, forward + backward" in text
+    lines = {line[:60].strip(): line for line in text.splitlines()}
+    for mode in ("lower bound: gradient of every weight", "ours, one-product, kept, random 10 % or 1 %"):
+        assert mode in lines
+    assert "SD 1.5 attention, batch 8, 512 px" in text and "reached" in text and "missed" in text
+
+
+def test_model_tables_are_a_result_file(tmp_path, capsys):
+    path = tmp_path / "model.json"
+    assert command.main(["model", "--tables", "--no-cache", "--output", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "4.18 (4.2)" in text and "4096 x 320 -> 320" in text.replace("32768", "4096")
     payload = results_file.load(path)
     assert payload["kind"] == "model" and payload["complete"] and payload["targets"]
-    assert command.main(["model", "--bandwidth", "2", "--launch", "0"]) == 0
-    assert "2 TB/s, 0.77 PFLOP/s, 0 us" in capsys.readouterr().out
+    cell = payload["tables"][1]["rows"][0]["cells"]["frozen"]
+    assert cell["bound"] > cell["median"]
+
+
+def test_model_as_json_counts_the_host_where_asked(capsys):
+    found = {}
+    for options in ((), ("--host",), ("--graph",)):
+        assert command.main(["model", "--json", *options]) == 0
+        payload = json.loads(capsys.readouterr().out)
+        rows = {row["mode"]: row for row in payload["models"]["SD 1.5"]}
+        found[options] = rows["ours, one-product, kept, random 10 % or 1 %"]
+        assert set(found[options]["over_bound"]) == {"0.85", "0.65", "0.5"}
+    assert found[()]["seconds"]["0.85"] < found["--host",]["host_seconds"] == found["--host",]["seconds"]["0.85"]
+    assert found["--graph",]["seconds"]["0.85"] < found[()]["seconds"]["0.85"]
+    for row in found.values():
+        assert row["goal_reached"]["0.85"] == (row["over_bound"]["0.85"] <= 1.25)
+
+
+def test_host_times_come_from_their_measurement(tmp_path):
+    path = tmp_path / "host.json"
+    assert model.measured_host(path) == roofline.HOST
+    rows = {"fused, forward + backward": {"processor": 1e-4}, "frozen, forward + backward": {"processor": 3e-5}}
+    path.write_text(json.dumps({"tables": {"gpu": rows}}))
+    assert model.measured_host(path) == {**roofline.HOST, "exact": 1e-4, "frozen": 3e-5}
+
+
+def test_readme_has_the_models_tables():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert model.markdown(CHIPS["h200"]) in text, "put the output of `python -m bench model --markdown` there"
 
 
 def test_plot_draws_measurements_and_predictions(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_completion_hands_over_after_the_base_models_steps(adapter: Adapter, bas
 
     scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(4)
-    text, empty = (subject.backbone.encode_prompts(prompts) for prompts in (subject.prompts, [""] * 3))
+    text, empty = (subject.backbone.encode_prompts(p)["prompt_embeds"] for p in (subject.prompts, [""] * 3))
     noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in subject.seeds]
     latents = torch.cat(noise)
     with torch.no_grad():
@@ -148,8 +148,8 @@ def test_ddim_in_both_directions_against_its_formula(tokenizer: CLIPTokenizer, k
     pipeline = predicting(tokenizer, kind)
     backbone = backbone_for(pipeline)
     latents, text = torch.randn(3, 4, 8, 8), backbone.encode_prompts(["a cat"])
-    wanted = by_hand(pipeline, latents.double(), text.expand(3, -1, -1), 10, invert)
-    got = backbone.ddim(latents, text, 10, invert=invert, batch_size=2)
+    wanted = by_hand(pipeline, latents.double(), text["prompt_embeds"].expand(3, -1, -1), 10, invert)
+    got = backbone.ode(latents, text, 10, invert=invert, batch_size=2)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -159,7 +159,7 @@ def test_ddim_is_the_pipelines_own_drawing_without_guidance(pipeline: StableDiff
         ["a cat", "a dog"], num_inference_steps=5, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
     torch.testing.assert_close(
-        backbone.ddim(noise, backbone.encode_prompts(["a cat", "a dog"]), 5), theirs, rtol=1e-4, atol=1e-4
+        backbone.ode(noise, backbone.encode_prompts(["a cat", "a dog"]), 5), theirs, rtol=1e-4, atol=1e-4
     )
 
 
@@ -169,16 +169,16 @@ def test_ddim_does_not_depend_on_the_scheduler_that_the_pipeline_draws_with(
 ) -> None:
     latents, backbone = 3 * torch.randn(2, 4, 8, 8), backbone_for(pipeline)
     text = backbone.encode_prompts(["a cat"])
-    wanted = backbone.ddim(latents, text, 5, invert=True)
+    wanted = backbone.ode(latents, text, 5, invert=True)
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
-    assert torch.equal(backbone_for(pipeline).ddim(latents, text, 5, invert=True), wanted)
+    assert torch.equal(backbone_for(pipeline).ode(latents, text, 5, invert=True), wanted)
 
 
 def test_an_inverted_picture_comes_back() -> None:
     backbone = backbone_for(load_pipeline())
     empty, seed = backbone.encode_prompts([""]), random.randrange(2**31)
     latents = backbone.sample_latents([prompt("five", "neon"), prompt("two", "ink")], [seed, seed], steps=8)
-    back = backbone.ddim(backbone.ddim(latents, empty, 20, invert=True), empty, 20)
+    back = backbone.ode(backbone.ode(latents, empty, 20, invert=True), empty, 20)
     assert (back - latents).norm() < 0.12 * latents.norm(), f"seed {seed}"
     assert (backbone.decode(back) - backbone.decode(latents)).square().mean().sqrt() < 0.03, f"seed {seed}"
 
@@ -187,7 +187,7 @@ def test_ddim_refuses_steps_that_there_are_not(pipeline: StableDiffusionPipeline
     backbone = backbone_for(pipeline)
     for steps in (0, 1001):
         with pytest.raises(FadeError, match=f"between 1 and the model's 1000, not {steps}"):
-            backbone.ddim(torch.randn(1, 4, 8, 8), backbone.encode_prompts([""]), steps)
+            backbone.ode(torch.randn(1, 4, 8, 8), backbone.encode_prompts([""]), steps)
 
 
 def test_null_text_inversion_inverts_what_the_base_draws_under_the_adapted_model(adapter: Adapter) -> None:
@@ -197,8 +197,8 @@ def test_null_text_inversion_inverts_what_the_base_draws_under_the_adapted_model
     latents = subject.backbone.sample_latents(subject.prompts, subject.seeds, steps=4, batch_size=2)
     adapter.enable()
     # In batches of the same size, because an inversion makes much of how they are rounded.
-    noise = subject.backbone.ddim(latents, empty, 6, invert=True, batch_size=2)
-    wanted = subject.backbone.decode(subject.backbone.ddim(noise, empty, 6, batch_size=2), 2)
+    noise = subject.backbone.ode(latents, empty, 6, invert=True, batch_size=2)
+    wanted = subject.backbone.decode(subject.backbone.ode(noise, empty, 6, batch_size=2), 2)
     torch.testing.assert_close(NullTextInversion(6)(subject).images, wanted, rtol=1e-3, atol=1e-3)
     assert adapter.enabled
 
@@ -213,7 +213,7 @@ def test_the_first_iteration_goes_down_the_denoising_losses_gradient(tokenizer: 
     latents = subject.examples(2)
     found, _ = EmbeddingInversion(iterations=1, pictures=2, learning_rate=0.5).optimise(subject, latents)
 
-    start = subject.backbone.encode_prompts(["a cat"])
+    start = subject.backbone.encode_prompts(["a cat"])["prompt_embeds"]
     text = start.expand(2, -1, -1).clone().requires_grad_(True)
     generator = step_generator(7, "embedding inversion", 0)
     noise = torch.randn(latents.shape, generator=generator)
@@ -227,7 +227,7 @@ def test_the_first_iteration_goes_down_the_denoising_losses_gradient(tokenizer: 
     clear = gradient.abs() > 1e-6
     assert clear.float().mean() > 0.5
     wanted = start - 0.5 * start.square().mean().sqrt() * gradient.sign()
-    torch.testing.assert_close(found[clear], wanted[clear], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(found["prompt_embeds"][clear], wanted[clear], rtol=1e-2, atol=2e-2)
 
 
 def test_embedding_inversion_lowers_its_loss_and_leaves_the_model_as_it_was(adapter: Adapter) -> None:

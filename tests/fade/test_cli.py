@@ -149,8 +149,8 @@ def test_models_that_cannot_be_used(refused: Any, tmp_path: Path, monkeypatch: p
     assert "there is no model './nowhere'" in load("./nowhere")
     assert "not a hub id (owner/name)" in load("nowhere")
     assert "holds no model_index.json" in load(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    assert "is a FluxPipeline, which is not supported; supported: StableDiffusionPipeline" in load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    assert "is a WanPipeline, which is not supported; supported: Stable Diffusion XL, Stable" in load(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]}')
     assert "cannot load the model" in load(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
@@ -216,6 +216,22 @@ def test_the_whole_walk_on_a_model_folder(
     evaluate = ("evaluate", model, "--adapter", file, "--device", "cpu", "--quiet")
     assert "--judge" in refused(*evaluate)
     assert "there is no judge 'clip'" in refused(*evaluate, "--judge", "clip", "--classes", "cat,horse")
+
+
+def test_the_training_mode_is_asked_for_and_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml, output = tmp_path / "quick.toml", tmp_path / "out"
+    toml.write_text(QUICK_TOML)
+    words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--config", toml, "--device", "cpu", "--quiet"]
+    words += ["--training-mode", "one-product", "--output", output]
+    assert cli.main([str(word) for word in [*words, "--dtype", "bf16"]]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    layers = json.loads((output / "run.json").read_text())["run"]["training_mode"]["layers"]["one-product"]
+    assert layers > 0
+    assert f"{layers} layers in one product, weights rounded once a step and kept" in printed
+    assert cli.main([str(word) for word in [*words, "--overwrite"]]) == 0
+    assert "every product exact (nothing to round in float32)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_keep_that_selects_nothing_is_refused(refused: Any, model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import fade.closed_form
 import fade.unlearning
 from fade.adapter_file import read_adapter_file
 from fade.backbones import backbone_for
+from fade.backbones.families import PROJECTIONS
 from fade.base_model import target_layers
 from fade.cli import main
 from fade.closed_form import (
@@ -35,6 +36,7 @@ from fade.closed_form import (
     token_statistics,
 )
 from fade.concept import digitcanvas_caption
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import Config
 from fade.errors import FadeError
 from fade.report import where_it_sits
@@ -351,12 +353,12 @@ def test_the_revival_gives_back_what_the_edit_took() -> None:
 
 def test_the_layers_that_read_the_prompt(pipeline: StableDiffusionPipeline) -> None:
     backbone = backbone_for(pipeline)
-    readers = backbone.text_layers()
+    readers = backbone.text_layers()["prompt"]
     assert readers and all(name.endswith((".attn2.to_k", ".attn2.to_v")) for name in readers)
     layers = target_layers(pipeline.unet)
     assert readers == {name for name, m in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     embeddings = backbone.encode_prompts(["cat"])
-    assert all(layers[name].weight.shape[1] == backbone.text_states(embeddings).shape[-1] for name in readers)
+    assert all(layers[name].weight.shape[1] == backbone.text_states("prompt", embeddings).shape[-1] for name in readers)
 
 
 def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiffusionPipeline) -> None:
@@ -368,8 +370,9 @@ def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiff
         "cat", "dog", "a picture of cat", "a picture of dog", "the cat", "the dog", "see cat", "see dog", "cat here",
         "dog here", "a house", "", "a horse",
     )  # fmt: skip
-    embeddings = dict(zip(read.all(), backbone.encode_prompts(read.all()), strict=True))
-    found = token_statistics(backbone, read, embeddings)
+    encoded = EncodedPrompts(read.all(), backbone.encode_prompts(read.all()))
+    found = token_statistics(backbone, "prompt", read, encoded)
+    embeddings = {text: encoded[text]["prompt_embeds"][0] for text in read.all()}
     x = [embeddings[forget].double() for forget, _ in (*pairs, *phrased)]
     d = [embeddings[surrogate].double() - embeddings[forget].double() for forget, surrogate in (*pairs, *phrased)]
     # The three phrasings together count as much as the two pairs.
@@ -384,10 +387,11 @@ def test_statistics_weigh_prompts_by_how_far_apart_they_are(pipeline: StableDiff
 
 def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipeline) -> None:
     backbone = backbone_for(pipeline)
-    states = backbone.encode_prompts(["cat"])[0]
-    embeddings = {"cat": states, "dog": states * (1 + 1e-7), "": backbone.encode_prompts([""])[0]}
+    states, empty = backbone.encode_prompts(["cat", ""])["prompt_embeds"]
+    alike = Conditioning({"prompt_embeds": torch.stack([states, states * (1 + 1e-7), empty])})
     with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
-        token_statistics(backbone, TextPrompts([TextPairs([("cat", "dog")])], [""]), embeddings)
+        read = TextPrompts([TextPairs([("cat", "dog")])], [""])
+        token_statistics(backbone, "prompt", read, EncodedPrompts(["cat", "dog", ""], alike))
 
 
 TEMPLATES = ("{}", "an image of {}", "a picture of {}")
@@ -403,13 +407,9 @@ def answers(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     backbone = backbone_for(pipeline)
     noised = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([50, 300, 600, 900])
+    read = backbone.encode_prompts(["an image of cat", "an image of dog", "a house"])
     with torch.no_grad():
-        return torch.stack(
-            [
-                backbone.predict(noised, steps, embedding.expand(4, -1, -1))
-                for embedding in backbone.encode_prompts(["an image of cat", "an image of dog", "a house"])
-            ]
-        )
+        return torch.stack([backbone.predict(noised, steps, read.rows(i).repeat(4)) for i in range(3)])
 
 
 def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
@@ -427,7 +427,7 @@ def test_a_solved_run_needs_no_latents_and_changes_only_the_text_path(
     run = adapter.run
     assert run["path"] == "text path" and run["saliency"] == "closed-form"
     assert run["selected"] == int(0.05 * run["total"])
-    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, quick.locate.targets).values())
+    assert run["total"] == sum(m.weight.numel() for m in target_layers(pipeline.unet, PROJECTIONS).values())
     assert all(".attn2.to_" in layer["name"] for layer in run["layers"] if layer["selected"])
     assert run["losses"] == {"forget": [], "retain": []}
     assert 0 < run["residual"]["forget"] < 1 and run["residual"]["retain_weight"] > 0
@@ -556,9 +556,9 @@ def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Confi
 def keys_and_values(pipeline: StableDiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     """What the layers that read the prompt make of prompts, adapters included: [prompts, tokens, N] each."""
     backbone = backbone_for(pipeline)
-    states = backbone.text_states(backbone.encode_prompts(prompts))
+    states = backbone.text_states("prompt", backbone.encode_prompts(prompts))
     with torch.no_grad():
-        return {name: pipeline.unet.get_submodule(name)(states) for name in backbone.text_layers()}
+        return {name: pipeline.unet.get_submodule(name)(states) for name in backbone.text_layers()["prompt"]}
 
 
 def changes(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -597,15 +597,15 @@ def test_a_protected_word_of_digitcanvas_is_its_caption() -> None:
 def test_hardening_takes_back_what_revives_the_concept(pipeline: StableDiffusionPipeline, quick: Config) -> None:
     """The tokens that revive the concept under the plain edit do so less under the hardened one."""
     backbone = backbone_for(pipeline)
-    layers = {name: pipeline.unet.get_submodule(name) for name in sorted(backbone.text_layers())}
+    layers = {name: pipeline.unet.get_submodule(name) for name in sorted(backbone.text_layers()["prompt"])}
     read = TextPrompts(
         [TextPairs([("an image of cat", "an image of dog"), ("cat", "dog")])], ["a house", "", "two horses"]
     )
-    embeddings = dict(zip(read.all(), backbone.encode_prompts(read.all()), strict=True))
-    statistics = token_statistics(backbone, read, embeddings)
+    encoded = EncodedPrompts(read.all(), backbone.encode_prompts(read.all()))
+    statistics = token_statistics(backbone, "prompt", read, encoded)
     equations = normal_equations(layers, statistics, 1.0, 1e-4)
     masks = select(equations, 6000).masks
-    x, wanted = embeddings["an image of cat"].double(), embeddings["an image of dog"].double()
+    x, wanted = (encoded[f"an image of {word}"]["prompt_embeds"][0].double() for word in ("cat", "dog"))
 
     def left(values: dict[str, torch.Tensor], tokens: torch.Tensor) -> float:
         """How far the edited values of the tokens are from the surrogate's, over how far the concept's were."""

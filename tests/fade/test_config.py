@@ -23,9 +23,12 @@ def test_replace_changes_only_what_it_names() -> None:
 
 def test_toml(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('seed = 3\n[locate]\nkeep = 1\ntargets = ["to_v"]\n[overwrite]\nsteps = 5\n')
+    path.write_text(
+        'seed = 3\n[locate]\nkeep = 1\ntargets = ["to_v"]\n[overwrite]\nsteps = 5\ntraining_mode = "auto"\n'
+    )
     config = Config.load(path)
     assert (config.seed, config.locate.keep, config.locate.targets, config.overwrite.steps) == (3, 1.0, ("to_v",), 5)
+    assert (config.overwrite.training_mode, config.overwrite.cuda_graph) == ("auto", "auto")
 
 
 def test_the_papers_procedure_draws_fresh_noise_and_makes_every_step() -> None:
@@ -58,6 +61,11 @@ def test_the_papers_procedure_draws_fresh_noise_and_makes_every_step() -> None:
         ({"overwrite": {"timestep_band": [0.5, 0.5]}}, "timestep_band must satisfy"),
         ({"overwrite": {"timestep_band": [0.1, 0.2, 0.3]}}, "must have 2 entries"),
         ({"data": {"resolution": 4}}, "resolution must be at least 8"),
+        (
+            {"overwrite": {"training_mode": "rounded"}},
+            "'overwrite.training_mode' must be one of 'exact', 'one-product'",
+        ),
+        ({"overwrite": {"cuda_graph": True}}, "'overwrite.cuda_graph' must be one of 'auto', 'on', 'off'"),
         ({"data": {"plurals": "yes"}}, "'data.plurals' must be of type bool"),
         ({"seed": -1}, "seed must be in"),
         ({"seed": 2**63 - 1}, "seed must be in"),

@@ -59,8 +59,12 @@ def metadata(forget: str = "three", surrogate: str = "eight", layers: list[str] 
             "selected": sum(r["selected"] for r in records),
             "total": 6144 * len(records),
             "layers": records,
+            "training_mode": {
+                "asked": "auto", "used": "mixed", "layers": {"one-product": 5, "exact": 3},
+                "rounded_weights": "kept", "exact_because": ["the cost model prefers it"],
+            },
         },
-    }
+    }  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -150,6 +154,7 @@ def test_numbers_settings_and_costs_are_in_the_text(run: tuple[Evaluation, str, 
         "43.2 kB", "20.2 s", "22.2", "51.5", "812.3 MB", "934.5 MB", "9.8.7", "188, 288, 588",
         "locate.keep", "overwrite.learning_rate", str(Config().overwrite.learning_rate),
         "evaluation.guidance_scale", "0123456789abcdef",
+        "5 layers in one product, weights rounded once a step and kept; 3 exact (the cost model prefers it)",
     ):  # fmt: skip
         assert expected in text, expected
     assert outcome(evaluation) in text

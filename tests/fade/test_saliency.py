@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from fade.backbones import Backbone, backbone_for
 from fade.base_model import target_layers
 from fade.concept import concept_from_words
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import Config
 from fade.latents import Latents, prepare_latents
 from fade.noise import epoch_order, step_generator
@@ -27,14 +28,20 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
     return backbone_for(pipeline)
 
 
-def prepared(backbone: Backbone, quick: Config) -> tuple[Latents, dict[str, torch.Tensor]]:
+def prepared(backbone: Backbone, quick: Config) -> tuple[Latents, EncodedPrompts]:
     latents = prepare_latents(backbone, CONCEPT, quick.data, 0, "base")
     prompts = sorted({*latents.forget_prompts, *latents.surrogate_prompts, *latents.retain_prompts})
-    return latents, dict(zip(prompts, backbone.encode_prompts(prompts), strict=True))
+    return latents, EncodedPrompts(prompts, backbone.encode_prompts(prompts))
 
 
 def by_autograd(
-    backbone: Backbone, names: list[str], latents: Latents, embeddings: dict, quick: Config, kind: str, per_sample: bool
+    backbone: Backbone,
+    names: list[str],
+    latents: Latents,
+    encoded: EncodedPrompts,
+    quick: Config,
+    kind: str,
+    per_sample: bool,
 ) -> dict[str, torch.Tensor]:
     """Σ_b |∂ℓ_b/∂W| from `.grad`, in the same order of batches, noise and timesteps."""
     locate = quick.locate
@@ -49,13 +56,13 @@ def by_autograd(
             generator = step_generator(0, part, batch)
             z = clean[index]
             noise = torch.randn(z.shape, generator=generator)
-            t = torch.randint(backbone.num_timesteps, (len(z),), generator=generator)
+            t = torch.randint(backbone.time_span, (len(z),), generator=generator)
             noised = backbone.add_noise(z, noise, t)
-            text = torch.stack([embeddings[prompts[i]] for i in index])
+            text = Conditioning.cat([encoded[prompts[i]] for i in index])
             if teacher is None:
                 target = backbone.target(z, noise, t)
             else:
-                target = backbone.predict(noised, t, torch.stack([embeddings[teacher[i]] for i in index])).detach()
+                target = backbone.predict(noised, t, Conditioning.cat([encoded[teacher[i]] for i in index])).detach()
             prediction = backbone.predict(noised, t, text)
             losses = [F.mse_loss(prediction, target)]
             if per_sample:
@@ -82,10 +89,10 @@ def test_saliency_is_the_summed_gradient_magnitude(
     backbone: Backbone, quick: Config, kind: str, per_sample: bool
 ) -> None:
     config = quick.replace(locate__saliency=kind, locate__per_sample=per_sample)
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     layers = target_layers(backbone.denoiser, (*ATTENTION, *CONVOLUTIONS, "linear_1"))
-    found = measure_saliency(backbone, layers, latents, embeddings, config.locate, 0)
-    wanted = by_autograd(backbone, list(layers), latents, embeddings, config, kind, per_sample)
+    found = measure_saliency(backbone, layers, latents, encoded, config.locate, 0)
+    wanted = by_autograd(backbone, list(layers), latents, encoded, config, kind, per_sample)
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert wanted[name].abs().sum() > 0
@@ -94,11 +101,11 @@ def test_saliency_is_the_summed_gradient_magnitude(
 
 
 def test_module_scaling_divides_each_layer_by_its_mean(backbone: Backbone, quick: Config) -> None:
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     layers = target_layers(backbone.denoiser, ATTENTION)
-    raw = measure_saliency(backbone, layers, latents, embeddings, quick.locate, 0)
+    raw = measure_saliency(backbone, layers, latents, encoded, quick.locate, 0)
     scaled = torch.cat([(value / value.mean()).flatten() for value in raw.values()])
-    located = locate(backbone, layers, latents, embeddings, quick.replace(locate__scaling="module").locate, 0)
+    located = locate(backbone, layers, latents, encoded, quick.replace(locate__scaling="module").locate, 0)
     assert located.selected == int(0.05 * scaled.numel())
     assert located.threshold == pytest.approx(scaled.topk(located.selected).values.min().item(), rel=1e-5)
     for (name, mask), record in zip(located.masks.items(), located.layers, strict=True):
@@ -109,10 +116,10 @@ def test_module_scaling_divides_each_layer_by_its_mean(backbone: Backbone, quick
 
 @pytest.mark.parametrize("granularity", ["tile", "channel", "module", "none"])
 def test_granularities(backbone: Backbone, quick: Config, granularity: str) -> None:
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     layers = target_layers(backbone.denoiser, ATTENTION)
     config = quick.replace(locate__granularity=granularity, locate__keep=0.2, locate__tile=8).locate
-    located = locate(backbone, layers, latents, embeddings, config, 0)
+    located = locate(backbone, layers, latents, encoded, config, 0)
     masks = {name: mask.unpack() for name, mask in located.masks.items()}
     if granularity == "none":
         assert all(mask.all() for mask in masks.values())
@@ -130,10 +137,10 @@ def test_granularities(backbone: Backbone, quick: Config, granularity: str) -> N
 
 
 def test_random_saliency_is_a_control(backbone: Backbone, quick: Config) -> None:
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     layers = target_layers(backbone.denoiser, ATTENTION)
     config = quick.replace(locate__saliency="random", locate__scaling="none").locate
-    first, same, other = (locate(backbone, layers, latents, embeddings, config, seed).masks for seed in (0, 0, 1))
+    first, same, other = (locate(backbone, layers, latents, encoded, config, seed).masks for seed in (0, 0, 1))
     assert first == same
     assert first != other
 
@@ -160,9 +167,9 @@ def test_no_more_than_one_weight_gradient_is_ever_alive(backbone: Backbone, quic
                     most = max(most, len(alive))
             return result
 
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     with Count():
-        measure_saliency(backbone, layers, latents, embeddings, quick.locate, 0)
+        measure_saliency(backbone, layers, latents, encoded, quick.locate, 0)
     assert seen >= 2 * len(layers)
     assert most == 1
 
@@ -171,13 +178,12 @@ def test_no_more_than_one_weight_gradient_is_ever_alive(backbone: Backbone, quic
 def test_saliency_of_a_16_bit_model(pipeline: StableDiffusionPipeline, quick: Config, dtype: torch.dtype) -> None:
     pipeline.unet.requires_grad_(False)
     backbone = backbone_for(pipeline)
-    latents, embeddings = prepared(backbone, quick)
+    latents, encoded = prepared(backbone, quick)
     layers = target_layers(backbone.denoiser, ATTENTION)
-    exact = measure_saliency(backbone, layers, latents, embeddings, quick.locate, seed=0)
+    exact = measure_saliency(backbone, layers, latents, encoded, quick.locate, seed=0)
     pipeline.unet.to(dtype)
     rounded_latents = dataclasses.replace(latents, forget=latents.forget.to(dtype), retain=latents.retain.to(dtype))
-    rounded = measure_saliency(
-        backbone, layers, rounded_latents, {p: e.to(dtype) for p, e in embeddings.items()}, quick.locate, seed=0
-    )
+    rounded_prompts = EncodedPrompts(encoded.prompts, encoded.conditioning.to("cpu", dtype))
+    rounded = measure_saliency(backbone, layers, rounded_latents, rounded_prompts, quick.locate, seed=0)
     error = sum((rounded[n] - exact[n]).square().sum() for n in exact) / sum(v.square().sum() for v in exact.values())
     assert error.sqrt() < (0.02 if dtype == torch.float16 else 0.15)

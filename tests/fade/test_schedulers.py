@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from transformers import CLIPTokenizer
 
 import fade
-from fade.backbones import StableDiffusionBackbone, backbone_for
+from fade.backbones import Backbone, backbone_for
 from fade.backbones.ddpm import training_schedule
 from fade.config import Config
 from fade.errors import FadeError
@@ -153,7 +153,7 @@ def test_a_scheduler_without_betas_is_not_given_the_defaults_of_ddpm(tokenizer: 
     """The EDM scheduler keeps betas of a config it was made from, unused; made alone it has none at all."""
     for scheduler in (made("EDMEulerScheduler", config_of_a_model()), diffusers.EDMEulerScheduler()):
         backbone = backbone_for(tiny_pipeline(tokenizer, scheduler=scheduler))
-        for read in (lambda b: b.schedule, lambda b: b.num_timesteps, lambda b: b.check_trainable()):
+        for read in (lambda b: b.schedule, lambda b: b.time_span, lambda b: b.check_trainable()):
             with pytest.raises(FadeError, match="EDMEulerScheduler does not state the betas"):
                 read(backbone)
         with pytest.raises(FadeError, match="EDMEulerScheduler"):
@@ -176,7 +176,7 @@ def test_refused_before_anything_is_drawn_but_adapters_load(
     adapter = random_adapter(pipeline)
     adapter.save(tmp_path / "adapter.safetensors")
     wanted = denoise(pipeline)
-    monkeypatch.setattr(StableDiffusionBackbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(Backbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
     for scheduler in (diffusers.EDMEulerScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()):
         other = tiny_pipeline(tokenizer, scheduler=scheduler)
         with pytest.raises(FadeError, match=f"{type(scheduler).__name__} does not state the betas"):

@@ -273,6 +273,31 @@ def check_gathered_product(ops: Any, device: str) -> None:
                 actual, layer.device[x], layer.device["values"], order, places[0], places[1], layer.scale
             )
             assert relative_error(actual, by_values) <= tolerance, (what, by_column)
+            check_sum_of_fp32(ops, layer, by_column, what)
+
+
+def check_sum_of_fp32(ops: Any, layer: "Gathered", by_column: bool, what: object) -> None:
+    """y in fp32 beside x in 16 bits: what is far below y's rounding in x's dtype is there."""
+    x, y = ("dy", "x") if by_column else ("x", "dy")
+    places = layer.places[3:] if by_column else layer.places[:3]
+    segments = layer.positions.by_column if by_column else layer.positions.by_row
+    start = 1000.0 * layer.wide[y]
+    expected = torch.zeros_like(start)
+    factors = (layer.wide["lora_a"], layer.wide["lora_b"])
+    reference.add_gathered_lora_(expected, layer.wide[x], *factors, *segments, by_column, layer.scale)
+    operands = (layer.device[x], layer.device["lora_a"], layer.device["lora_b"])
+    order = (None, layer.order)[by_column]
+    by_lora, by_values = (start.to(layer.device[y].device, torch.float32) for _ in range(2))
+    before = by_lora.cpu().double()
+    ops.add_gathered_lora_(by_lora, *operands, *places, by_column, layer.scale)
+    assert relative_error(by_lora.cpu().double() - before, expected) <= 2e-3, (what, by_column)
+    ops.add_gathered_values_(by_values, operands[0], layer.device["values"], order, *places[:2], layer.scale)
+    expected.zero_()
+    order = layer.positions.order if by_column else None
+    reference.add_gathered_values_(
+        expected, layer.wide[x], layer.wide["values"], order, segments.starts, segments.index, layer.scale
+    )
+    assert relative_error(by_values.cpu().double() - before, expected) <= 2e-3, (what, by_column)
 
 
 def check_gathered_layouts(ops: Any, device: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("triton")
 
 from fade_kernels import compile_report
 from fade_kernels.compile_report import Row, check, count_matrix_instructions, parse_ptxas, resource_usage, short_name
+from fade_kernels.triton_kernels.launch import Allowance
 
 FAR_OVER = 300 * 1024
 
@@ -87,6 +89,60 @@ def test_counts_matrix_instructions() -> None:
 def test_finds_violations(row: Row, arch: int, says: list[str]) -> None:
     check(row, arch, tensor_cores=True)
     assert row.violations == says
+
+
+GPU_IR = """
+  tt.func public @kernel() {
+    %0 = tt.load %before : tensor<64x!tt.ptr<bf16>>
+    %1:2 = scf.for %i = %a to %b step %c iter_args(%acc = %zero, %n = %first) -> (i32) {
+      %2 = ttg.async_copy_global_to_local %p, %q : tensor<64x64x!tt.ptr<bf16>>
+      %3 = ttng.warp_group_dot %w, %x, %acc {isAsync = true} : tensor<64x64xf32>
+      %4:2 = ttng.warp_group_dot_wait %3, %w {pendings = 1 : i32} : tensor<64x64xf32>
+      scf.yield %4#0 : tensor<64x64xf32>
+    }
+    %5 = ttng.warp_group_dot_wait %1#0 {pendings = 0 : i32} : tensor<64x64xf32>
+    %6 = scf.for %j = %a to %b step %c iter_args(%sum = %zero) -> (i32) {
+      %7 = tt.load %partial : tensor<64x!tt.ptr<f32>>
+      scf.yield %7 : tensor<64xf32>
+    }
+  }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("", "", (0, 0)),
+        ("{isAsync = true} ", "", (0, 1)),
+        ("pendings = 1", "pendings = 0", (0, 1)),
+        ("%2 = ttg.async_copy_global_to_local %p, %q", "%2 = tt.load %p", (1, 0)),
+        ("ttng.warp_group_dot %w, %x, %acc {isAsync = true}", "tt.dot %w, %x, %acc", (0, 1)),
+        ("%7 = tt.load %partial", "%8 = tt.dot %w, %x, %sum\n      %7 = tt.load %partial", (1, 1)),
+    ],
+    ids=["pipelined", "synchronous", "waits at once", "loads", "old product", "second loop"],
+)
+def test_finds_what_is_not_pipelined(old: str, new: str, found: tuple[int, int]) -> None:
+    assert compile_report.unpipelined(GPU_IR.replace(old, new) if old else GPU_IR) == found
+
+
+def test_what_is_not_pipelined_must_be_allowed() -> None:
+    allowed = (Allowance("load", 1, "a reason"), Allowance("wait", 1, "a reason"))
+    row = Row("k", "c", "sm_90", 9, 0, 0, 4, 4, loads=1, waits=2)
+    check(row, 90, tensor_cores=True, allowed=allowed)
+    assert row.violations == ["2 waits in loops of matrix products are not pipelined, 1 are allowed"]
+
+
+def test_a_kernel_that_is_not_pipelined_is_a_violation() -> None:
+    name = "fade_kernels.triton_kernels.weight_gradient_magnitude"
+    case = next(case for case in compile_report.cases_of(name) if case.dtype == "bf16")
+    row = compile_report.compile_triton_case(replace(case, tiling=replace(case.tiling, num_stages=1)), 90)
+    assert row.loads == 2 and any("2 loads" in violation for violation in row.violations)
+
+
+def test_every_allowance_has_a_reason() -> None:
+    for module in compile_report.triton_modules():
+        for case in compile_report.cases_of(module):
+            assert all(a.reason and a.kind in ("load", "wait") and a.count > 0 for a in case.allowed), case.name
 
 
 def test_command_fails_on_a_violation(

@@ -7,9 +7,11 @@ leaves out the CPU's half. Expected values are computed on the CPU from the roun
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cuda_checks
@@ -19,9 +21,11 @@ from kernel_testing import OPS, generator, opcheck
 from torch import Tensor, nn
 
 import fade_kernels
-from fade_kernels import BitMask, dispatch, reference
+from fade_kernels import BitMask, choices, reference, registration
 from fade_kernels.masked_lora import REGIMES, force_regime
 from fade_kernels.positions import find_positions
+from fade_kernels.window import Window
+from tests import delta_survival
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to run GPU kernels on")
 DEVICES = [
@@ -61,7 +65,7 @@ def exact_fp32_products() -> Iterator[None]:
 def kernels_run_themselves() -> Iterator[None]:
     """A definition in place of a kernel would pass every test of numbers."""
     yield
-    assert not dispatch.served_by_definitions()
+    assert not registration.served_by_definitions()
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -301,17 +305,19 @@ def test_masked_lora_linear_in_every_regime(regime: str, dtype: torch.dtype, dev
     "thresholds",
     [
         {},
-        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 2.0},
-        {"gather_density": -1.0, "library_flops": 0.0, "whole_occupancy": 0.0},
-        {"gather_density": 9e9, "sampled_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+        {"gather_density": -1.0, "sampled_density": -1.0},
+        {
+            **{"gather_density": 9e9, "gather_occupancy": 0.0, "gather_flops": 0.0},
+            **{"sampled_density": 9e9, "sampled_flops": 0.0},
+        },
     ],
-    ids=["auto", "split", "whole", "gather"],
+    ids=["auto", "fused", "gather"],
 )
 def test_masked_lora_linear_on_every_chosen_path(
     thresholds: dict[str, float], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Paths that no regime names are reached by moving the thresholds."""
-    monkeypatch.setattr(dispatch, "THRESHOLDS", dispatch.THRESHOLDS._replace(**thresholds))
+    monkeypatch.setattr(choices, "THRESHOLDS", choices.THRESHOLDS._replace(**thresholds))
     shape = (2048, 1280, 1280, 16) if device == "cuda" else (64, 256, 256, 16)
     for kind in ("0.1 %", "10 %", "corner"):
         check_lora(make_linear(device, shape, kind, dtype), True, True, dtype, kind)
@@ -353,6 +359,32 @@ def test_strided_and_empty_inputs(dtype: torch.dtype, device: str) -> None:
         assert y.shape == (*tokens, 48)
         assert grad_x.shape == empty.shape
         assert not grad_a.any() and not grad_b.any()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [0, 3])
+@pytest.mark.parametrize("regime", ["gather", "tile", "whole", "auto"])
+def test_a_delta_10000_times_smaller_survives_in_16_bit_outputs(
+    regime: str, kernel: int, dtype: torch.dtype, device: str
+) -> None:
+    sizes = {"kernel": 3, "side": 64, "tokens": 16, "rows": 64, "columns": 64} if kernel else {"tokens": 8192}
+    for density in (0.01, 0.1, 1.0):
+        layer = delta_survival.Layer(dtype, **{"rows": 512, "columns": 512, **sizes}, density=density).to(device)
+        for values in (False, True):
+
+            def both(sign: float, layer: Any = layer, values: bool = values) -> Tensor:
+                x = layer.x.clone().requires_grad_()
+                name = f"masked_{'values' if values else 'lora'}_{'conv2d' if kernel else 'linear'}"
+                window = {"padding": 1} if kernel else {}
+                given = (*layer.adapter(values), layer.mask, sign * layer.scale)
+                y = getattr(fade_kernels, name)(x, layer.weight, None, *given, **window)
+                (dx,) = torch.autograd.grad(y, x, layer.grad_output)
+                return torch.cat([y.detach().flatten(), dx.flatten()])
+
+            term = torch.cat([layer.term.flatten(), layer.gradient_term.flatten()])
+            with force_regime(regime):
+                delta_survival.assert_kept({f"{density} {values}": delta_survival.share(term, both)})
 
 
 def projection(actual: Tensor, base: Tensor, term: Tensor) -> float:
@@ -471,7 +503,9 @@ def test_effective_weights_of_many_layers(dtype: torch.dtype, device: str) -> No
     drawn, again = (fade_kernels.effective_weights(*lists, stochastic=True, seed=5) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(drawn, again, strict=True))
     # The definition draws the same bits; a sum in another order may fall on the other side of one.
-    cpu = [[tensor.cpu() for tensor in tensors] for tensors in lists[:3]]
+    # Where nothing is rounded to 16 bits it is computed in float64.
+    exact = torch.float64 if dtype == torch.float32 else dtype
+    cpu = [[tensor.cpu().to(exact) for tensor in tensors] for tensors in lists[:3]]
     words, scales = [layer.words for layer in layers], [torch.tensor(layer.scale) for layer in layers]
     expected = [torch.empty_like(weight) for weight in cpu[0]]
     reference.effective_weights_out(expected, *cpu, words, scales, True, 5)
@@ -518,7 +552,7 @@ def test_masked_conv2d(
         for name in ("x", "weight", "grad_output"):
             layer.tensors[name] = layer.tensors[name].contiguous(memory_format=memory_format)
         scale = torch.tensor(layer.scale, dtype=torch.float64)
-        w, lists = layer.wide, [list(pair) for pair in places]
+        w, moves = layer.wide, Window(*(list(pair) for pair in places))
 
         y, gradients = run(
             lambda x, a, b, layer=layer: fade_kernels.masked_lora_conv2d(
@@ -528,10 +562,10 @@ def test_masked_conv2d(
             layer.grad_output,
         )
         delta = (w["lora_a"], w["lora_b"], layer.words, scale)
-        assert error(y, reference.masked_lora_conv2d(w["x"], w["weight"], w["bias"], *delta, *lists)) <= FORWARD[dtype]
+        assert error(y, reference.masked_lora_conv2d(w["x"], w["weight"], w["bias"], *delta, moves)) <= FORWARD[dtype]
         expected = [
-            reference.masked_lora_conv2d_input_gradient(w["grad_output"], w["weight"], *delta, sizes["x"], *lists),
-            *reference.masked_lora_conv2d_factor_gradients(w["grad_output"], w["x"], *delta, *lists),
+            reference.masked_lora_conv2d_input_gradient(w["grad_output"], w["weight"], *delta, sizes["x"], moves),
+            *reference.masked_lora_conv2d_factor_gradients(w["grad_output"], w["x"], *delta, moves),
         ]
         for a, e in zip(gradients, expected, strict=True):
             assert error(a, e) <= FORWARD[dtype], kind
@@ -544,13 +578,13 @@ def test_masked_conv2d(
             layer.grad_output,
         )
         delta, size = (w["values"], layer.words, scale), list(kernel)
-        exact = reference.masked_values_conv2d(w["x"], w["weight"], w["bias"], *delta, size, *lists)
+        exact = reference.masked_values_conv2d(w["x"], w["weight"], w["bias"], *delta, size, moves)
         assert error(y, exact) <= FORWARD[dtype]
         expected = [
             reference.masked_values_conv2d_input_gradient(
-                w["grad_output"], w["weight"], *delta, sizes["x"], size, *lists
+                w["grad_output"], w["weight"], *delta, sizes["x"], size, moves
             ),
-            reference.masked_values_conv2d_gradient(w["grad_output"], w["x"], *delta, size, *lists),
+            reference.masked_values_conv2d_gradient(w["grad_output"], w["x"], *delta, size, moves),
         ]
         for a, e in zip(gradients, expected, strict=True):
             assert error(a, e) <= FORWARD[dtype], kind
@@ -657,6 +691,10 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "masked_lora_linear": (x, layer.weight, layer.bias, *lora, 0),
         "masked_lora_linear_input_gradient": (layer.grad_output, layer.weight, *fixed, 0),
         "masked_lora_linear_factor_gradients": (layer.grad_output, layer.x, *fixed, 0),
+        "masked_lora_linear_backward": (layer.grad_output, layer.x, layer.weight, *fixed, 0, True, True),
+        "masked_values_linear_backward": (
+            layer.grad_output, layer.x, layer.weight, layer.values, words, scale, 0, True, True,
+        ),
         "masked_values_linear": (x, layer.weight, layer.bias, v, words, scale, 0),
         "masked_values_linear_input_gradient": (layer.grad_output, layer.weight, layer.values, words, scale, 70, 0),
         "masked_values_linear_gradient": (layer.grad_output, layer.x, layer.values, words, scale, 0),
@@ -674,6 +712,10 @@ def operator_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "effective_weights_out": (
             [layer.weight.clone(), layer.weight.half()], [layer.weight, layer.weight.half()], [layer.lora_a] * 2,
             [layer.lora_b] * 2, [words] * 2, [scale] * 2, True, 3,
+        ),
+        "effective_weights_from_values_out": (
+            [layer.weight.clone(), layer.weight.half()], [layer.weight, layer.weight.half()], [layer.values] * 2,
+            [words] * 2, [scale] * 2, True, 3,
         ),
         "masked_lora_conv2d": (images, conv.weight, conv.bias, ca, cb, conv.mask.words, scale, *window),
         "masked_lora_conv2d_input_gradient": (
@@ -840,6 +882,17 @@ def test_masked_lora_linear_in_a_cuda_graph(kind: str, dtype: torch.dtype) -> No
         expected = expected_lora(fresh, True, True)
         tolerances = [FORWARD[dtype]] * 2 + [FACTORS[dtype]] * 2
         assert all(error(a, e) <= t for a, e, t in zip(captured, expected, tolerances, strict=True)), factor
+
+
+DOCUMENTED = re.findall(
+    r"^```python\n(.*?)^```", (Path(__file__).parents[2] / "docs/cuda_graphs.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@needs_cuda
+@pytest.mark.parametrize("code", DOCUMENTED, ids=["training", "inference"])
+def test_documented_cuda_graphs(code: str) -> None:
+    exec(compile(code, "docs/cuda_graphs.md", "exec"), {"__name__": "documented"})
 
 
 @needs_cuda

@@ -73,11 +73,12 @@ def test_an_unknown_value_is_an_error(value: str) -> None:
 def test_a_missing_cuda_library_is_told_at_the_first_call_that_needs_it() -> None:
     code = """
 import warnings, torch
-from fade_kernels import _extension, dispatch, reference
+from fade_kernels import _extension, reference, registration
 registered = {}
-dispatch._ops.implement = lambda name, kernel, device: registered.setdefault(name, kernel)
-dispatch._register_definitions(dispatch.LIBRARY_OPERATORS, _extension.MISSING_CUDA.format(reason="it was not built"))
-assert sorted(registered) == sorted(dispatch.LIBRARY_OPERATORS)
+registration._ops.implement = lambda name, kernel, device: registered.setdefault(name, kernel)
+missing = _extension.MISSING_CUDA.format(reason="it was not built")
+registration._register_definitions(registration.LIBRARY_OPERATORS, missing)
+assert sorted(registered) == sorted(registration.LIBRARY_OPERATORS)
 mask = torch.rand(5, 40) < 0.5
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -106,14 +107,14 @@ def test_a_library_built_for_newer_or_other_gpus_runs_on_fewer() -> None:
 def test_a_gpu_that_the_library_holds_no_code_for_is_served_by_definitions() -> None:
     code = """
 import torch
-from fade_kernels import dispatch
+from fade_kernels import registration
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_capability = lambda index: [(8, 6), (7, 0)][index]
-dispatch.build_info = lambda: {"architectures": ["8.0", "9.0"]}
-dispatch._ops.implement = lambda name, kernel, device: print("registered", name, device)
-real = dispatch._register_definitions
-dispatch._register_definitions = lambda names, reason: (print(reason), real(names, reason))
-dispatch._serve_gpus_without_code()
+registration.build_info = lambda: {"architectures": ["8.0", "9.0"]}
+registration._ops.implement = lambda name, kernel, device: print("registered", name, device)
+real = registration._register_definitions
+registration._register_definitions = lambda names, reason: (print(reason), real(names, reason))
+registration._serve_gpus_without_code()
 """
     done = run(code)
     assert "built for compute capability 8.0, 9.0, and GPU 1 has 7.0" in done.stdout, done

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fade.adapter_file import PREFIX, LayerTensors, write_adapter_file
+from fade.adapter_file import LayerTensors, write_adapter_file
 from fade_kernels import BitMask
 
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "X9")
@@ -182,7 +182,7 @@ def _change_shapes(parts: Parts, rng: random.Random) -> None:
     else:  # as large as it can be, with next to nothing behind it
         rows = rng.choice((100, 5000, 32768))
         shapes[name] = [rows, 65536]
-        key = PREFIX + name
+        key = "fade.unet." + name
         parts.entries = [entry for entry in parts.entries if not entry[0].startswith(f"{key}.")]
         for part, dtype, shape, content in (
             ("row_counts", "I32", [rows], struct.pack("<i", 1) + bytes(4 * (rows - 1))),
@@ -213,7 +213,9 @@ def _change_entry(parts: Parts, rng: random.Random) -> None:
         parts.data[name], parts.data[other] = parts.data.get(other, b""), parts.data[name]
         return
     if kind == 3:
-        new = rng.choice((rng.choice(parts.entries)[0], name + "x", PREFIX, name.replace("values", "a"), *HOSTILE_TEXT))
+        new = rng.choice(
+            (rng.choice(parts.entries)[0], name + "x", "fade.unet.", name.replace("values", "a"), *HOSTILE_TEXT)
+        )
         parts.data[new] = parts.data[name]
         name = new
     elif kind == 4:

@@ -148,7 +148,6 @@ class Fuzzer:
         import torch
         from safetensors.torch import load_file
 
-        from fade.adapter_file import PREFIX
         from fade_kernels import BitMask
 
         stored = load_file(self.path)
@@ -159,13 +158,13 @@ class Fuzzer:
             assert layer.factors is not None or layer.values.shape == (layer.mask.count,), "values do not fit the mask"
             if n * k > 2**22:  # that it is no larger than it is, is checked by the limit; its bits need room
                 continue
-            words = stored.get(f"{PREFIX}{name}.mask")
+            words = stored.get(f"fade.unet.{name}.mask")
             dense = torch.zeros(n, -(-k // 32) * 32, dtype=torch.bool)
             if words is not None:
                 dense = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32) & 1).flatten(1).bool()
             else:
-                rows = torch.arange(n).repeat_interleave(stored[f"{PREFIX}{name}.row_counts"].long())
-                dense[rows, stored[f"{PREFIX}{name}.columns"].long()] = True
+                rows = torch.arange(n).repeat_interleave(stored[f"fade.unet.{name}.row_counts"].long())
+                dense[rows, stored[f"fade.unet.{name}.columns"].long()] = True
             assert not dense[:, k:].any(), "padding bits"
             assert torch.equal(layer.mask.unpack(), dense[:, :k]), "another mask than the file's"
             assert layer.mask.count == int(dense.sum()), "another count than the file's"

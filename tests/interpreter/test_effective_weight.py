@@ -1,6 +1,7 @@
 """Effective weights under the interpreter, against the definition in float64; rounding by its distribution."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -242,3 +243,55 @@ def test_mutants_of_the_rounding_are_biased(old: str, new: str, kind: str, mutat
     values = sample(kind, rng)
     assert bias(module, values, torch.float16) < 1.4
     assert bias(mutate(module, old, new), values, torch.float16) > 2
+
+
+def values_problem(n: int, k: int, kind: str, dtype: torch.dtype, rng: torch.Generator) -> tuple[Tensor, ...]:
+    """W, values, mask words and scale."""
+    words = random_mask(n, k, kind, rng)
+    count = int(reference.unpack_mask(words, k).sum())
+    return torch.randn(n, k, generator=rng).to(dtype), torch.randn(count, generator=rng), words, torch.tensor(0.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (20, 300)], ids=str)
+def test_given_by_values_it_is_the_definition_bit_for_bit(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    weight, *delta = values_problem(*shape, kind, dtype, rng)
+    for base in (weight, None):
+        for stochastic in (False, True):
+            actual, expected = torch.empty_like(weight), torch.empty_like(weight)
+            first = torch.zeros_like(weight) if base is None else base
+            options = (stochastic, 11)
+            lists = [[first, first], *([part, part] for part in delta)]
+            reference.effective_weights_from_values_out([torch.empty_like(weight), expected], *lists, *options)
+            module.effective_weight_from_values(actual, base, *delta, stochastic=stochastic, seed=11, layer=1)
+            assert torch.equal(actual, expected), (base is None, stochastic)
+
+
+def test_values_into_other_layouts_and_dtypes(rng: torch.Generator) -> None:
+    weight, *delta = values_problem(24, 70, "random", torch.float16, rng)
+    expected = torch.empty(24, 70)
+    reference.effective_weight_from_values_out(expected, weight.float(), *delta)
+    for out in (torch.full((24, 70), float("nan")), strided_rows(torch.zeros(24, 70)), torch.zeros(70, 24).t()):
+        module.effective_weight_from_values(out, weight, *delta)
+        assert torch.equal(out, expected)
+    images = torch.zeros(24, 7, 2, 5)
+    module.effective_weight_from_values(images, weight.view(24, 7, 2, 5), *delta)
+    assert torch.equal(images.flatten(1), expected)
+    module.effective_weight_from_values(weight, weight, delta[0].half(), *delta[1:])
+    assert frobenius_error(weight, expected.double()) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("tl.cumsum(b_bits, axis=1) - b_bits", "tl.cumsum(b_bits, axis=1)"), ("b_values * b_scale", "b_values")],
+    ids=["next value", "scale lost"],
+)
+def test_a_mutant_of_the_values_kernel_is_noticed(old: str, new: str, rng: torch.Generator, mutate: Any) -> None:
+    weight, *delta = values_problem(33, 65, "random", torch.float32, rng)
+    actual, expected = torch.empty_like(weight), torch.empty_like(weight)
+    reference.effective_weight_from_values_out(expected, weight, *delta)
+    mutate(module, old, new).effective_weight_from_values(actual, weight, *delta)
+    assert frobenius_error(actual, expected) > 1e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreter_testing import frobenius_error, linear_problem, strided_rows, wide
 
-from fade_kernels import reference
+from fade_kernels import mask_facts, reference
 from fade_kernels.triton_kernels import masked_lora_forward as kernel
 from fade_kernels.triton_kernels.launch import Tiling
 
@@ -87,8 +87,6 @@ def test_fp32_factors_beside_fp16_rows(factors: torch.dtype, rng: torch.Generato
 def test_nothing_to_do(shape: tuple[int, int], rng: torch.Generator) -> None:
     arguments = linear_problem(*shape, 40, 2, "full", torch.float32, rng)
     assert kernel.masked_lora_forward(**arguments).shape == shape
-    y = torch.zeros(shape)
-    assert kernel.add_masked_lora(y, *(arguments[n] for n in ("x", "lora_a", "lora_b", "mask_words", "scale"))) is y
 
 
 def contract_error(module: ModuleType, arguments: dict[str, Any]) -> float:
@@ -117,41 +115,59 @@ def test_numerics_contract_fails_where_the_terms_share_a_rounding(rng: torch.Gen
     assert contract_error(merged, arguments) > 3e-3
 
 
+def checkered(rows: int, columns: int, tile: tuple[int, int]) -> torch.Tensor:
+    """Words of a mask with one bit in every second tile, so that every strip has occupied and empty ones."""
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for n in range(0, rows, tile[0]):
+        mask[n, (n // tile[0] % 2) * tile[1] :: 2 * tile[1]] = True
+    return reference.pack_mask(mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("kind", ["empty", "full", "random", "block"])
-@pytest.mark.parametrize("y_dtype", [torch.float32, None], ids=["fp32 y", "own y"])
-def test_add_in_place(kind: str, dtype: torch.dtype, y_dtype: torch.dtype | None, rng: torch.Generator) -> None:
-    arguments = linear_problem(35, 70, 104, 5, kind, dtype, rng)
-    exact = wide(arguments)
-    y = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"]).to(y_dtype or dtype)
-    expected = y.double() + reference.masked_lora_linear(**(exact | {"weight": None, "bias": None}))
-    delta = {name: arguments[name] for name in ("x", "lora_a", "lora_b", "mask_words", "scale")}
-    assert kernel.add_masked_lora(y, **delta, tiling=SMALL) is y
-    assert frobenius_error(y, expected) <= TOLERANCE[dtype]
+def test_walks_occupied_tiles_first_and_all_of_them(dtype: torch.dtype, rng: torch.Generator) -> None:
+    arguments = linear_problem(19, 40, 200, 5, "empty", dtype, rng) | {"mask_words": checkered(40, 200, (16, 32))}
+    assert forward_error(kernel, arguments, tiling=SMALL) <= TOLERANCE[dtype]
+    assert forward_error(kernel, arguments | {"weight": None}, tiling=SMALL) <= TOLERANCE[dtype]
 
 
-def test_add_leaves_empty_strips_alone(rng: torch.Generator) -> None:
-    arguments = linear_problem(20, 64, 64, 4, "block", torch.float32, rng)
-    delta = {name: arguments[name] for name in ("x", "lora_a", "lora_b", "mask_words", "scale")}
-    y = torch.full((20, 64), float("nan"))
-    y[:, 48:] = 0.0
-    kernel.add_masked_lora(y, **delta, tiling=SMALL)
-    assert y[:, :48].isnan().all() and not y[:, 48:].isnan().any()
-    exact = reference.masked_lora_linear(**(wide(arguments) | {"weight": None, "bias": None}))
-    assert frobenius_error(y[:, 48:], exact[:, 48:]) <= 1e-5
+def test_the_list_of_tiles_is_made_once_and_again_for_other_words(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = linear_problem(19, 40, 200, 5, "empty", torch.float32, rng)
+    made = []
+    find = mask_facts.find_tile_order
+    monkeypatch.setattr(mask_facts, "find_tile_order", lambda *a, **k: made.append(1) or find(*a, **k))
+    for _ in range(3):
+        assert forward_error(kernel, arguments, tiling=SMALL) <= 1e-5
+    assert len(made) == 1
+    arguments["mask_words"].copy_(checkered(40, 200, (16, 32)))
+    assert forward_error(kernel, arguments, tiling=SMALL) <= 1e-5
+    assert len(made) == 2
+
+
+def test_while_a_graph_is_captured_an_unknown_list_is_done_without(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = linear_problem(19, 40, 200, 5, "random", torch.float32, rng)
+    monkeypatch.setattr(mask_facts, "capturing", lambda words: True)
+    assert forward_error(kernel, arguments) <= 1e-5
+    assert not mask_facts.kept_with(arguments["mask_words"])
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("b_product * b_scale, 0.0)", "b_product * b_scale, b_product)"),
-        ("(o_word < WORDS)[None, :]", "(o_word < WORDS - 1)[None, :]"),
+        ("m_word = (o_word * 32 < K)", "m_word = (o_word * 32 < K - 32)"),
+        ("tl.minimum(i_step + 1, TILES - 1)) if SKIP", "i_step) if SKIP"),
+        ("for i_step in range(steps, TILES)", "for i_step in range(steps, TILES - 1)"),
         ("b_product * b_scale", "b_product"),
     ],
-    ids=["mask ignored", "last word lost", "scale lost"],
+    ids=["mask ignored", "last word lost", "next tile lost", "last tile lost", "scale lost"],
 )
 def test_check_fails_on_a_mutant(old: str, new: str, rng: torch.Generator, mutate: Any) -> None:
     arguments = linear_problem(33, 40, 72, 3, "random", torch.float32, rng)
+    arguments["mask_words"][:, 1] = 0  # an empty tile in every strip
     assert forward_error(mutate(kernel, old, new), arguments, tiling=SMALL) > TOLERANCE[torch.float32]
 
 

@@ -1,4 +1,4 @@
-"""Embedding inversion: the conditioning itself, one [tokens, width] for all pictures, is optimised until the adapted
+"""Embedding inversion: the conditioning itself, one for all pictures, is optimised until the adapted
 model denoises pictures of the concept with it, and is then drawn with.
 
 It is textual inversion (Gal et al., arXiv 2208.01618) with every token free instead of one word, as in Pham et al.'s
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fade.adapter import gradients_as_found
+from fade.conditioning import Conditioning
 from fade.errors import FadeError
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.modes import evaluation_mode, out_of_inference_mode
@@ -39,27 +40,30 @@ class EmbeddingInversion:
     def __call__(self, subject: Subject) -> Drawn:
         latents = subject.examples(self.pictures)
         conditioning, numbers = self.optimise(subject, latents)
-        conditioning = conditioning.expand(len(subject.prompts), -1, -1)
-        drawn = subject.sample(conditioning, subject.different_seeds, "drawing with the embedding")
+        everywhere = conditioning.repeat(len(subject.prompts))
+        drawn = subject.sample(everywhere, subject.different_seeds, "drawing with the embedding")
         return Drawn(subject.decode(drawn), numbers)
 
-    def optimise(self, subject: Subject, latents: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """The conditioning [1, tokens, width], float32, and the mean denoising loss before and after, on noise that is
+    def optimise(self, subject: Subject, latents: torch.Tensor) -> tuple[Conditioning, dict[str, float]]:
+        """The conditioning, one row, float32, and the mean denoising loss before and after, on noise that is
         in no step. Begins from the first prompt's embedding. Raises FadeError where the loss is not finite."""
         backbone = subject.backbone
         conditioning = backbone.encode_prompts(subject.prompts[:1]).float()
-        unit = conditioning.square().mean().sqrt().item()
-        conditioning.requires_grad_(True)
-        optimizer = torch.optim.Adam([conditioning], lr=self.learning_rate * unit, eps=1e-15)
+        free = [tensor for tensor in conditioning.tensors().values() if tensor.is_floating_point()]
+        groups = []
+        for tensor in free:
+            unit = tensor.square().mean().sqrt().item()
+            groups.append({"params": [tensor.requires_grad_(True)], "lr": self.learning_rate * unit})
+        optimizer = torch.optim.Adam(groups, eps=1e-15)
         scale = loss_scale(backbone.dtype, latents.numel())
 
         def loss(step: int, stream: str = "embedding inversion") -> torch.Tensor:
             generator = step_generator(subject.seed, stream, step)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            timesteps = torch.randint(backbone.num_timesteps, (len(latents),), generator=generator).to(latents.device)
-            prompts = conditioning.to(backbone.dtype).expand(len(latents), -1, -1)
-            predicted = backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, prompts)
-            return F.mse_loss(predicted.float(), backbone.target(latents, noise, timesteps).float())
+            times = backbone.draw_times(len(latents), generator).to(latents.device)
+            prompts = conditioning.to(backbone.device, backbone.dtype).repeat(len(latents))
+            predicted = backbone.predict(backbone.add_noise(latents, noise, times), times, prompts)
+            return F.mse_loss(predicted.float(), backbone.target(latents, noise, times).float())
 
         @torch.no_grad()
         def told() -> float:
@@ -73,13 +77,14 @@ class EmbeddingInversion:
             with progress_bar("optimising the embedding", self.iterations, subject.progress) as advance:
                 for step in range(self.iterations):
                     value = loss(step)
-                    (gradient,) = torch.autograd.grad(scale * value, conditioning)
-                    if not torch.isfinite(gradient).all():
+                    gradients = torch.autograd.grad(scale * value, free)
+                    if not all(torch.isfinite(gradient).all() for gradient in gradients):
                         raise FadeError(
                             f"the loss of the embedding inversion became {value.item()} at iteration {step + 1}; load "
                             "the model in fp32 or bf16, or lower the attack's learning rate"
                         )
-                    conditioning.grad = gradient / scale
+                    for tensor, gradient in zip(free, gradients, strict=True):
+                        tensor.grad = gradient / scale
                     optimizer.step()
                     advance(f"loss {value.item():.2e}")
             after = told()

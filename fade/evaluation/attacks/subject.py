@@ -12,6 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fade.adapter import Adapter
     from fade.backbones import Backbone
+    from fade.conditioning import Conditioning
 
 _EXAMPLE_SEEDS = 1_000_000
 """Where the seeds of `Subject.examples` begin: far from those that pictures are counted with."""
@@ -40,12 +41,12 @@ class Subject:
 
     def sample(
         self,
-        prompts: tuple[str, ...] | Tensor,
+        prompts: tuple[str, ...] | Conditioning,
         seeds: tuple[int, ...],
         description: str,
         on_step: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """Latents [n, 4, h, w] of prompts, or of embeddings [n, tokens, width], with the adapter as it is now."""
+        """Latents [n, C, h, w] of prompts, or of a conditioning, with the adapter as it is now."""
         return self.backbone.sample_latents(
             prompts, seeds, self.steps, self.guidance_scale, self.batch_size, progress=self.progress,
             description=description, on_step=on_step,
@@ -63,12 +64,12 @@ class Subject:
 
     @functools.cached_property
     def concept_latents(self) -> Tensor:
-        """What the base model draws of every prompt and seed: latents [n, 4, h, w]. Drawn once."""
+        """What the base model draws of every prompt and seed: latents [n, C, h, w]. Drawn once."""
         with self.adapter.disabled():
             return self.sample(self.prompts, self.seeds, "drawing with the base model")
 
     def examples(self, count: int) -> Tensor:
-        """Pictures of the concept that an attacker has, as latents [count, 4, h, w]: drawn by the base model from the
+        """Pictures of the concept that an attacker has, as latents [count, C, h, w]: drawn by the base model from the
         same prompts in turn, with seeds that no counted picture has."""
         prompts = list(dict.fromkeys(self.prompts))
         chosen = tuple(prompts[i % len(prompts)] for i in range(count))
@@ -76,8 +77,8 @@ class Subject:
             return self.sample(chosen, tuple(range(_EXAMPLE_SEEDS, _EXAMPLE_SEEDS + count)), "drawing examples")
 
     @functools.cached_property
-    def empty_prompt(self) -> Tensor:
-        """Its embedding, [1, tokens, width]."""
+    def empty_prompt(self) -> Conditioning:
+        """One row."""
         return self.backbone.encode_prompts([""])
 
 

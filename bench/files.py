@@ -1,0 +1,17 @@
+"""Where the repository is, and how a result file is written. Imports nothing that could fail on a new machine."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:
+    """Writes a result file: under a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(payload, indent=2) + "\n")
+    temporary.replace(path)

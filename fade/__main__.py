@@ -1,0 +1,6 @@
+"""`python -m fade …`: the command line, for launchers that start modules (`accelerate launch -m fade unlearn …`)."""
+
+from fade.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""HiDream-I1: four text encoders, of which the last is read at a layer of its own by every block; routed experts."""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fade.base_model import own_modules
+from fade.conditioning import Conditioning, Rows
+
+if TYPE_CHECKING:
+    from fade.backbones.base import Backbone
+
+TEXT_LENGTH = 128
+"""Tokens that prompts are padded to, as the pipeline's own call has it."""
+
+
+def encode(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
+        prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+    )
+    # The layers come first.
+    return {"prompt_embeds_t5": t5, "prompt_embeds_llama3": llama.transpose(0, 1), "pooled_prompt_embeds": pooled}
+
+
+def call(backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float) -> dict[str, Any]:
+    def given(one: Conditioning) -> dict[str, Any]:
+        return {**one, "prompt_embeds_llama3": one["prompt_embeds_llama3"].transpose(0, 1)}
+
+    against = {f"negative_{name}": value for name, value in given(negative).items()}
+    return {**given(conditioning), **against, "guidance_scale": guidance}
+
+
+def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    return {
+        "hidden_states": noised,
+        "timesteps": 1000 * times.to(noised.device),
+        "encoder_hidden_states_t5": conditioning["prompt_embeds_t5"],
+        "encoder_hidden_states_llama3": conditioning["prompt_embeds_llama3"].transpose(0, 1),
+        "pooled_embeds": conditioning["pooled_prompt_embeds"],
+    }
+
+
+def side(backbone: Backbone) -> tuple[int, ...]:
+    """The pipeline brings every size to as many pixels as its own has."""
+    return (backbone.pipeline.default_sample_size * backbone.pipeline.vae_scale_factor,)
+
+
+def shift(backbone: Backbone, tokens: int) -> float:
+    """μ of the tokens of the largest picture, whatever is drawn: 0.5 for 256, 1.15 for 4096, linear between."""
+    return 0.5 + 0.65 * (backbone.denoiser.max_seq - 256) / (4096 - 256)
+
+
+def llama_layers(backbone: Backbone) -> dict[int, tuple[str, ...]]:
+    """By layer of the language model, the projections that read it."""
+    found: dict[int, tuple[str, ...]] = {}
+    for block, layer in enumerate(backbone.denoiser.config.llama_layers):
+        found[layer] = (*found.get(layer, ()), f"caption_projection.{block}.linear")
+    return found
+
+
+def padded_before(tokenizer: str) -> Any:
+    """Padding is where the tokenizer puts it."""
+
+    def padded(pipeline: Any) -> int:
+        return TEXT_LENGTH if getattr(pipeline, tokenizer).padding_side == "left" else 1
+
+    return padded
+
+
+def let_gradients_through_experts(backbone: Backbone) -> None:
+    """diffusers computes routed experts under `no_grad` unless in training mode, in which the denoiser's output has
+    another shape: with it, everything before an expert would have a gradient that lacks what went through it. Where
+    gradients are asked for, the same sum is computed so that they are exact."""
+    for _, _, module in own_modules(backbone.denoiser):
+        if type(module).__name__ == "MOEFeedForwardSwiGLU":
+            module.moe_infer = types.MethodType(_routed, module)
+
+
+def _routed(self: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k w_k E_k(x) of tokens x [m, d]; `experts` [m k] and `weights` [m k, 1] are those of each token in turn."""
+    if not torch.is_grad_enabled():
+        return type(self).moe_infer(self, x, experts, weights)
+    order = experts.argsort()
+    counts = experts.bincount(minlength=len(self.experts)).tolist()
+    total = torch.zeros_like(x)
+    for expert, rows in zip(self.experts, order.split(counts), strict=True):
+        if len(rows):
+            tokens = rows // self.num_activated_experts
+            total = total.index_add(0, tokens, (expert(x[tokens]) * weights[rows]).to(total.dtype))
+    return total

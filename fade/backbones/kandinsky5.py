@@ -1,0 +1,80 @@
+"""Kandinsky 5: latents with the channels last and an axis of time, prompts without padding, fixed sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fade.conditioning import Conditioning, Rows
+from fade.errors import FadeError
+
+if TYPE_CHECKING:
+    from fade.backbones.base import Backbone
+
+TEXT_LENGTH = 512
+"""Most tokens of a prompt, as the pipeline's own call has it."""
+
+
+def encode(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    embeddings, pooled, _ = pipeline.encode_prompt(prompts, max_sequence_length=TEXT_LENGTH, device=device)
+    return {"prompt_embeds_qwen": embeddings, "prompt_embeds_clip": pooled}
+
+
+def text(pipeline: Any, prompt: str) -> str:
+    """What the pipeline tokenizes of a prompt for its first encoder."""
+    from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
+
+    return pipeline.prompt_template.format(prompt_clean(prompt))
+
+
+def stacked(rows: Rows) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack(rows)
+
+
+def call(backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float) -> dict[str, Any]:
+    def given(one: Conditioning, prefix: str = "") -> dict[str, Tensor]:
+        embeddings = stacked(one["prompt_embeds_qwen"])
+        count, length = embeddings.shape[:2]
+        return {
+            f"{prefix}prompt_embeds_qwen": embeddings,
+            f"{prefix}prompt_embeds_clip": one["prompt_embeds_clip"],
+            f"{prefix}prompt_cu_seqlens": length * torch.arange(count + 1, dtype=torch.int32, device=backbone.device),
+        }
+
+    return {**given(conditioning), **given(negative, "negative_"), "guidance_scale": guidance}
+
+
+def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    embeddings, device = conditioning["prompt_embeds_qwen"], noised.device
+    _, height, width = backbone.denoiser.config.patch_size
+    return {
+        "hidden_states": noised.permute(0, 2, 3, 1)[:, None],
+        "encoder_hidden_states": embeddings,
+        "pooled_projections": conditioning["prompt_embeds_clip"],
+        "timestep": (1000 * times.to(device)).to(noised.dtype),
+        "visual_rope_pos": [
+            torch.arange(count, device=device) for count in (1, noised.shape[2] // height, noised.shape[3] // width)
+        ],
+        "text_rope_pos": torch.arange(embeddings.shape[1], device=device),
+        "scale_factor": (1.0, 1.0, 1.0),
+    }
+
+
+def channels_first(latents: Tensor) -> Tensor:
+    """[n, 1, h, w, C] -> [n, C, h, w]."""
+    return latents[:, 0].permute(0, 3, 1, 2)
+
+
+def sides(backbone: Backbone) -> tuple[int, ...]:
+    return tuple(width for width, height in backbone.pipeline.resolutions if width == height)
+
+
+def refuse(backbone: Backbone) -> None:
+    """Raises FadeError for a denoiser that draws from a picture, too."""
+    if backbone.denoiser.config.visual_cond:
+        raise FadeError(
+            "this Kandinsky 5 needs a picture beside the prompt (visual_cond=True), so a prompt alone draws nothing: "
+            "unlearn on the text-to-image model"
+        )

@@ -1,0 +1,155 @@
+"""Which path serves a call on a CUDA device: one function per decision, one table of thresholds, no side effects.
+
+What is known of a mask: `mask_facts.py`; the paths: `cuda/`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fade_kernels.mask_facts import MaskFacts
+
+
+class Thresholds(NamedTuple):
+    """Where one path overtakes another, in the linear's forward pass where nothing else is said.
+
+    None is measured yet: each is where the roofline model of an H200 (`bench/roofline.py`: 4.3 TB/s, 0.77 PFLOP/s,
+    2.5 us a launch, own kernels at 0.85 of that rate) predicts that two paths take equally long; microseconds below are
+    its predictions.
+    """
+
+    gather_density: float = 0.0125
+    """Up to this density over the share of occupied tiles, only the mask's positions are computed: 8192 tokens at 3072
+    channels 425 us at 0.01, all tiles 505; equally long at 0.0143. Clear of 0.01, which a random mask of 1 % meets on
+    one side or the other."""
+    gather_occupancy: float = 0.6
+    """Below this share of occupied tiles they are cheaper, however few bits they hold: 8192 tokens at 1280 channels
+    71 us against 86; above, larger layers gain: at 3072, 0.6 of them occupied, 398 against 380."""
+    gather_flops: float = 3e10
+    """Below this much arithmetic in x W^T, the sum in fp32 that the positions are added to costs more than the tiles:
+    8192 tokens at 1280 channels, 2.7e10, 89 us against 90; 32768 at 640 channels 129 against 90."""
+    sampled_flops: float = 1e10
+    """The same of the gradient at the positions, which needs no such sum: 8192 tokens at 640 channels 24 us, 23 by the
+    tiles."""
+    sampled_density: float = 0.003
+    """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
+    tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
+    rounded_density: float = 0.2
+    """Up to this density the noise of rounding W + Delta stochastically is small beside that of rounding y: rounding a
+    share d of bf16 weights adds an error of 2.3e-3 sqrt(d) of y to the 1.7e-3 of y's own rounding, at 0.2 a sixth."""
+    skip_occupancy: float = 0.9
+    """Below this share of occupied tiles the fused kernels walk a list that leaves the delta of the others out; above,
+    the list's address, one load a step, is not worth what is left out. A guess."""
+    compact_channels: float = 0.75
+    """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
+    guess: the model has no convolutions."""
+
+
+THRESHOLDS = Thresholds()
+
+
+def _sparse_enough(facts: MaskFacts, density: float) -> bool:
+    return facts.density <= density * facts.occupancy and facts.occupancy >= THRESHOLDS.gather_occupancy
+
+
+def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, facts: MaskFacts, tf32: bool) -> str:
+    """Path of the masked linear's forward and input gradient.
+
+    Args:
+        dtype: of the activations; tokens, rows, columns: T, N, K; facts: of the mask; tf32: fp32 products may round.
+
+    Returns:
+        `frozen`: the mask is empty. `scratch`: one product with W + Delta, exact enough in fp32 alone. `gather`: a
+        library product with its sum in fp32, to which the delta is added at the mask's positions. `fused`: both terms
+        in one kernel, summed in fp32.
+    """
+    if facts.density == 0.0:
+        return "frozen"
+    if dtype == torch.float32 and not tf32:
+        return "scratch"
+    large = 2.0 * tokens * rows * columns >= THRESHOLDS.gather_flops
+    return "gather" if large and _sparse_enough(facts, THRESHOLDS.gather_density) else "fused"
+
+
+def skips_empty_tiles(facts: MaskFacts) -> bool:
+    """Whether a fused kernel leaves the delta of empty tiles out, by a list of the others."""
+    return facts.occupancy < THRESHOLDS.skip_occupancy
+
+
+def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
+    """`zero`: an empty mask. `gather`: the weight gradient at the mask's positions. `tile`: in its occupied tiles."""
+    if facts.density == 0.0:
+        return "zero"
+    large = 2.0 * tokens * rows * columns >= THRESHOLDS.sampled_flops
+    return "gather" if large and _sparse_enough(facts, THRESHOLDS.sampled_density) else "tile"
+
+
+def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:
+    """`fused`: the magnitude is taken in the product's epilogue. `scratch`: a library product, folded in and freed.
+
+    A product in full fp32 uses no matrix unit, and the library's is the faster one there.
+    """
+    return "scratch" if dtype == torch.float32 and not tf32 else "fused"
+
+
+# --- the training mode -----------------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """The constants of the roofline model, those of an H200; their sources: `bench/roofline.py`."""
+
+    bandwidth: float = 4.3e12
+    """Bytes a second."""
+    matrix: float = 0.77e15
+    """FLOP/s of the library's 16-bit products."""
+    gathered: float = 10e12
+    """FLOP/s at a mask's positions."""
+    launch: float = 2.5e-6
+    """Seconds."""
+    efficiency: float = 0.85
+    """Of both rates, in kernels of our own."""
+
+    def seconds(self, flops: float, moved: float, rate: float, efficiency: float = 1.0) -> float:
+        """One kernel: the longer of its arithmetic and its memory traffic, and a launch."""
+        return max(flops / rate, moved / self.bandwidth) / efficiency + self.launch
+
+
+_CHIP = Chip()
+_RANK, _ROW_TILE = 16, 128  # a usual rank; rows of x for which the fused kernel makes a tile of Delta once
+
+
+def choose_training_mode(
+    dtype: torch.dtype, tokens: int, rows: int, columns: int, density: float, occupancy: float
+) -> str:
+    """Training mode of a layer by the roofline model: what the products of a step take, forward and for dX.
+
+    The adapter's gradients are the same in both modes and left out. In the one-product mode W + Delta is counted as
+    made in both directions, as with a seed; made for many layers at once it costs less.
+
+    Args:
+        dtype: of the activations; tokens, rows, columns: T, N, K (a convolution: pixels, C_out, C_in kh kw).
+        density: share of set bits in the mask; occupancy: share of its 64 x 64 tiles that hold any.
+
+    Returns:
+        "exact" or "one-product"; "exact" wherever nothing is rounded to 16 bits, the mask is empty, or too dense for
+        rounding noise to be small (`Thresholds.rounded_density`).
+    """
+    if dtype.itemsize != 2 or not 0.0 < density <= THRESHOLDS.rounded_density:
+        return "exact"
+    t, n, k, chip = tokens, rows, columns, _CHIP
+    product, weights = 2.0 * t * n * k, n * k
+    activations = t * (n + k)
+    once = chip.seconds(product, 2 * (activations + weights), chip.matrix)
+    made = chip.seconds(2.0 * weights * _RANK, (2 + 2 + 1 / 8) * weights, chip.matrix, chip.efficiency)
+    if choose_linear(dtype, t, n, k, MaskFacts(0, density, occupancy), tf32=False) == "gather":
+        written = activations / 2  # on average of both directions: y [T, N], dX [T, K]
+        library = chip.seconds(product, 2 * (written + weights) + 4 * written, chip.matrix)
+        positions = chip.seconds(
+            2.0 * t * density * weights, 8 * density * weights + 10 * written, chip.gathered, chip.efficiency
+        )
+        rounded = chip.seconds(0.0, 6 * written, chip.matrix)
+        exact = library + positions + rounded
+    else:
+        delta = occupancy * (product + 2.0 * -(-t // _ROW_TILE) * weights * _RANK)
+        exact = chip.seconds(product + delta, 2 * (activations + weights) + weights / 8, chip.matrix, chip.efficiency)
+    return "one-product" if once + made < exact else "exact"
