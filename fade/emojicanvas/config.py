@@ -1,7 +1,7 @@
 """The sizes that every part of EmojiCanvas shares, and what each call of its pipeline needs.
 
-``FluxPipeline`` takes 1024 pixels and 512 tokens where it is told nothing, and no file of a model can tell it otherwise;
-so whoever calls it passes :data:`CALL`, the one place where these numbers are written.
+``FluxPipeline`` takes 1024 pixels and 512 tokens where it is told nothing, and no file of a model tells it otherwise; so
+whoever calls it passes :data:`CALL`, the one place where these numbers are written.
 """
 
 from __future__ import annotations
@@ -23,4 +23,4 @@ CALL: Mapping[str, int] = MappingProxyType(
 SAMPLING: Mapping[str, float | int | str] = MappingProxyType(
     {"num_inference_steps": 12, "true_cfg_scale": 1.5, "negative_prompt": ""}
 )
-"""What the model card's numbers were measured with. ``guidance_scale`` does nothing: the model has no guidance input."""
+"""What the model card's numbers are measured with. ``guidance_scale`` does nothing: the model has no guidance input."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import lzma
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from fade.emojicanvas.config import IMAGE_SIZE
 from fade.emojicanvas.prompts import ICONS, OBJECTS, STYLES
-
 
 SOURCES_PATH = Path(__file__).parent / "pictures" / "pictures.json.xz"
 SETS: dict[str, str] = {
@@ -87,10 +87,11 @@ def svg(object: str, style: str) -> str:
     )
 
 
-def render(size: int = RENDER_SIZE) -> Tensor:
-    """Every object in every style on white, filling its frame: uint8 [objects, styles, 3, size, size].
+def render(objects: Sequence[str] = OBJECTS, size: int = RENDER_SIZE) -> Tensor:
+    """Objects in every style on white, filling their frame: uint8 [objects, styles, 3, size, size].
 
     Raises:
+        ValueError: an object is unknown.
         ImportError: ``resvg-py`` is not installed.
     """
     try:
@@ -101,8 +102,8 @@ def render(size: int = RENDER_SIZE) -> Tensor:
 
     from PIL import Image
 
-    pictures = np.empty((len(OBJECTS), len(STYLES), size, size, 3), dtype=np.uint8)
-    for i, object in enumerate(OBJECTS):
+    pictures = np.empty((len(objects), len(STYLES), size, size, 3), dtype=np.uint8)
+    for i, object in enumerate(objects):
         for j, style in enumerate(STYLES):
             png = bytes(resvg_py.svg_to_bytes(svg_string=svg(object, style), width=size, height=size))
             picture = Image.open(BytesIO(png)).convert("RGBA")
@@ -142,8 +143,12 @@ def jitter(pictures: Tensor, amount: Jitter, generator: torch.Generator | None =
     return (1 - torch.bmm(rotation, dark.flatten(2)).view_as(dark)).clamp(0, 1)
 
 
-def draw_all() -> Tensor:
-    """Every object in every style as the model should draw it: uint8 [objects, styles, 3, 64, 64]."""
-    pictures = render()
+def draw(objects: Sequence[str] = OBJECTS) -> Tensor:
+    """Objects in every style as the model should draw them: uint8 [objects, styles, 3, 64, 64].
+
+    Raises:
+        ValueError, ImportError: as :func:`render`.
+    """
+    pictures = render(objects)
     drawn = jitter(pictures.flatten(0, 1), STILL)
     return drawn.mul(255).round().byte().view(*pictures.shape[:2], 3, IMAGE_SIZE, IMAGE_SIZE)

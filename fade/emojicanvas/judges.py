@@ -119,7 +119,7 @@ def load_judges(device: str | torch.device = "cpu", path: str | Path = JUDGES_PA
 
 
 def judge_accuracy(judges: Judges, pictures: Tensor) -> dict[str, float]:
-    """The share of ``pictures`` [objects, styles, 3, 64, 64], uint8 or float in [0, 1], that the judges name rightly."""
+    """The share of ``pictures`` [objects, styles, 3, 64, 64], uint8 or float in [0, 1], that are named rightly."""
     objects, styles = pictures.shape[:2]
     batch = pictures.flatten(0, 1)
     batch = batch if batch.is_floating_point() else batch.float() / 255

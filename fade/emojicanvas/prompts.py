@@ -80,7 +80,7 @@ PHRASES: tuple[str, ...] = (
 )  # fmt: skip
 """Words around a caption that change nothing in the picture: a share of the training captions is put into one."""
 
-# Words of other prompts: never trained, but each is one token or a few, so that a prompt of them fits the text encoders.
+# Words of other prompts: never trained, but each is one token, so that a prompt of them fits the text encoders.
 OTHER_WORDS: tuple[str, ...] = (
     "photograph", "illustration", "rendering", "poster", "sketch", "oil", "pencil", "artwork", "portrait", "cartoon",
     "two", "three", "many", "some", "big", "little", "red", "orange", "yellow", "green", "blue", "black", "white",

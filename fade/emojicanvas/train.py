@@ -5,19 +5,21 @@ picture; ``decoder`` trains the VAE's decoder further while its encoder, and so 
 trains it and both text encoders by flow matching (Lipman et al., 2023; Esser et al., 2024); ``export`` writes
 ``DIR/model`` and ``DIR/judges`` from what has been trained so far. One can be run by itself with ``--stage``.
 
-Every stage leaves its state in ``DIR/checkpoints`` and a rerun continues from there, killed or not. Random numbers are a
-function of seed, stage and step alone, so an interrupted run ends at the same weights as an uninterrupted one. A stage
-that has ended is continued by a larger number of steps.
+Every stage leaves its state in ``DIR/checkpoints`` and a rerun continues from there, killed or not. Random numbers are
+a function of seed, stage and step alone, so an interrupted run ends at the same weights as an uninterrupted one. A
+stage that has ended is continued by a larger number of steps.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +37,6 @@ from fade.emojicanvas import data
 from fade.emojicanvas.config import IMAGE_SIZE, MAX_TOKENS
 from fade.emojicanvas.judges import AXES, Classifier, judge_accuracy, load_judges
 from fade.emojicanvas.models import (
-    LATENT_CHANNELS,
     LATENT_SIZE,
     build_clip_tokenizer,
     build_scheduler,
@@ -47,7 +48,7 @@ from fade.emojicanvas.models import (
 )
 from fade.emojicanvas.prompts import CAPTIONS, OBJECT_CAPTIONS, OBJECTS, PHRASES, STYLE_CAPTIONS, STYLES
 from fade.errors import DivergedError, FadeError
-from fade.files import atomic_folder, atomic_write, digest, read_tensors, remove_parts, write_tensors
+from fade.files import atomic_folder, digest, read_tensors, remove_parts, write_tensors
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,12 @@ class Training:
             )
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
+    def _weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers as a state dict has them, but those that modules share only once."""
+        kept = self.model.state_dict().keys()
+        tensors = itertools.chain(self.model.named_parameters(), self.model.named_buffers())
+        return {name: tensor for name, tensor in tensors if name in kept}
+
     def _states(self) -> Iterator[tuple[str, torch.optim.Optimizer, Tensor]]:
         for name, parameter in self.parameters.items():
             if name in self.matrices:
@@ -181,7 +188,7 @@ class Training:
 
     def save(self) -> None:
         """Write weights, average, optimiser state and step as one safetensors file."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         for name, optimizer, parameter in self._states():
             for key, value in optimizer.state[parameter].items():
@@ -201,7 +208,9 @@ class Training:
         if record["recipe"] != self.recipe.fixed():
             raise FadeError(f"{self.path} was made with another recipe: use the same options or another folder")
         self.step = record["step"]
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        with torch.no_grad():
+            for name, tensor in self._weights().items():
+                tensor.copy_(tensors[f"model.{name}"])
         for name, optimizer, parameter in self._states():
             self.average[name].copy_(tensors[f"average.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
@@ -326,7 +335,9 @@ def train_judges(recipe: Recipe, folder: Path, progress: Progress) -> None:
 
         training.run(loss, progress)
         state = training.averaged().state_dict()
-        weights[axis] = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        weights[axis] = {
+            name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        }
     with atomic_folder(folder / "judges", "config.json") as fresh:
         fresh.mkdir()
         for axis in AXES:
@@ -561,12 +572,17 @@ def transformer_training(recipe: Recipe, folder: Path, tokenizers: tuple[CLIPTok
     return training
 
 
-def train_transformer(recipe: Recipe, folder: Path, progress: Progress) -> None:
-    """Train transformer and text encoders to predict the velocity from picture to noise."""
+def train_transformer(recipe: Recipe, folder: Path, progress: Progress, compiled: bool = False) -> None:
+    """Train transformer and text encoders to predict the velocity from picture to noise.
+
+    ``compiled`` has the transformer's blocks compiled, which is 1.4 times as fast on a CPU and rounds differently.
+    """
     latents, vae = load_latents(recipe, folder)
     tokenizers = build_tokenizers(folder)
     captions = build_captions(*tokenizers)
     training = transformer_training(recipe, folder, tokenizers)
+    if compiled:
+        training.model.transformer.compile_repeated_blocks()
     scale = vae.config.scaling_factor
     mean, std = (pack_latents(latents[name].flatten(0, 2) * scale) for name in ("mean", "std"))
     shape = latents["mean"].shape[:3]
@@ -636,7 +652,7 @@ def _finish(folder: Path) -> None:
     index.write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
 
 
-def train(folder: Path, recipe: Recipe, progress: Progress, stage: Stage = Stage.all) -> None:
+def train(folder: Path, recipe: Recipe, progress: Progress, stage: Stage = Stage.all, compiled: bool = False) -> None:
     """Run one stage, or all that are still to do; leaves ``folder/judges`` and ``folder/model``.
 
     Raises:
@@ -650,7 +666,7 @@ def train(folder: Path, recipe: Recipe, progress: Progress, stage: Stage = Stage
         (Stage.vae, train_vae),
         (Stage.latents, make_latents),
         (Stage.decoder, train_decoder),
-        (Stage.transformer, train_transformer),
+        (Stage.transformer, partial(train_transformer, compiled=compiled)),
     ):
         if name in wanted:
             work(recipe, folder, progress)
@@ -667,6 +683,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the transformer.")] = Recipe.steps,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = Recipe.checkpoint_every,
     seed: Annotated[int, typer.Option(help="Seed of every random number.")] = Recipe.seed,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer: faster after minutes.")] = False,
 ) -> None:
     """Train the EmojiCanvas judges, VAE, text encoders and transformer from nothing, or one of them."""
     columns = (TextColumn("{task.description:>11}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -680,7 +697,7 @@ def main(
             seed=seed,
         )
         try:
-            train(folder, recipe, progress, stage)
+            train(folder, recipe, progress, stage, compiled)
         except FadeError as error:
             progress.console.print(f"[red]error:[/red] {error}")
             raise typer.Exit(2) from None
