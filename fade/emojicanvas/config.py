@@ -1,7 +1,7 @@
 """The sizes that every part of EmojiCanvas shares, and what each call of its pipeline needs.
 
-``FluxPipeline`` takes 1024 pixels and 512 tokens where it is told nothing, and no file of a model tells it otherwise; so
-whoever calls it passes :data:`CALL`, the one place where these numbers are written.
+``FluxPipeline`` takes 1024 pixels and 512 tokens where it is told nothing, and no file of a model tells it otherwise.
+So whoever calls it passes :data:`CALL`, the one place where these numbers are written.
 """
 
 from __future__ import annotations

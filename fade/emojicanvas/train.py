@@ -67,7 +67,7 @@ class Recipe:
     seed: int = 0
     judge_batch_size: int = 96
     judge_learning_rate: float = 3e-3
-    judge_width: int = 26
+    judge_width: int = 20
     vae_batch_size: int = 16
     vae_learning_rate: float = 3e-3
     decoder_batch_size: int = 16
@@ -89,10 +89,15 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def fixed(self) -> dict[str, float]:
-        """What must be the same in every run that continues a checkpoint."""
-        free = ("judge_steps", "vae_steps", "decoder_steps", "steps", "checkpoint_every")
-        return {name: value for name, value in asdict(self).items() if name not in free}
+    def fixed(self, stage: str) -> dict[str, float]:
+        """What must be the same in every run that continues a stage: its own settings, but for the number of steps."""
+        prefixes = {"judges": "judge_", "vae": "vae_", "decoder": "decoder_"}
+        others = tuple(prefix for name, prefix in prefixes.items() if name != stage)
+        free = ("steps", "checkpoint_every")
+        own = {name: value for name, value in asdict(self).items() if not name.startswith(others)}
+        if stage in prefixes:
+            own = {name: value for name, value in own.items() if name.startswith((prefixes[stage], "seed", "ema_"))}
+        return {name: value for name, value in own.items() if not name.endswith(free)}
 
 
 class Stage(StrEnum):
@@ -110,7 +115,7 @@ class Stage(StrEnum):
 
 def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
     """The random numbers of one step: they depend on seed, stage and step, not on what ran before."""
-    number = ("object", "style", "vae", "latents", "decoder", "transformer", "held_out").index(stage)
+    number = ("judges", "held_out", "vae", "latents", "decoder", "transformer").index(stage)
     return torch.Generator().manual_seed((seed * 8 + number) * 1_000_003 + step)
 
 
@@ -193,7 +198,7 @@ class Training:
         for name, optimizer, parameter in self._states():
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        write_tensors(self.path, tensors, {"step": self.step, "stage": self.stage, "recipe": self.recipe.fixed()})
+        write_tensors(self.path, tensors, {"step": self.step, "stage": self.stage, "recipe": self.recipe.fixed(self.stage)})
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
@@ -205,7 +210,7 @@ class Training:
         if not self.path.is_file():
             return
         tensors, record = read_tensors(self.path)
-        if record["recipe"] != self.recipe.fixed():
+        if record["recipe"] != self.recipe.fixed(self.stage):
             raise FadeError(f"{self.path} was made with another recipe: use the same options or another folder")
         self.step = record["step"]
         with torch.no_grad():
@@ -318,26 +323,27 @@ def train_judges(recipe: Recipe, folder: Path, progress: Progress) -> None:
         "object": {"classes": pictures.shape[0], "width": recipe.judge_width},
         "style": {"classes": pictures.shape[1], "width": recipe.judge_width},
     }
-    weights = {}
-    for axis in AXES:
-        torch.manual_seed(recipe.seed)
-        classifier = Classifier(**config[axis])
-        path = folder / "checkpoints" / f"judge-{axis}.safetensors"
-        training = Training(classifier, path, axis, recipe.judge_steps, recipe.judge_learning_rate, recipe, share=1.0)
-        training.resume()
+    torch.manual_seed(recipe.seed)
+    judges = nn.ModuleDict({axis: Classifier(**config[axis]) for axis in AXES})
+    path = folder / "checkpoints" / "judges.safetensors"
+    training = Training(judges, path, "judges", recipe.judge_steps, recipe.judge_learning_rate, recipe, share=1.0)
+    training.resume()
 
-        def loss(generator: torch.Generator, axis: str = axis, classifier: nn.Module = classifier) -> Tensor:
-            batch, object, style = draw_batch(pictures, recipe.judge_batch_size, generator)
-            moved = blur_and_grain(data.jitter(batch, data.STRONG, generator), generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = classifier(moved)
-            return F.cross_entropy(logits.float(), object if axis == "object" else style, label_smoothing=0.05)
+    def loss(generator: torch.Generator) -> Tensor:
+        batch, object, style = draw_batch(pictures, recipe.judge_batch_size, generator)
+        moved = blur_and_grain(data.jitter(batch, data.STRONG, generator), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = [judges[axis](moved).float() for axis in AXES]
+        answers = zip(logits, (object, style), strict=True)
+        return sum(F.cross_entropy(*answer, label_smoothing=0.05) for answer in answers)
 
-        training.run(loss, progress)
-        state = training.averaged().state_dict()
-        weights[axis] = {
-            name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()
-        }
+    training.run(loss, progress)
+    state = training.averaged().state_dict()
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    weights = {
+        axis: {name.removeprefix(f"{axis}."): tensor for name, tensor in halves.items() if name.startswith(f"{axis}.")}
+        for axis in AXES
+    }
     with atomic_folder(folder / "judges", "config.json") as fresh:
         fresh.mkdir()
         for axis in AXES:

@@ -133,8 +133,6 @@ def test_jitter_moves_within_its_bounds(pictures: torch.Tensor) -> None:
 
     assert torch.equal(seeded(3, data.STRONG), seeded(3, data.STRONG))
     assert not torch.equal(seeded(3, data.STRONG), seeded(4, data.STRONG))
-    mirrored = seeded(0, data.Jitter(angle=0.0, scale=(0.9, 0.9), shift=0.0, hue=0.0, flip=1.0))
-    torch.testing.assert_close(mirrored, still.flip(3), rtol=0, atol=2e-3)
     # A whole turn of hue is none, half of one keeps grey as it is and changes colours.
     tinted = seeded(0, data.Jitter(angle=0.0, scale=(0.9, 0.9), shift=0.0, hue=0.5))
     assert (tinted - still).abs().amax() > 0.1
@@ -429,8 +427,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny: pytest.MonkeyP
 
 
 def test_interrupted_training_ends_at_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
-    # Stops in the style judge and the decoder at a checkpoint, in the VAE before one, in the transformer after one.
-    for steps in (4, 1, 5, 3):
+    # Stops in the judges and the decoder at a checkpoint, in the VAE before one, in the transformer after one.
+    for steps in (1, 1, 5, 3):
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path, QUICK, quick_progress(steps))
     train.train(tmp_path, QUICK, quick_progress())
