@@ -42,7 +42,8 @@ RENDER_SIZE = 80
 class Jitter:
     """How far training pictures are moved: each value is the half-width of a uniform range, but for ``scale``.
 
-    ``angle`` in degrees, ``shift`` as a share of the picture's side, ``hue`` in turns; ``scale`` is the range of the drawing's size as a share of the picture's.
+    ``angle`` in degrees, ``shift`` as a share of the picture's side, ``hue`` in turns; ``scale`` is the range of the
+    drawing's size as a share of the picture's.
     """
 
     angle: float

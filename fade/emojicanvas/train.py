@@ -198,7 +198,8 @@ class Training:
         for name, optimizer, parameter in self._states():
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        write_tensors(self.path, tensors, {"step": self.step, "stage": self.stage, "recipe": self.recipe.fixed(self.stage)})
+        record = {"step": self.step, "stage": self.stage, "recipe": self.recipe.fixed(self.stage)}
+        write_tensors(self.path, tensors, record)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one.
