@@ -207,7 +207,6 @@ class Training:
         Raises:
             FadeError: the checkpoint was made with another recipe, or is damaged.
         """
-        remove_parts(self.path)
         if not self.path.is_file():
             return
         tensors, record = read_tensors(self.path)
@@ -224,7 +223,11 @@ class Training:
                     optimizer.state[parameter][key] = tensors[f"optimizer.{key}.{name}"]
 
     def run(self, loss_of_step: Callable[[torch.Generator], Tensor], progress: Progress) -> None:
-        """Take the steps that are still to do, with a checkpoint now and then."""
+        """Take the steps that are still to do, with a checkpoint now and then.
+
+        Another process may read the checkpoints meanwhile, but none may train the same stage.
+        """
+        remove_parts(self.path)
         task = progress.add_task(self.stage, total=self.steps, completed=self.step, loss="")
         self.model.train()
         losses: list[float] = []
