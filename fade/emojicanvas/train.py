@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -638,11 +639,17 @@ def export(recipe: Recipe, folder: Path) -> None:
     )
     with atomic_folder(folder / "model", "model_index.json") as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)
+        for name in ("vocab.json", "merges.txt"):  # what transformers before its version 5 reads
+            shutil.copyfile(folder / "tokenizers" / "tokenizer" / name, fresh / "tokenizer" / name)
         _finish(fresh)
 
 
 def _finish(folder: Path) -> None:
     """Mend what the libraries write so that every version of them reads it alike."""
+    for path in folder.glob("*/tokenizer_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     for name in ("text_encoder", "text_encoder_2"):
         # transformers keeps the precision that a configuration names, where diffusers loads in float32: in half
         # precision its states would not fit the transformer of a plain from_pretrained.
