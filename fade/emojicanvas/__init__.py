@@ -16,7 +16,7 @@ What a backbone for it needs, all of it as in FLUX.1:
 - Time is sigma in [0, 1], given to the transformer as such (the pipeline divides its time steps by 1,000); it predicts
   the velocity noise - picture of ``(1 - sigma) * picture + sigma * noise``, of which ``guidance`` is no input. The
   scheduler is flow-matching Euler without a shift; training drew sigma as the sigmoid of a standard normal.
-- Every call of the pipeline takes :data:`CALL`; see :mod:`fade.emojicanvas.config`.
+- Every call of the pipeline takes :data:`CALL`; :func:`call_for` adds steps, guidance and the negative prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fade.emojicanvas.config import CALL, SAMPLING
+from fade.emojicanvas.config import CALL, NEGATIVE_PROMPT, SAMPLING, call_for
 from fade.emojicanvas.prompts import OBJECTS, STYLES, neighbours, object_prompt, prompt, style_prompt
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CALL",
     "MODEL_PATH",
+    "NEGATIVE_PROMPT",
     "OBJECTS",
     "SAMPLING",
     "STYLES",
+    "call_for",
     "load_judges",
     "load_pipeline",
     "neighbours",
@@ -57,8 +59,8 @@ def load_pipeline(**kwargs: Any) -> FluxPipeline:
         kwargs: handed to ``FluxPipeline.from_pretrained``, such as ``torch_dtype=torch.bfloat16``.
 
     Returns:
-        A pipeline that is to be called with :data:`CALL`, and with :data:`SAMPLING` for the model card's accuracy:
-        ``pipeline(prompt("tiger", "noto"), **CALL, **SAMPLING)``.
+        A pipeline that is to be called with :data:`CALL` at least; ``pipeline(prompts, **call_for(prompts))`` draws as
+        the model card's accuracy was measured.
     """
     from diffusers import FluxPipeline
     from diffusers.utils import logging as diffusers_logging

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from fade.emojicanvas import MODEL_PATH
-from fade.emojicanvas.config import CALL, SAMPLING
+from fade.emojicanvas.config import SAMPLING, call_for
 from fade.emojicanvas.judges import JUDGES_PATH, Judges, load_judges
 from fade.emojicanvas.prompts import OBJECTS, STYLES, prompt
 
@@ -77,15 +77,10 @@ def check_pipeline(
     start = time.perf_counter()
     for batch in track(batches, "drawing", disable=not progress, transient=True):
         with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bfloat16):
-            output = pipeline(
-                [prompts[i] for i in batch],
-                negative_prompt=[SAMPLING["negative_prompt"]] * len(batch),
-                num_inference_steps=steps,
-                true_cfg_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed + i) for i in batch],
-                output_type="pt",
-                **CALL,
-            )
+            texts = [prompts[i] for i in batch]
+            call = {**call_for(texts), "num_inference_steps": steps, "true_cfg_scale": guidance}
+            generators = [torch.Generator().manual_seed(seed + i) for i in batch]
+            output = pipeline(texts, generator=generators, output_type="pt", **call)
         pictures.append(output.images.float().cpu())
     seconds = time.perf_counter() - start
     drawn = torch.cat(pictures)

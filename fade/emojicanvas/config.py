@@ -6,8 +6,9 @@ So whoever calls it passes :data:`CALL`, the one place where these numbers are w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 IMAGE_SIZE = 64
 """Pixels of a picture's side."""
@@ -20,7 +21,17 @@ CALL: Mapping[str, int] = MappingProxyType(
 )
 """What every call of the pipeline must be given."""
 
-SAMPLING: Mapping[str, float | int | str] = MappingProxyType(
-    {"num_inference_steps": 12, "true_cfg_scale": 1.5, "negative_prompt": ""}
-)
+SAMPLING: Mapping[str, float] = MappingProxyType({"num_inference_steps": 12, "true_cfg_scale": 1.5})
 """What the model card's numbers are measured with. ``guidance_scale`` does nothing: the model has no guidance input."""
+
+NEGATIVE_PROMPT = ""
+"""What classifier-free guidance leads away from; without one the pipeline draws without guidance."""
+
+
+def call_for(prompts: str | Sequence[str]) -> dict[str, Any]:
+    """All that the pipeline is told beside ``prompts`` to draw them as the model card's pictures were drawn.
+
+    ``pipeline(prompts, **call_for(prompts))``
+    """
+    negative = NEGATIVE_PROMPT if isinstance(prompts, str) else [NEGATIVE_PROMPT] * len(prompts)
+    return {**CALL, **SAMPLING, "negative_prompt": negative}

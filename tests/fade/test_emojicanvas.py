@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fade import emojicanvas
-from fade.emojicanvas import CALL, MODEL_PATH, OBJECTS, SAMPLING, STYLES, check, data, judges, models, train
+from fade.emojicanvas import CALL, MODEL_PATH, OBJECTS, STYLES, call_for, check, data, judges, models, train
 from fade.emojicanvas.config import IMAGE_SIZE, MAX_TOKENS
 from fade.emojicanvas.prompts import ICONS, NEIGHBOURS
 from fade.errors import DivergedError, FadeError
@@ -173,7 +173,7 @@ def test_words_never_seen_tokenise(pipeline: FluxPipeline, text: str) -> None:
     ids = pipeline.tokenizer(text, add_special_tokens=False).input_ids
     assert pipeline.tokenizer.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-        ids = train.tokenize(tokenizer, [text, text * 9])
+        ids = train.tokenize(tokenizer, [text, f"{text} " * MAX_TOKENS])
         assert ids.shape == (2, MAX_TOKENS)
         assert ids[1, -1] == tokenizer.eos_token_id
     letters = pipeline.tokenizer_2.tokenize("tigers")
@@ -211,13 +211,9 @@ WORDS = ("tiger", "cat", "pizza", "fire engine", "rose", "octopus", "castle", "b
 def test_model_draws_what_the_prompt_says(pipeline: FluxPipeline, shipped_judges: judges.Judges) -> None:
     """A few prompts at another seed than the model card's, whose 600 pictures take longer; mostly right style, too."""
     pairs = [(word, STYLES[(i + j) % 6]) for i, word in enumerate(WORDS) for j in (0, 3)]
-    drawn = pipeline(
-        [emojicanvas.prompt(*pair) for pair in pairs],
-        generator=torch.Generator().manual_seed(1234),
-        output_type="pt",
-        **CALL,
-        **{**SAMPLING, "negative_prompt": [SAMPLING["negative_prompt"]] * len(pairs)},
-    ).images
+    prompts = [emojicanvas.prompt(*pair) for pair in pairs]
+    generator = torch.Generator().manual_seed(1234)
+    drawn = pipeline(prompts, generator=generator, output_type="pt", **call_for(prompts)).images
     object = torch.tensor([OBJECTS.index(word) for word, _ in pairs])
     style = torch.tensor([STYLES.index(word) for _, word in pairs])
     assert (shipped_judges.object(drawn) == object).float().mean() >= 0.9
