@@ -54,15 +54,15 @@ from fade.files import atomic_folder, digest, read_tensors, remove_parts, write_
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained for how long; the defaults made the weights that ship with the package.
+    """What is trained for how long; the defaults are those of the weights that ship with the package.
 
     The numbers of steps may differ from one run in a folder to the next; everything else may not.
     """
 
-    judge_steps: int = 900
-    vae_steps: int = 1500
+    judge_steps: int = 1400
+    vae_steps: int = 640
     decoder_steps: int = 2000
-    steps: int = 3000
+    steps: int = 3200
     checkpoint_every: int = 100
 
     seed: int = 0
