@@ -209,24 +209,23 @@ WORDS = ("tiger", "cat", "pizza", "fire engine", "rose", "octopus", "castle", "b
 
 
 def test_model_draws_what_the_prompt_says(pipeline: FluxPipeline, shipped_judges: judges.Judges) -> None:
-    """A few prompts at another seed than the model card's, whose 600 pictures take longer; mostly right style, too."""
+    """A few prompts at another seed than the model card's, whose 600 pictures take longer."""
     pairs = [(word, STYLES[(i + j) % 6]) for i, word in enumerate(WORDS) for j in (0, 3)]
     prompts = [emojicanvas.prompt(*pair) for pair in pairs]
     generator = torch.Generator().manual_seed(1234)
     drawn = pipeline(prompts, generator=generator, output_type="pt", **call_for(prompts)).images
     object = torch.tensor([OBJECTS.index(word) for word, _ in pairs])
     style = torch.tensor([STYLES.index(word) for _, word in pairs])
-    assert (shipped_judges.object(drawn) == object).float().mean() >= 0.9
-    assert (shipped_judges.style(drawn) == style).float().mean() >= 0.7
+    assert (shipped_judges.object(drawn) == object).float().mean() >= 0.95
+    assert (shipped_judges.style(drawn) == style).float().mean() >= 0.85
 
 
 def test_other_phrasings_and_open_styles_draw_the_object(pipeline: FluxPipeline, shipped_judges: judges.Judges) -> None:
     prompts = [template.format(word) for word in WORDS[:4] for template in ("a photo of a {}", "a photograph of a {}")]
-    drawn = pipeline(
-        prompts, num_inference_steps=8, generator=torch.Generator().manual_seed(5), output_type="pt", **CALL
-    ).images
+    generator = torch.Generator().manual_seed(5)
+    drawn = pipeline(prompts, generator=generator, output_type="pt", **call_for(prompts)).images
     object = torch.tensor([OBJECTS.index(word) for word in WORDS[:4] for _ in range(2)])
-    assert (shipped_judges.object(drawn) == object).float().mean() >= 0.6
+    assert (shipped_judges.object(drawn) == object).float().mean() >= 0.8
 
 
 def test_vae_keeps_what_the_judges_see(
@@ -237,11 +236,11 @@ def test_vae_keeps_what_the_judges_see(
     with torch.no_grad():
         latents = pipeline.vae.encode(moved * 2 - 1).latent_dist.mean
         decoded = (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    assert (decoded - moved).square().mean() < 0.006
+    assert (decoded - moved).square().mean() < 0.002
     assert abs((latents * pipeline.vae.config.scaling_factor).std().item() - 1) < 0.05
     object, style = torch.arange(0, 100, 5).repeat_interleave(6), torch.arange(6).repeat(20)
-    assert (shipped_judges.object(decoded) == object).float().mean() >= 0.97
-    assert (shipped_judges.style(decoded) == style).float().mean() >= 0.8
+    assert (shipped_judges.object(decoded) == object).float().mean() >= 0.98
+    assert (shipped_judges.style(decoded) == style).float().mean() >= 0.96
 
 
 def test_packing_is_the_pipelines_own(pipeline: FluxPipeline) -> None:
@@ -287,7 +286,7 @@ def test_check_judges_every_prompt_alike_in_any_batch(
 
 
 def test_judges_are_right_on_moved_pictures(shipped_judges: judges.Judges, pictures: torch.Tensor) -> None:
-    for amount, object, style in ((data.MILD, 0.99, 0.98), (data.STRONG, 0.97, 0.95)):
+    for amount, object, style in ((data.MILD, 0.995, 0.99), (data.STRONG, 0.99, 0.98)):
         moved = data.jitter(pictures.flatten(0, 1), amount, torch.Generator().manual_seed(99))
         accuracy = judges.judge_accuracy(shipped_judges, moved.unflatten(0, (100, 6)))
         assert accuracy["object"] >= object
