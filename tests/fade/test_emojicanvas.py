@@ -15,7 +15,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import fade
 from fade import emojicanvas
+from fade.backbones import backbone_for
+from fade.config import Config
 from fade.emojicanvas import CALL, MODEL_PATH, OBJECTS, STYLES, call_for, check, data, judges, models, train
 from fade.emojicanvas.config import IMAGE_SIZE, MAX_TOKENS
 from fade.emojicanvas.prompts import ICONS, NEIGHBOURS
@@ -516,3 +519,37 @@ def test_captions_leave_words_out_at_the_stated_rates(seed: int) -> None:
     assert rates["object"] == pytest.approx(recipe.object_captions, abs=0.01)
     assert rates["style"] == pytest.approx(recipe.style_captions, abs=0.01)
     assert rates["phrased"] == pytest.approx(recipe.phrased_captions * 0.8, abs=0.01)
+
+
+# Unlearning ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_object_is_forgotten_through_its_family_and_its_neighbours_stay(shipped_judges: judges.Judges) -> None:
+    """In closed form, in the two layers that read the prompt alone."""
+    pipeline = emojicanvas.load_pipeline()
+    backbone = backbone_for(pipeline)
+    assert backbone.family.name == "FLUX.1" and backbone.resolution == IMAGE_SIZE
+    words = ("tiger", "cat", "leopard", "pizza")
+
+    def right() -> list[int]:
+        """How many pictures of each word in all styles are judged right."""
+        asked = [emojicanvas.prompt(word, style) for word in words for style in STYLES]
+        images = backbone.generate(asked, range(50, 50 + len(asked)), steps=8, guidance_scale=1.0)
+        wanted = torch.tensor([OBJECTS.index(word) for word in words for _ in STYLES])
+        return (shipped_judges.object(images) == wanted).reshape(len(words), -1).sum(1).tolist()
+
+    before = right()
+    assert min(before) >= 5, before
+    adapter = fade.unlearn(
+        pipeline,
+        "tiger",
+        "dog",
+        templates=["{}", *(f"a {{}} in {style} style" for style in STYLES)],
+        retain=[emojicanvas.object_prompt(word) for word in OBJECTS if word not in ("tiger", "dog")],
+        config=Config().replace(overwrite__method="closed-form"),
+        progress=False,
+    )
+    after = right()
+    assert after[0] <= 1 and min(after[1:]) >= 5, (before, after)
+    adapter.disable()
+    assert right() == before
