@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fade import processes
 from fade.backbones import Backbone
 from fade.backbones.parts import is_managed
 from fade.conditioning import Conditioning
@@ -28,6 +29,8 @@ def why_not_captured(asked: str, backbone: Backbone, mode: ResolvedMode, prompts
         return "switched off"
     if backbone.device.type != "cuda":
         return f"the denoiser is on the {backbone.device.type}"
+    if processes.world() > 1:
+        return "several processes train together, and one that is recorded must not exchange anything meanwhile"
     if is_managed(backbone.denoiser):
         return "hooks or quantisation decide where the denoiser's weights are"
     if getattr(backbone.denoiser, "is_gradient_checkpointing", False):

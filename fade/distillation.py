@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fade import processes
 from fade.adapter import Adapter
 from fade.backbones import Backbone
 from fade.captured_step import CapturedStep, why_not_captured
@@ -86,10 +87,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Noised latents [n, C, h, w], the forget half first, and what the teacher says of them."""
+    """Noised latents [n, C, h, w], the forget half first, and what the teacher says of them. In a run of several
+    processes this one's share of them, which may be none."""
 
-    rows: tuple[Tensor, Tensor]
-    """Which of the forget and which of the retain latents they are."""
+    asked: Tensor
+    """The rows of the prompts that the student is asked with."""
     noised: Tensor
     times: Tensor
     taught: Tensor
@@ -125,8 +127,12 @@ def overwrite(
     some = (latents.forget[:16], read(forget[:16]), read(surrogate[:16]))
     sample_forget, sample_retain = forget_times(config, backbone, *some, seed), times_between(backbone)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
+    # Noise and times are drawn for whole batches, so that however many processes share them train on the same.
+    own = processes.share(sum(halves))
+    own_halves = [max(0, min(own.stop, halves[0]) - own.start), max(0, own.stop - max(own.start, halves[0]))]
+    weights = [count / whole for count, whole in zip(own_halves, halves, strict=True)]
     # The names of a batch's prompts as tensors, the same for all batches.
-    names = tuple(read(forget[:1].expand(sum(halves))).tensors())
+    names = tuple(read(forget[:1].expand(sum(own_halves))).tensors())
     # A pool waits in host memory, two latents a sample, and takes nothing from an accelerator.
     keep = torch.device("cpu") if config.pool else device
     layers = list(adapter.layers.values())
@@ -134,7 +140,7 @@ def overwrite(
 
     def batches(stream: str, numbers: Sequence[int]) -> list[_Batch]:
         """Those batches of a stream of noise, with what one pass of the teacher says of them."""
-        rows, noised, times = [], [], []
+        asked, answers, noised, times = [], [], [], []
         for number in numbers:
             i_f = epoch_order(seed, f"{stream} forget", len(latents.forget), number, halves[0])
             i_r = epoch_order(seed, f"{stream} retain", len(latents.retain), number, halves[1])
@@ -142,32 +148,33 @@ def overwrite(
             clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
-            times.append(torch.cat(drawn).to(device))
-            noised.append(backbone.add_noise(clean, noise, times[-1]))
-            rows.append((i_f, i_r))
-        answers = read(torch.cat([row for i_f, i_r in rows for row in (surrogate[i_f], retain[i_r])]))
-        with torch.inference_mode(), _adapters_off(layers):
-            taught = backbone.predict(torch.cat(noised), torch.cat(times), answers)
+            times.append(torch.cat(drawn)[own].to(device))
+            noised.append(backbone.add_noise(clean[own], noise[own], times[-1]))
+            asked.append(torch.cat([forget[i_f], retain[i_r]])[own])
+            answers.append(torch.cat([surrogate[i_f], retain[i_r]])[own])
+        taught = torch.cat(noised)
+        if len(taught):
+            with torch.inference_mode(), _adapters_off(layers):
+                taught = backbone.predict(taught, torch.cat(times), read(torch.cat(answers)))
         # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
-        taught = taught.clone().split(sum(halves))
+        taught = taught.clone().split([len(one) for one in noised])
         return [
-            _Batch(r, n.to(keep), t.to(keep), y.to(keep))
-            for r, n, t, y in zip(rows, noised, times, taught, strict=True)
+            _Batch(a, n.to(keep), t.to(keep), y.to(keep))
+            for a, n, t, y in zip(asked, noised, times, taught, strict=True)
         ]
 
     def student_inputs(batch: _Batch) -> tuple[Tensor, ...]:
-        i_f, i_r = batch.rows
-        asked = read(torch.cat([forget[i_f], retain[i_r]])).tensors()
+        asked = read(batch.asked).tensors()
         return batch.noised.to(device), batch.times.to(device), batch.taught.to(device), *asked.values()
 
     def halved_losses(noised: Tensor, times: Tensor, taught: Tensor, *asked: Tensor) -> tuple[Tensor, Tensor]:
         conditioning = Conditioning.from_tensors(dict(zip(names, asked, strict=True)))
         predicted = backbone.predict(noised, times, conditioning).float()
-        pairs = zip(predicted.split(halves), taught.float().split(halves), strict=True)
-        return tuple(F.mse_loss(*halved) for halved in pairs)
+        pairs = zip(predicted.split(own_halves), taught.float().split(own_halves), weights, strict=True)
+        return tuple(_share_of_mean(*halved) for halved in pairs)
 
     def student_losses(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is differentiated, and the losses of both halves."""
+        """What is differentiated, and the losses of both halves: this process's summands of the means."""
         loss_forget, loss_retain = halved_losses(*inputs)
         loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
         return scale * loss / config.accumulation, loss_forget, loss_retain
@@ -184,21 +191,24 @@ def overwrite(
         return pool
 
     def held_out_losses() -> list[float]:
+        if not sum(own_halves):
+            return processes.total([0.0, 0.0])
         with torch.inference_mode():
-            return [loss.item() for loss in halved_losses(*student_inputs(held_out))]
+            return processes.total([loss.item() for loss in halved_losses(*student_inputs(held_out))])
 
     def rows_in_a_step() -> list[int]:
         """Counted in a pass of the frozen model on one sample: every sample has as many."""
         start = backbone.times(torch.zeros(1, device=device))
         with torch.inference_mode(), _adapters_off(layers):
             rows = rows_in(layers, lambda: backbone.predict(latents.retain[:1], start, read(retain[:1])))
-        return [sum(halves) * count for count in rows]
+        # The same on all processes, so that all train in the same mode.
+        return [processes.largest_share(sum(halves)) * count for count in rows]
 
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
-    losses = Losses() if checkpoint is None else _restore(checkpoint, parameters, optimizer, config)
+    losses = _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
     mode = ResolvedMode.of(
         config.training_mode, adapter.name, layers, rows_in_a_step, keep=config.cuda_graph == "on"
@@ -225,6 +235,8 @@ def overwrite(
     def learn(batch: _Batch) -> tuple[Tensor, Tensor]:
         """Adds a batch's gradients to those of the step, and returns both its losses."""
         nonlocal captured, eager
+        if not sum(own_halves):
+            return torch.zeros(()), torch.zeros(())
         inputs = student_inputs(batch)
         if captured is None and eager is None:
             try:
@@ -254,6 +266,10 @@ def overwrite(
                     else:
                         batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
                     sums += torch.stack(learn(batch)).detach().cpu() / config.accumulation
+            if processes.world() > 1:
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                processes.sum_([sums, *(parameter.grad for parameter in parameters)])
             if not torch.isfinite(sums).all():
                 raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
@@ -275,10 +291,19 @@ def overwrite(
                 check(step)
                 end, forgotten = losses.end(config)
             advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
+    processes.like_first_(parameters)  # where devices differ, so may the last bits of what each computed
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     return Trained(losses, mode.record(config.training_mode), eager or "captured")
+
+
+def _share_of_mean(predicted: Tensor, taught: Tensor, weight: float) -> Tensor:
+    """What samples contribute to the mean squared error of a half, of which they are the share `weight`."""
+    if not weight:
+        return predicted.sum()  # of nothing: 0, where the mean would be NaN
+    loss = F.mse_loss(predicted, taught)
+    return loss if weight == 1 else weight * loss
 
 
 def _warn_of_eager(reason: str) -> None:
@@ -327,22 +352,45 @@ def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> di
 
 
 def _restore(
-    checkpoint: Checkpoint, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, config: OverwriteConfig
+    checkpoint: Checkpoint | None,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    config: OverwriteConfig,
 ) -> Losses:
-    """Restores parameters and optimiser where there is a checkpoint, and returns the losses until then.
+    """Restores parameters and optimiser where there is a checkpoint, and returns the losses until then. In a run of
+    several processes the first one's is that of all.
 
     Raises FadeError, before anything has changed, where it does not fit.
     """
+    saved = None if checkpoint is None else _fitting(checkpoint, parameters, config)
+    tensors, losses = processes.from_first(*(saved or ({}, None)))
+    if losses is None:
+        return Losses()
+    for index, parameter in enumerate(parameters):
+        state = {kind: tensors[f"{index}.{kind}"] for kind in _KINDS}
+        with torch.no_grad():
+            parameter.copy_(state.pop("parameter"))
+        optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in state.items()}
+    return Losses(**losses)
+
+
+_KINDS = ("parameter", "step", "exp_avg", "exp_avg_sq")
+"""What a checkpoint has of each parameter."""
+
+
+def _fitting(
+    checkpoint: Checkpoint, parameters: Sequence[Tensor], config: OverwriteConfig
+) -> tuple[dict[str, Tensor], dict[str, list[float]]] | None:
+    """Tensors and losses of the checkpoint, None where there is none yet. Raises FadeError where it does not fit."""
     saved = checkpoint.load()
     if saved is None:
-        return Losses()
+        return None
     tensors, losses = saved[0], Losses(**saved[1])
     done, checks = len(losses.forget), len(losses.held_out_forget)
-    kinds = ("parameter", "step", "exp_avg", "exp_avg_sq")
-    if tensors.keys() != {f"{index}.{kind}" for index in range(len(parameters)) for kind in kinds}:
+    if tensors.keys() != {f"{index}.{kind}" for index in range(len(parameters)) for kind in _KINDS}:
         raise checkpoint.misfit("it holds other tensors")
     for index, parameter in enumerate(parameters):
-        for kind in kinds:
+        for kind in _KINDS:
             tensor = tensors[f"{index}.{kind}"]
             shape = () if kind == "step" else parameter.shape
             if tensor.shape != shape or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
@@ -356,9 +404,4 @@ def _restore(
     until = end - config.cooldown_steps if forgotten else done
     if checks != (until // config.stop_every if config.stops else 0):
         raise checkpoint.misfit("its losses on held-out noise are of another number of steps")
-    for index, parameter in enumerate(parameters):
-        state = {kind: tensors[f"{index}.{kind}"] for kind in kinds}
-        with torch.no_grad():
-            parameter.copy_(state.pop("parameter"))
-        optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in state.items()}
-    return losses
+    return saved

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fade import processes
 from fade.backbones import Backbone
 from fade.cache_key import file_digest, library_versions, pipeline_digests
 from fade.concept import Concept
@@ -59,23 +60,41 @@ def prepare_latents(
     once each of images that cannot be read or whose caption speaks against their use, of retain prompts that name the
     concept, and of a damaged cache, which is made again. Raises FadeError for a missing or empty image folder, a
     caption or metadata file that cannot be read, and where no image is left.
+
+    Of several processes the first alone reads pictures and the cache and writes it, and all draw; all get the same.
     """
     warn_of_retain_prompts(concept, config, stacklevel=3)
-    forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
-    retain_folder = _find(config.retain_images, config.forget_images, "retain", config.retain_samples, progress)
-    key = ""
-    if cache is not None:
-        key = request_key(backbone, concept, config, seed, fingerprint, forget_folder, retain_folder)
-        if (found := _load(cache, key, backbone)) is not None:
-            return found
-    forget, forget_prompts, surrogate_prompts = _forget_latents(
-        backbone, concept, config, seed, forget_folder, progress
-    )  # fmt: skip
-    retain, retain_prompts = _retain_latents(backbone, concept, config, seed, retain_folder, progress)
-    latents = Latents(forget, forget_prompts, surrogate_prompts, retain, retain_prompts)
-    if cache is not None:
-        _save(cache, key, latents)
-    return latents
+    key, found, forget_folder, retain_folder = "", None, None, None
+    if processes.first():
+        forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
+        retain_folder = _find(config.retain_images, config.forget_images, "retain", config.retain_samples, progress)
+        if cache is not None:
+            key = request_key(backbone, concept, config, seed, fingerprint, forget_folder, retain_folder)
+            found = _load(cache, key, backbone)
+    if (found := _of_first(found, backbone)) is not None:
+        return found
+    made: Latents | None = None
+    if config.forget_images is None:
+        forget = _drawn_forget_latents(backbone, concept, config, seed, progress)
+    elif processes.first():
+        forget = _forget_latents(backbone, concept, config, seed, forget_folder, progress)
+    if config.retain_images is None:
+        retain = _drawn_retain_latents(backbone, concept, config, seed, progress)
+    elif processes.first():
+        retain = _retain_latents(backbone, concept, config, seed, retain_folder, progress)
+    if processes.first():
+        made = Latents(*forget, *retain)
+        if cache is not None:
+            _save(cache, key, made)
+    return _of_first(made, backbone)
+
+
+def _of_first(latents: Latents | None, backbone: Backbone) -> Latents | None:
+    """The latents that the first process has."""
+    if processes.world() == 1:
+        return latents
+    tensors, prompts = processes.from_first(*(({}, None) if latents is None else _parts(latents)), backbone.device)
+    return None if prompts is None else _whole(tensors, prompts, backbone)
 
 
 def warn_of_retain_prompts(concept: Concept, config: DataConfig, stacklevel: int = 2) -> None:
@@ -102,17 +121,21 @@ def _find(folder: str | None, other: str | None, kind: str, most: int, progress:
     return found
 
 
-def _forget_latents(
-    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder | None, progress: bool
+def _drawn_forget_latents(
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, progress: bool
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
     pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
-    if folder is None:
-        sampled, latent_of = _spread(len(pairs), config.forget_samples)
-        drawn = [pairs[i][0] for i in sampled]
-        latents = _sample(backbone, drawn, config, 2 * seed, progress, "sampling forget latents")[latent_of]
-        forget_prompts, surrogate_prompts = zip(*(pairs[i % len(pairs)] for i in range(len(latents))), strict=True)
-        return latents, forget_prompts, surrogate_prompts
+    sampled, latent_of = _spread(len(pairs), config.forget_samples)
+    drawn = [pairs[i][0] for i in sampled]
+    latents = _sample(backbone, drawn, config, 2 * seed, progress, "sampling forget latents")[latent_of]
+    forget_prompts, surrogate_prompts = zip(*(pairs[i % len(pairs)] for i in range(len(latents))), strict=True)
+    return latents, forget_prompts, surrogate_prompts
 
+
+def _forget_latents(
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder, progress: bool
+) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
+    pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
     latents, captions = _read(backbone, folder, config.forget_samples, config, seed, progress)
     named = [next((line for line in c if concept.named_in(line, config.plurals)), None) for c in captions]
     answers = {line: concept.answer(line, config.plurals) for line in named if line}
@@ -143,15 +166,20 @@ def _read_as_the_same(backbone: Backbone, answers: Mapping[str, str]) -> list[bo
     return [encoded.rows(i).equal(encoded.rows(many + i)) for i in range(many)]
 
 
-def _retain_latents(
-    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder | None, progress: bool
+def _drawn_retain_latents(
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, progress: bool
 ) -> tuple[Tensor, tuple[str, ...]]:
     prompts = concept.retain_prompts
-    if folder is None:
-        sampled, latent_of = _spread(len(prompts), config.retain_samples)
-        drawn = [prompts[i] for i in sampled]
-        latents = _sample(backbone, drawn, config, 2 * seed + 1, progress, "sampling retain latents")[latent_of]
-        return latents, tuple(prompts[i % len(prompts)] for i in range(len(latents)))
+    sampled, latent_of = _spread(len(prompts), config.retain_samples)
+    drawn = [prompts[i] for i in sampled]
+    latents = _sample(backbone, drawn, config, 2 * seed + 1, progress, "sampling retain latents")[latent_of]
+    return latents, tuple(prompts[i % len(prompts)] for i in range(len(latents)))
+
+
+def _retain_latents(
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder, progress: bool
+) -> tuple[Tensor, tuple[str, ...]]:
+    prompts = concept.retain_prompts
 
     def names_the_concept(picture: Picture) -> bool:
         return any(concept.named_in(line, config.plurals) for line in picture.caption)
@@ -306,9 +334,7 @@ def _load(cache: Path, key: str, backbone: Backbone) -> Latents | None:
         tensors, record = read_tensors(cache)
         if record["request"] != key:
             return None
-        forget, retain = (tensors[kind].to(backbone.device) for kind in ("forget", "retain"))
-        prompts = {kind: tuple(texts) for kind, texts in record["prompts"].items()}
-        return Latents(forget, prompts["forget"], prompts["surrogate"], retain, prompts["retain"])
+        return _whole(tensors, record["prompts"], backbone)
     except (FadeError, KeyError, TypeError, AttributeError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"the cached latents in {cache} are damaged and are made again: {told}", stacklevel=3)
@@ -316,8 +342,20 @@ def _load(cache: Path, key: str, backbone: Backbone) -> Latents | None:
 
 
 def _save(cache: Path, key: str, latents: Latents) -> None:
+    tensors, prompts = _parts(latents)
+    write_tensors(cache, tensors, {"request": key, "prompts": prompts})
+
+
+def _parts(latents: Latents) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """The tensors and the prompts, by kind."""
     prompts = {
         "forget": latents.forget_prompts, "surrogate": latents.surrogate_prompts, "retain": latents.retain_prompts,
     }  # fmt: skip
-    tensors = {"forget": latents.forget, "retain": latents.retain}
-    write_tensors(cache, tensors, {"request": key, "prompts": prompts})
+    return {"forget": latents.forget, "retain": latents.retain}, prompts
+
+
+def _whole(tensors: Mapping[str, Tensor], prompts: Mapping[str, Sequence[str]], backbone: Backbone) -> Latents:
+    """The latents whose `_parts` these are, on the denoiser's device."""
+    forget, retain = (tensors[kind].to(backbone.device) for kind in ("forget", "retain"))
+    texts = {kind: tuple(texts) for kind, texts in prompts.items()}
+    return Latents(forget, texts["forget"], texts["surrogate"], retain, texts["retain"])

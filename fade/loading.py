@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fade import processes
 from fade.errors import FadeError
 
 DIGITCANVAS = "digitcanvas"
@@ -27,7 +28,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
 def load_model(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """The pipeline, on `device` (a GPU where there is one, by default) in `dtype` (float32 by default).
+    """The pipeline, on `device` (a GPU where there is one, by default) in `dtype` (float32 by default). Of several
+    processes that a launcher started, each is on a GPU of its own.
 
     `model` is the bundled model's name, a diffusers folder, a hub id, or one safetensors checkpoint in the original
     layout, for which diffusers needs the family's configuration from the hub or its cache. A folder that has its
@@ -283,13 +285,20 @@ def without_loading_bars() -> Iterator[None]:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise FadeError(f"unknown device {name!r}; say cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FadeError(f"there is no device {name}; this machine has {torch.cuda.device_count()} CUDA devices")
+    own = processes.local_rank()
+    if device.type == "cuda" and own is not None:
+        if device.index is not None:
+            raise FadeError(f"several processes cannot share the device {name}; leave out --device, or say cuda")
+        # A launcher may let each process see its own GPU alone.
+        device = torch.device("cuda", own if torch.cuda.device_count() > 1 else 0)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        why = "" if own is None else "; start no more processes than that, or say --device cpu"
+        raise FadeError(f"there is no device {device}; this machine has {count} CUDA devices{why}")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, NotImplementedError) as error:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fade import processes
 from fade.adapter import Adapter, versions
 from fade.backbones import Backbone
 from fade.conditioning import EncodedPrompts
@@ -156,13 +157,8 @@ class RunFolder:
         }
 
     def keep_located(self, located: Located) -> None:
-        record = {
-            "origin": self._origin,
-            "layers": located.layers, "threshold": located.threshold,
-            "selected": located.selected, "total": located.total,
-            "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
-        }  # fmt: skip
-        write_tensors(self.path / MASKS_FILE, {name: mask.words for name, mask in located.masks.items()}, record)
+        words, record = located_parts(located)
+        write_tensors(self.path / MASKS_FILE, words, {"origin": self._origin, **record})
 
     def located_before(self, layers: Mapping[str, nn.Module]) -> Located | None:
         """What an interrupted run located in `layers`; None where it had not come that far.
@@ -177,12 +173,11 @@ class RunFolder:
             if record.pop("origin") != self._origin:
                 raise FadeError("they were made with other settings or latents")
             shapes = {name: (m.weight.shape[0], m.weight[0].numel()) for name, m in layers.items()}
-            recorded = {name: tuple(shape) for name, shape in record.pop("shapes").items()}
+            recorded = {name: tuple(shape) for name, shape in record["shapes"].items()}
             if recorded != shapes or words.keys() != shapes.keys():
                 raise FadeError("they are another model's")
-            masks = {name: BitMask.from_words(words[name], shape) for name, shape in shapes.items()}
-            located = Located(masks=masks, **record)
-            if located.selected != sum(mask.count for mask in masks.values()):
+            located = located_whole(words, record)
+            if located.selected != sum(mask.count for mask in located.masks.values()):
                 raise FadeError("they select another number of weights than they say")
         except (FadeError, LookupError, TypeError, ValueError, AttributeError) as error:
             warnings.warn(f"the masks of the interrupted run are made again: {error}", stacklevel=2)
@@ -195,6 +190,22 @@ class RunFolder:
             adapter.save(self.path / ADAPTER_FILE)
             _write_json(self.path / RUN_FILE, adapter.metadata)
         _remove_leftovers(self.path)
+
+
+def located_parts(located: Located) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The words of the masks by layer, and all else as JSON has it."""
+    record = {
+        "layers": located.layers, "threshold": located.threshold,
+        "selected": located.selected, "total": located.total,
+        "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
+    }  # fmt: skip
+    return {name: mask.words for name, mask in located.masks.items()}, record
+
+
+def located_whole(words: Mapping[str, Tensor], record: Mapping[str, Any]) -> Located:
+    """What was located, from its `located_parts`."""
+    masks = {name: BitMask.from_words(words[name], tuple(shape)) for name, shape in record["shapes"].items()}
+    return Located(masks=masks, **{name: value for name, value in record.items() if name != "shapes"})
 
 
 @contextlib.contextmanager
@@ -302,7 +313,10 @@ def _is_cost(value: Any) -> bool:
 
 def _environment(backbone: Backbone) -> dict[str, Any]:
     """What a result's last bits may depend on, beside the request."""
-    return {**versions(), "device": backbone.device.type, "threads": torch.get_num_threads()}
+    return {
+        **versions(), "device": backbone.device.type, "threads": torch.get_num_threads(),
+        "processes": processes.world(),
+    }  # fmt: skip
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fade import processes
 from fade.backbones import Backbone
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import LocateConfig
@@ -126,20 +127,22 @@ def measure_saliency(
         generator = step_generator(seed, "random saliency", 0)
         shapes = {name: regions[name].shape if name in slices else m.weight.shape for name, m in layers.items()}
         return {name: torch.rand(shapes[name], generator=generator).to(m.weight.device) for name, m in layers.items()}
-    batches = config.passes * -(-len(latents.forget) // config.batch_size)
+    # Of a batch the magnitude of its sum counts, so processes share batches and not samples.
+    batches = processes.own(range(config.passes * -(-len(latents.forget) // config.batch_size)))
     contrast = config.saliency == "contrast"
-    with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
+    with progress_bar("locating", len(batches) * (2 if contrast else 1), progress) as advance:
 
         def accumulate(part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
             scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
             with GradientMagnitude(layers, per_sample=config.per_sample, regions=slices) as magnitude:
-                for batch in range(batches):
+                for batch in batches:
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
                     taught = None if surrogates is None else prompts.conditioning.rows(surrogates[index])
                     read = prompts.conditioning.rows(rows[index])
                     _backward(backbone, clean[index], read, taught, generator, scale)
                     advance()
+            processes.sum_(magnitude.saliency.values())
             for value in magnitude.saliency.values():
                 value.div_(scale)
             return magnitude.saliency

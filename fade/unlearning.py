@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fade import processes
 from fade.adapter import Adapter, adapters_off, attach, check_carriers, check_name, load_adapter, new_metadata
 from fade.backbones import Backbone, backbone_for
 from fade.base_model import (
@@ -52,7 +53,7 @@ from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
 from fade.regions import Region, cut, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
-from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
+from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, located_parts, located_whole, open_run_folder
 from fade.saliency import Located, kept_units, locate, located_in, unit_count
 from fade_kernels import BitMask
 
@@ -60,6 +61,7 @@ __all__ = ["ADAPTER_FILE", "unlearn", "unlearn_each"]
 
 
 @plain_mode()
+@processes.together()
 def unlearn(
     pipeline: Any,
     forget: str | Mapping[str, str] | None = None,
@@ -101,6 +103,10 @@ def unlearn(
     device it does the same as outside of them (weights that were loaded under `inference_mode` become ordinary ones of
     the same bits); what torch.compile has compiled runs uncompiled meanwhile, in the whole process; the global random
     generators are left alone. Whatever is raised, the pipeline is as it was before.
+
+    Called with the same arguments in each of several processes (that torchrun or accelerate launch started, or whose
+    process group there is), it is one run: they share the work, the first writes the files, all get the adapter.
+
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
     config = config or Config()
@@ -127,7 +133,7 @@ def _unlearn(
     progress: bool,
 ) -> Adapter:
     """One adapter for a request whose settings and retain prompts are the final ones."""
-    pipeline = backbone.pipeline
+    pipeline, progress = backbone.pipeline, progress and processes.first()
     with _alone(backbone.denoiser), contextlib.ExitStack() as resources:
         for module in _modules(pipeline):
             out_of_inference_mode(module)
@@ -145,15 +151,21 @@ def _unlearn(
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
+        if processes.world() > 1 and len({weight.device for weight in backbone.denoiser.parameters()}) > 1:
+            raise FadeError(
+                "each of several processes needs the denoiser on one device, and this one is spread over several "
+                "(device_map): load it without, or start a single process"
+            )
         digests = fingerprint(backbone.denoiser)
         folder = None
-        if output is not None:
-            phrased = [[pair.phrasings, pair.neighbours] for pair in concept.pairs]
-            request = {
-                "concept": {**concept.to_dict(), "phrasings": phrased},
-                "config": config.to_dict(),
-                "fingerprint": digests,
-            }
+        phrased = [[pair.phrasings, pair.neighbours] for pair in concept.pairs]
+        request = {
+            "concept": {**concept.to_dict(), "phrasings": phrased},
+            "config": config.to_dict(),
+            "fingerprint": digests,
+        }
+        processes.check_alike(json.dumps(request), backbone.device)
+        if output is not None and processes.first():
             # Absolute, because a program may change its working directory while this runs.
             path = Path(output).absolute()
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
@@ -163,6 +175,7 @@ def _unlearn(
 
 
 @plain_mode()
+@processes.together()
 def unlearn_each(
     pipeline: Any,
     forget: Mapping[str, str] | None = None,
@@ -199,7 +212,7 @@ def unlearn_each(
     folders = dict.fromkeys(one.forget for one in concepts)
     if output is not None:
         folders = {one.forget: Path(output) / slug for one, slug in zip(concepts, names, strict=True)}
-    if not overwrite and not resume:
+    if not overwrite and not resume and processes.first():
         for folder in folders.values():
             if folder is not None and folder.is_dir() and any(folder.iterdir()):
                 raise FadeError(f"the output folder {folder} is in use; pass --overwrite to replace it")
@@ -210,10 +223,13 @@ def unlearn_each(
             theirs = [pair for pair in taken if pair not in one.pairs] + others
             request = concept_beside(one, theirs, config.data.plurals)
             folder = folders[one.forget]
-            going_on = resume and folder is not None and (folder / REQUEST_FILE).is_file()
+            _, there = processes.from_first(
+                {}, [folder is not None and (folder / file).is_file() for file in (REQUEST_FILE, ADAPTER_FILE)]
+            )
+            going_on = resume and there[0]
             settings = _with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
             own = f"{name}_{slug}"
-            if resume and not going_on and folder is not None and (folder / ADAPTER_FILE).is_file():
+            if resume and not going_on and there[1]:
                 made[one.forget] = _finished(backbone, folder, request, settings, own)
             else:
                 made[one.forget] = _unlearn(backbone, request, settings, folder, own, overwrite, going_on, progress)
@@ -284,9 +300,9 @@ def _run(
                         warn_of_retain_prompts(concept, config.data)
                     text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
                     prompts = _encode(backbone, pairs, [*retain, *text.all()])
-            except FadeError:
+            except FadeError as error:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
-                if folder is not None:
+                if folder is not None and not isinstance(error, processes.OtherProcessError):
                     folder.abandon()
                 raise
             # Without latents nothing is done that would be worth keeping: an interrupted run is done again.
@@ -298,15 +314,19 @@ def _run(
                     edits = {}
                     if config.uses_closed_form:
                         edits = _text_edits(backbone, layers, regions, text, prompts, config)
-                    located = None if kept is None else kept.located_before(layers)
+                    located = _of_first(None if kept is None else kept.located_before(layers))
                     if located is None:
-                        located = _locate(backbone, layers, regions, latents, prompts, config, edits, progress)
+                        located = _of_first(
+                            _locate(backbone, layers, regions, latents, prompts, config, edits, progress)
+                        )
                         if kept is not None:
                             kept.keep_located(located)
                 solved, left = None, None
                 if config.solves:
                     with stage("overwrite"):
-                        solved, left = _solve(edits, located.masks, config.closed_form)
+                        solved, left = processes.from_first(
+                            *(_solve(edits, located.masks, config.closed_form) if processes.first() else ({}, None))
+                        )
                 edits = {}  # as large as the layers; training has no use for them
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
                 adapter = attach(
@@ -333,6 +353,7 @@ def _run(
             }
             if folder is not None:
                 folder.finish(adapter)
+            processes.wait_for_all()  # so that nobody keeps an adapter that the first could not write
         return adapter.enable()
     except BaseException as error:
         if adapter is not None:
@@ -340,6 +361,15 @@ def _run(
         elif folder is not None and isinstance(error, FadeError) and not config.needs_latents:
             folder.abandon()  # bad input to the closed form: there is nothing to go on with either
         raise
+
+
+def _of_first(located: Located | None) -> Located | None:
+    """What the first process located, on all: where devices differ, so may the last bits of a saliency, and by them
+    which of two weights is in."""
+    if processes.world() == 1:
+        return located
+    words, record = processes.from_first(*(({}, None) if located is None else located_parts(located)))
+    return None if record is None else located_whole(words, record)
 
 
 def _with_targets(backbone: Backbone, config: Config) -> Config:
@@ -499,6 +529,7 @@ def _run_record(
     solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in left.items()}}
     return {
         **solved,
+        **({"processes": processes.world()} if processes.world() > 1 else {}),
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
         "losses": {"forget": losses.forget, "retain": losses.retain},

@@ -19,6 +19,7 @@ from diffusers import ConsistencyDecoderVAE
 from PIL import Image
 from torch import Tensor, nn
 
+from fade import processes
 from fade.backbones.parts import execution_device, is_managed, tensors, unwrapped
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
@@ -255,7 +256,8 @@ class Backbone(ABC):
     ) -> Tensor:
         """Latents [n, C, h, w] sampled by the pipeline. Image i depends on prompt i and `seeds[i]` alone.
 
-        `prompts` are texts or a conditioning. `guidance_scale` None is the family's own. `on_step` is called before a
+        `prompts` are texts or a conditioning. In a run of several processes each draws a share of the batches, and all
+        get all of them. `guidance_scale` None is the family's own. `on_step` is called before a
         batch's first step and after each of its steps, with the share of its steps that is done, in [0, 1]: it may
         switch adapters in between.
 
@@ -288,8 +290,9 @@ class Backbone(ABC):
         watch = {} if on_step is None else _told(self.pipeline, on_step)
         latents = []
         size = 1 if self.family.one_by_one else batch_size
+        starts = range(0, len(row), size)
         with self._quiet():
-            for start in track(range(0, len(row), size), description, progress):
+            for start in track(processes.own(starts), description, progress):
                 rows = row[start : start + size]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + size]]
                 if on_step is not None:
@@ -306,7 +309,7 @@ class Backbone(ABC):
                     name = type(scheduler).__name__
                     raise FadeError(f"the pipeline cannot draw {steps} steps with {name}: {reason}") from error
                 latents.append(self.family.unpack_result(self, result[0], side))
-        return torch.cat(latents)
+        return torch.cat(processes.in_order(latents, len(starts), self.device))
 
     def generate(
         self,
