@@ -16,6 +16,7 @@ from pathlib import Path
 
 import typer
 
+from fade import processes
 from fade.cli import demo, draw, env, files, judge, unlearn
 from fade.cli.output import one_line
 from fade.errors import FadeError
@@ -51,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|peft")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+    if processes.launched():
+        if arguments[0] != "unlearn":
+            return _fail(f"fade {arguments[0]} runs in one process; start it without torchrun or accelerate launch", 2)
+        if not processes.speaks():
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
         with typer.main.get_command(app).make_context("fade", list(arguments)) as context:
             context.command.invoke(context)
@@ -60,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = error.ctx.command_path if getattr(error, "ctx", None) else "fade"
         return _fail(f"{error.format_message().rstrip('.')}. See {where} --help", 2)
     except FadeError as error:
-        return _fail(str(error), 1 if _is_the_systems(error.__cause__) else 2)
+        system = isinstance(error, processes.OtherProcessError) or _is_the_systems(error.__cause__)
+        return _fail(str(error), 1 if system else 2, lost=isinstance(error, processes.LostProcessError))
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -99,6 +106,8 @@ def _how_to_go_on(arguments: list[str]) -> str:
     return f"go on with: {shlex.join(['fade', *again, '--resume'])}"
 
 
-def _fail(message: str, status: int, word: str = "error") -> int:
-    print(f"{word}: {one_line(message)}", file=sys.stderr)
+def _fail(message: str, status: int, word: str = "error", lost: bool = False) -> int:
+    """Tells how the command failed, in one of several processes; `lost` is whether for want of another of them."""
+    if processes.speaks(lost):
+        print(f"{word}: {one_line(message)}", file=sys.stderr)
     return status

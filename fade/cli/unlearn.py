@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fade import config as settings
+from fade import processes
 from fade.cli.options import (
     LOCATE,
     OVERWRITE,
@@ -229,18 +230,24 @@ def unlearn(
         "templates": template or None, "retain": kept or None, "beside": beside or (), "config": chosen,
         "output": output, "name": name, "overwrite": overwrite, "resume": resume, "progress": not quiet,
     }  # fmt: skip
-    if separate:
-        adapters = unlearn_each(load_model(model, device, dtype), **given)
-        files = [output / slug / ADAPTER_FILE for slug in slugs(list(adapters))]
-        for (concept, adapter), file in zip(adapters.items(), files, strict=True):
+    with processes.together():
+        pipeline = load_model(model, device, dtype)
+        if separate:
+            runs = {concept: adapter.run for concept, adapter in unlearn_each(pipeline, **given).items()}
+        else:
+            runs = {"": run(pipeline, **given).run}
+        if not processes.first():
+            return
+    files = [output / slug / ADAPTER_FILE for slug in slugs(list(runs))] if separate else [output / ADAPTER_FILE]
+    for (concept, record), file in zip(runs.items(), files, strict=True):
+        if separate:
             say(f"{concept}:")
-            _tell_of_run(adapter.run, file)
+        _tell_of_run(record, file)
+    if separate:
         together = shlex.join(["fade", "combine", *map(str, files), "--output", str(output / "all.safetensors")])
         say(f"next: {together}")
-        return
-    file = output / ADAPTER_FILE
-    _tell_of_run(run(load_model(model, device, dtype), **given).run, file)
-    say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
+    else:
+        say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(files[0]))}")
 
 
 def _concept_words(forget: list[str], surrogate: str | None) -> "tuple[settings.ConceptWords, ...] | None":
