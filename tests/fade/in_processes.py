@@ -52,8 +52,8 @@ class Processes:
     def stop(self) -> None:
         for process, end in self._ends:
             end.close()
-            process.join(20)
             process.kill()
+            process.join()
 
 
 def free_port() -> int:
@@ -65,7 +65,7 @@ def free_port() -> int:
 def _serve(rank: int, port: int, end: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     with contextlib.suppress(EOFError):
         while True:
@@ -218,7 +218,7 @@ def unlearned(
     from fade.config import Config
 
     pipeline = _pipeline(seed)
-    with warnings.catch_warnings(record=True) as caught, _failing_step(stop_at):
+    with warnings.catch_warnings(record=True) as caught, _failing_step(stop_at), _watched_gradients() as gradients:
         warnings.simplefilter("always")
         adapter = fade.unlearn(
             pipeline, "cat", "dog", templates=("{}", "an image of {}", "a picture of {}"), retain=("a tree", "a house"),
@@ -228,6 +228,7 @@ def unlearned(
         "parameters": [parameter.detach().numpy() for parameter in adapter.parameters()],
         "changes": {name: layer.get_delta_weight(adapter.name).numpy() for name, layer in adapter.layers.items()},
         "masks": {name: layer.lora_mask[adapter.name].mask.words.numpy() for name, layer in adapter.layers.items()},
+        "gradients": gradients,
         "run": adapter.run,
         "warnings": [str(warning.message) for warning in caught],
         "group left": torch.distributed.is_initialized(),
@@ -238,7 +239,7 @@ _QUICK = {
     "data__forget_samples": 5, "data__retain_samples": 7, "data__sampling_steps": 2, "data__batch_size": 2,
     "locate__batch_size": 2, "locate__keep": 0.2, "locate__granularity": "channel",
     "overwrite__steps": 6, "overwrite__batch_size": 3, "overwrite__retain_batch_size": 2,
-    "overwrite__method": "distillation", "overwrite__checkpoint_every": 2, "overwrite__learning_rate": 1e-2,
+    "overwrite__method": "distillation", "overwrite__checkpoint_every": 2, "overwrite__learning_rate": 1e-3,
     "overwrite__stop_forget": 0.0,
 }  # fmt: skip
 
@@ -264,6 +265,24 @@ def _failing_step(number: int | None) -> Iterator[None]:
 def differing(seed: int) -> dict[str, Any]:
     """A run whose processes were not asked for the same."""
     return unlearned(seed, {"overwrite__rank": 4 + int(os.environ["RANK"])})
+
+
+@contextlib.contextmanager
+def _watched_gradients() -> Iterator[list[Any]]:
+    """Yields the gradients of all parameters in each step, as the optimiser is about to get them, in one piece."""
+    import torch
+
+    found, before = [], torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters: list[torch.Tensor], norm: float) -> torch.Tensor:
+        found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).numpy())
+        return before(parameters, norm)
+
+    torch.nn.utils.clip_grad_norm_ = clip
+    try:
+        yield found
+    finally:
+        torch.nn.utils.clip_grad_norm_ = before
 
 
 def in_own_group(port: int, count: int, job: Callable[..., Any], *arguments: Any) -> Any:

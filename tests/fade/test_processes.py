@@ -12,6 +12,7 @@ from PIL import Image
 
 from fade import processes
 from fade.errors import DivergedError, FadeError
+from fade.files import read_tensors
 
 from . import in_processes as jobs
 from .conftest import tiny_pipeline
@@ -116,8 +117,9 @@ def test_a_process_that_is_killed_is_missed_at_once(where: int) -> None:
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("kind", ["denoising", "distillation", "contrast"])
+@pytest.mark.parametrize(
+    ("kind", "per_sample"), [("denoising", False), ("distillation", True), ("contrast", False), ("contrast", True)]
+)
 def test_saliency_is_that_of_one_process(started: Processes, kind: str, per_sample: bool) -> None:
     """Seven latents in batches of three, twice through: six batches; then one batch, which leaves a process without."""
     for batch_size, passes in ((3, 2), (7, 1)):
@@ -153,10 +155,14 @@ def check_alike(alone: dict[str, Any], several: list[dict[str, Any]], changes: d
         assert not one["warnings"]
     for name, mask in alone["masks"].items():
         assert same(several[0]["masks"][name], mask)
-    largest = max(np.abs(change).max() for change in alone["changes"].values())
-    assert largest > 1e-4
+    # AdamW divides a gradient by its own size, which hides a wrong factor: so the gradients are compared, too. They are
+    # those of the difference between two predictions that are nearly the same, which is less exact than either.
+    if alone["gradients"]:
+        assert apart(several[0]["gradients"][0], alone["gradients"][0]) < 2e-4
+        assert len(several[0]["gradients"]) == len(alone["gradients"])
+    assert max(np.abs(change).max() for change in alone["changes"].values()) > 1e-4
     for name, change in alone["changes"].items():
-        np.testing.assert_allclose(several[0]["changes"][name], change, rtol=1e-5, atol=1e-5 * max(1.0, largest))
+        np.testing.assert_allclose(several[0]["changes"][name], change, rtol=1e-5, atol=1e-5)
     ours, theirs = alone["run"], several[0]["run"]
     assert theirs["processes"] == len(several) and "processes" not in ours
     assert len(ours["losses"]["forget"]) == len(theirs["losses"]["forget"])
@@ -188,8 +194,8 @@ def test_the_same_latents_are_drawn(started: Processes, tmp_path: Path) -> None:
     seed = fresh()
     jobs.unlearned(seed, {}, tmp_path / "one")
     started.run(jobs.unlearned, seed, {}, tmp_path / "two")
-    one, two = ((tmp_path / name / "latents.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
+    (one, record), (two, other) = (read_tensors(tmp_path / name / "latents.safetensors") for name in ("one", "two"))
+    assert record == other and all(same(one[kind].numpy(), two[kind].numpy()) for kind in ("forget", "retain"))
     left = sorted(file.name for file in (tmp_path / "two").iterdir())
     assert left == ["adapter.safetensors", "latents.safetensors", "run.json"]
     assert json.loads((tmp_path / "two/run.json").read_text())["run"]["processes"] == 2
