@@ -264,8 +264,9 @@ def refuse_offloaded(denoiser: nn.Module) -> None:
                 continue
             if parameter.device.type == "meta" or getattr(module, "_diffusers_hook", None) is not None:
                 raise FadeError(
-                    "the denoiser is offloaded piece by piece (sequential CPU offload, group offload or layerwise "
-                    "casting), and cannot be trained so: unlearn first, then offload (load_adapter works on both)"
+                    "the denoiser is offloaded piece by piece (sequential CPU offload, group offload, layerwise "
+                    "casting, or a device_map with cpu or disk), and cannot be trained so: unlearn first, then offload "
+                    "(load_adapter works on both)"
                 )
             if parameter.dtype.itemsize == 1:
                 raise FadeError("the denoiser's weights are stored in 8 bits; load it in fp32, fp16 or bf16 to unlearn")

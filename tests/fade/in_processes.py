@@ -235,6 +235,22 @@ def unlearned(
     }
 
 
+def unlearned_each(seed: int, output: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Two concepts solved, an adapter each: their changes by layer."""
+    import fade
+    from fade.config import Config
+
+    config = Config().replace(**_QUICK | {"seed": seed, "overwrite__method": "closed-form"})
+    adapters = fade.unlearn_each(
+        _pipeline(seed), {"cat": "dog", "three": "eight"}, templates=("{}", "a picture of {}"), retain=("a tree",),
+        config=config, output=output, progress=False, **options,
+    )  # fmt: skip
+    return {
+        concept: {name: layer.get_delta_weight(adapter.name).numpy() for name, layer in adapter.layers.items()}
+        for concept, adapter in adapters.items()
+    }
+
+
 _QUICK = {
     "data__forget_samples": 5, "data__retain_samples": 7, "data__sampling_steps": 2, "data__batch_size": 2,
     "locate__batch_size": 2, "locate__keep": 0.2, "locate__granularity": "channel",

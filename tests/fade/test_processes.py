@@ -216,25 +216,42 @@ def test_pictures_are_read_by_the_first_alone(started: Processes, tmp_path: Path
     check_alike(alone, several, changes)
 
 
-@pytest.mark.parametrize("begun_by", [1, 2])
-def test_a_run_is_resumed_by_another_number_of_processes(started: Processes, tmp_path: Path, begun_by: int) -> None:
+def test_two_processes_go_on_with_what_one_began(started: Processes, tmp_path: Path) -> None:
     seed, output = fresh(), tmp_path / "out"
     alone = jobs.unlearned(seed, {})
-    if begun_by == 1:
-        with pytest.raises(ArithmeticError):
-            jobs.unlearned(seed, {}, output, stop_at=5)
-        several = started.run(jobs.unlearned, seed, {}, output, resume=True)
-        assert any("processes 1 -> 2" in warning for warning in several[0]["warnings"])
-        check_alike(alone, several, {})
-        return
+    with pytest.raises(ArithmeticError):
+        jobs.unlearned(seed, {}, output, stop_at=5)
+    first, second = started.run(jobs.unlearned, seed, {}, output, resume=True)
+    assert any("processes 1 -> 2" in warning for warning in first["warnings"])
+    assert len(first["gradients"]) == len(second["gradients"]) == 2
+    for name, change in alone["changes"].items():
+        np.testing.assert_allclose(first["changes"][name], change, rtol=1e-5, atol=1e-5)
+        assert same(first["changes"][name], second["changes"][name])
+
+
+def test_one_process_goes_on_with_what_two_began(started: Processes, tmp_path: Path) -> None:
+    seed, output = fresh(), tmp_path / "out"
+    alone = jobs.unlearned(seed, {})
     first, second = started.run(jobs.unlearned, seed, {}, output, stop_at=5)
     assert type(second) is ArithmeticError
     assert type(first) is processes.OtherProcessError and "process 2 of 2" in str(first) and "lightning" in str(first)
     assert (output / "checkpoint.safetensors").is_file() and not (output / ".fade.lock").exists()
     resumed = jobs.unlearned(seed, {}, output, resume=True)
-    assert any("processes 2 -> 1" in warning for warning in resumed["warnings"])
+    assert any("processes 2 -> 1" in warning for warning in resumed["warnings"]) and len(resumed["gradients"]) == 2
     for name, change in alone["changes"].items():
         np.testing.assert_allclose(resumed["changes"][name], change, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_for_each_concept(started: Processes, tmp_path: Path) -> None:
+    """Made by two processes, then found finished."""
+    seed = fresh()
+    alone = jobs.unlearned_each(seed)
+    made = started.run(jobs.unlearned_each, seed, tmp_path / "out")
+    assert (tmp_path / "out/cat/adapter.safetensors").is_file() and (tmp_path / "out/three/run.json").is_file()
+    found = started.run(jobs.unlearned_each, seed, tmp_path / "out", resume=True)
+    for results in (*made, *found):
+        for name, changes in alone.items():
+            assert all(apart(results[name][layer], change) < 1e-5 for layer, change in changes.items())
 
 
 def test_what_only_the_first_can_tell_is_told_to_all(started: Processes, tmp_path: Path) -> None:
