@@ -92,6 +92,8 @@ class _Layer:
     def fold(self, mode: Mode, per_sample: bool) -> None:
         """Folds |sum over calls| into the accumulator; the gradient itself is gone when this returns."""
         calls, self.arrived = self.arrived, []
+        if not self.saliency.numel():
+            return  # an empty region: nothing of the layer counts
         fold = self._fold_linear if isinstance(self.module, nn.Linear) else self._fold_conv2d
         if self.buffer is None:
             fold(self.saliency, calls, mode, per_sample)
