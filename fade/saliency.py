@@ -207,8 +207,8 @@ def _plan_with_passes(
     chosen = {name: layer for name, layer in layers.items() if within is None or name in within}
     sets = accumulator_sets(config)
     accumulators = FLOAT * sets * sum(map(math.prod, target_shapes(chosen, regions).values()))
-    # A pass costs time, too: where accumulators are few, they fit or nothing does.
-    few = accumulators < _budget(chosen, config) / 10
+    # Looking costs a pass, if a small one. Where nobody gave a budget and accumulators are few it would change nothing.
+    few = config.memory_budget is None and accumulators < _budget(chosen, config) / 10
     needed = 0 if few else measure_pass(backbone, chosen, latents, prompts, config, seed)
     return plan_of(layers, config, within, regions, sets * _batches(latents, config), needed)
 
@@ -228,9 +228,10 @@ def measure_pass(
     """Bytes that a backward pass over a batch takes beside the model and the accumulators: what one over a single
     latent takes, times the batch, which counts what does not grow with it too often rather than not at all."""
     nothing = {name: (slice(0, 0), slice(0, 0)) for name in layers}
-    read = prompts.conditioning.rows(prompts.rows(latents.forget_prompts)[:1])
+    one, generator = torch.tensor([0]), step_generator(seed, "locate memory", 0)
     with GradientMagnitude(layers, regions=nothing), live_bytes(backbone.device) as most:
-        _backward(backbone, latents.forget[:1], read, None, step_generator(seed, "locate memory", 0), 1.0)
+        read = prompts.conditioning.rows(prompts.rows(latents.forget_prompts)[one])
+        _backward(backbone, latents.forget[one], read, None, generator, 1.0)
     return most() * config.batch_size
 
 
