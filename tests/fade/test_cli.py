@@ -20,6 +20,7 @@ import fade.unlearning
 from fade import cli
 from fade.adapter import load_adapter
 from fade.adapter_file import read_adapter_file, write_adapter_file
+from fade.cli.options import config_from
 from fade.config import Config
 from fade.errors import FadeError, printable
 from fade.evaluation import first_seeds
@@ -174,7 +175,7 @@ def test_devices_and_dtypes_that_do_not_exist(model: Path) -> None:
 def test_options_come_before_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("seed = 4\n[locate]\nkeep = 0.2\ntile = 16\n[overwrite]\nsteps = 2\n")
-    config = cli._config(file, locate__keep=0.5, overwrite__steps=None, locate__targets=["to_q"])
+    config = config_from(file, locate__keep=0.5, overwrite__steps=None, locate__targets=["to_q"])
     expected = Config().replace(
         seed=4, locate__keep=0.5, locate__tile=16, overwrite__steps=2, locate__targets=("to_q",)
     )  # fmt: skip

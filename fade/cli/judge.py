@@ -1,0 +1,151 @@
+"""`fade evaluate` and `fade attack`: what was forgotten, what was kept, and what comes back."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fade.cli.options import (
+    AdapterPath,
+    AnyBase,
+    Classes,
+    Device,
+    DrawSteps,
+    Dtype,
+    Guidance,
+    JudgeModel,
+    Model,
+    Overwrite,
+    Quiet,
+    Seed,
+    listed,
+)
+from fade.cli.output import say, terminal
+
+
+def evaluate(
+    model: Model,
+    adapter: AdapterPath,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Write a report with pictures here.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
+    judge: JudgeModel = None,
+    classes: Classes = None,
+    phrasings: Annotated[
+        bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
+    ] = False,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
+    steps: DrawSteps = 20,
+    guidance: Guidance = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what an adapter made MODEL forget (UA) and keep (IRA, CRA, drift).
+
+    Example: [bold]fade evaluate digitcanvas --adapter no-three/adapter.safetensors --json metrics.json[/bold]
+    """
+    from fade.adapter import load_adapter
+    from fade.evaluation import evaluate as run
+    from fade.evaluation import first_seeds, full_record, held_out
+    from fade.files import atomic_write, check_writable
+    from fade.loading import load_model
+    from fade.measure import measured
+    from fade.report import where_it_sits, write_report
+
+    for wanted in (json_file, report):
+        if wanted is not None:
+            check_writable(wanted)
+    pipeline = load_model(model, device, dtype)
+    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    drawing = {
+        "seeds": first_seeds(seeds), "steps": steps, "guidance_scale": guidance, "batch_size": batch_size,
+        "judge": judge, "classes": listed(classes),
+        "progress": not quiet,
+    }  # fmt: skip
+    with measured(pipeline.device) as cost:
+        evaluation = run(pipeline, attached, **drawing)
+    otherwise = held_out(pipeline, attached, **drawing) if phrasings else None
+    evaluation.settings["scale"] = scale
+    size = adapter.stat().st_size
+    console = terminal()
+    console.print(evaluation.table())
+    if otherwise is not None:
+        console.print(otherwise.table())
+    say(f"the edit sits in {where_it_sits(attached.run.get('path'))}")
+    if json_file is not None:
+        record = full_record(evaluation, attached.metadata, size, cost.seconds)
+        if otherwise is not None:
+            record["held_out_phrasings"] = otherwise.to_dict()
+        with atomic_write(json_file) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        say(f"numbers: {json_file}")
+    if report is not None:
+        write_report(report, evaluation, attached.metadata, adapter_bytes=size, evaluate_seconds=cost.seconds)
+        say(f"report: {report}")
+
+
+def attack(
+    model: Model,
+    adapter: AdapterPath,
+    attacks: Annotated[
+        list[str] | None,
+        typer.Option("--attack", metavar="NAME", help="Attack to try; repeat for several. Default: all there are."),
+    ] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="The concept to bring back, where the adapter forgets several."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write numbers and pictures here after each attack; a file is gone on with."
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Write a page with the pictures here.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures that each attack draws.")] = 24,
+    judge: JudgeModel = None,
+    classes: Classes = None,
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
+    steps: DrawSteps = 20,
+    guidance: Guidance = 3.0,
+    seed: Seed = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    any_base: AnyBase = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try to get back what an adapter made MODEL forget, and say how often it works.
+
+    Example: [bold]fade attack digitcanvas --adapter no-three/adapter.safetensors --json attacks.json[/bold]
+    """
+    from fade.adapter import load_adapter
+    from fade.evaluation.attacks import attack as run
+    from fade.evaluation.attacks import chosen_attacks
+    from fade.files import check_writable
+    from fade.loading import load_model
+    from fade.report import where_it_sits, write_attack_report
+
+    chosen = chosen_attacks(attacks or None)
+    for wanted in (json_file, report):
+        if wanted is not None:
+            check_writable(wanted)
+    pipeline = load_model(model, device, dtype)
+    attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
+    record = run(
+        pipeline, attached, chosen, pictures=pictures, steps=steps, guidance_scale=guidance, batch_size=batch_size,
+        seed=seed or 0, forget=forget, judge=judge, classes=listed(classes), record=json_file, overwrite=overwrite,
+        progress=not quiet,
+    )  # fmt: skip
+    terminal().print(record.table())
+    say(f"the edit sits in {where_it_sits(record.path)}")
+    if json_file is not None:
+        say(f"numbers and pictures: {json_file}")
+    if report is not None:
+        write_attack_report(report, record, attached.metadata)
+        say(f"report: {report}")

@@ -1,0 +1,84 @@
+"""Options that several commands take, and what is made of them."""
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from fade import config as settings
+from fade.errors import FadeError
+
+DATA, LOCATE, OVERWRITE = settings.DataConfig(), settings.LocateConfig(), settings.OverwriteConfig()
+
+
+def choice(literal: Any) -> str:
+    return "|".join(get_args(literal))
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id (owner/name), or [bold]digitcanvas[/bold].")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to run. Default: a GPU where there is one.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="fp32|fp16|bf16", help="Dtype in which the model is loaded. Default fp32.")
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. Default {LOCATE.keep}."),
+]
+OverwriteMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar=choice(settings.Method),
+        help="Train the adapter, solve it (in the layers that read the prompt alone, in about a second), or train "
+        f"on from what is solved. Default {OVERWRITE.method}.",
+    ),
+]
+TrainingSteps = Annotated[
+    int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. Default {OVERWRITE.steps}.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+AdapterPath = Annotated[Path, typer.Option("--adapter", metavar="FILE", help="Adapter file (.safetensors).")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Attach the adapter although it was trained on other weights.")
+]
+DrawSteps = Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Denoising steps per image.")]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="CLIP", help="Folder or hub id of a CLIP model that judges; DigitCanvas needs none."
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
+]
+Guidance = Annotated[float, typer.Option("--guidance", metavar="X", help="Classifier-free guidance scale.")]
+
+
+def config_from(file: Path | None, **changes: Any) -> settings.Config:
+    """The file's settings, or the defaults, with every change that is not None."""
+    config = settings.Config.load(file) if file is not None else settings.Config()
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def refuse_ignored(config: settings.Config, **given: Any) -> None:
+    """Raises FadeError for an option of training that was given where nothing is trained."""
+    if not config.trains and (named := [name for name, value in given.items() if value is not None]):
+        raise FadeError(
+            f"--{named[0].replace('_', '-')} would be ignored: the method {config.overwrite.method} trains nothing. "
+            "Leave it out, or choose both or distillation"
+        )
+
+
+def listed(words: str | None) -> list[str]:
+    return [word for word in (words or "").split(",") if word.strip()]
+
+
+def path_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,285 @@
+"""`fade unlearn`: makes an adapter, or one for each of several concepts."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fade import config as settings
+from fade.cli.options import (
+    LOCATE,
+    OVERWRITE,
+    Device,
+    Dtype,
+    Keep,
+    Model,
+    Overwrite,
+    OverwriteMethod,
+    Quiet,
+    Seed,
+    TrainingSteps,
+    choice,
+    config_from,
+    path_text,
+    refuse_ignored,
+)
+from fade.cli.output import say, terminal
+from fade.errors import FadeError
+
+
+def unlearn(
+    model: Model,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for adapter.safetensors and run.json.")],
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="The concept to forget, e.g. three or 'Van Gogh'. Several: --forget three=eight --forget seven=one, "
+            "each with what takes its place.",
+        ),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="What takes the place of a single concept, e.g. eight or 'a painter'."),
+    ] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="An adapter for each concept, in DIR/CONCEPT, instead of one for all.")
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Adapter that the new one is to act beside (they add up); repeat for several."
+        ),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Prompt with one {} where the concept goes; repeat for several."),
+    ] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(metavar="PROMPT", help="Prompt of what must stay; repeat for several.")
+    ] = None,
+    retain_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text file with more such prompts, one a line.")
+    ] = None,
+    forget_images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Images of the concept, in subfolders too, with captions in NAME.txt, NAME.caption, metadata.jsonl or "
+            "metadata.csv where there are any. Default: sampled from the model itself.",
+        ),
+    ] = None,
+    retain_images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images of all else, likewise. Default: sampled from the model itself."),
+    ] = None,
+    plurals: Annotated[
+        bool | None,
+        typer.Option(
+            "--plurals/--no-plurals", help="Find the concept's English plural in captions, too. Default: only the word."
+        ),
+    ] = None,
+    method: OverwriteMethod = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROMPT",
+            help="Prompt whose meaning to the model must not change at all, with the method closed-form; repeat for "
+            "several.",
+        ),
+    ] = None,
+    hardening: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rounds in which the closed form forgets what revives the concept, too, 0 to 3. "
+            f"Default {settings.ClosedFormConfig().hardening}.",
+        ),
+    ] = None,
+    keep: Keep = None,
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.Saliency),
+            help="What ranks the weights; denoising is the paper's. Default: closed-form where the adapter is solved, "
+            "else distillation.",
+        ),
+    ] = None,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.Scaling),
+            help=f"module divides each layer's saliency by its mean. Default {LOCATE.scaling}.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.Granularity),
+            help=f"What is kept as a whole; none keeps everything (dense LoRA). Default {LOCATE.granularity}.",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Layer name or glob; a region of rows and columns may follow, as in 'to_out[:, :3072]'. Repeat for "
+            "several. Default: the projections of the attention.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Rank of the factors. Default {OVERWRITE.rank}.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(metavar="X", help=f"LoRA alpha; scale = alpha/rank. Default {OVERWRITE.alpha:g}.")
+    ] = None,
+    steps: TrainingSteps = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="AdamW's peak learning rate. Default 0.01; 0.005 to train on what is solved."),
+    ] = None,
+    forget_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help=f"Weight of the forget loss. Default {OVERWRITE.forget_weight:g}."),
+    ] = None,
+    retain_weight: Annotated[
+        float | None,
+        typer.Option(metavar="X", help=f"Weight of the retain loss. Default {OVERWRITE.retain_weight:g}."),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.TimestepSampler),
+            help=f"Where in the diffusion forgetting is trained. Default {OVERWRITE.timesteps}.",
+        ),
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.Parameters),
+            help="Train low-rank factors or the masked weights themselves. Default: values where the adapter is "
+            "solved, else factors.",
+        ),
+    ] = None,
+    training_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar=choice(settings.TrainingMode),
+            help="How a model in 16 bits is trained: with both products summed in float32, or in one product with a "
+            f"stochastically rounded weight. Default {OVERWRITE.training_mode}.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file with any setting; options given here come before it."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="The adapter's name on the pipeline.")] = "fade",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in the same folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make MODEL answer one concept as it answers another, and write the adapter that does it.
+
+    Example: [bold]fade unlearn digitcanvas --forget three --surrogate eight --output no-three[/bold]
+    """
+    words = _concept_words(forget or [], surrogate)
+    chosen = config_from(
+        config,
+        concepts=words,
+        data__forget_images=path_text(forget_images),
+        data__retain_images=path_text(retain_images),
+        data__plurals=plurals,
+        locate__keep=keep,
+        locate__saliency=saliency,
+        locate__scaling=scaling,
+        locate__granularity=granularity,
+        locate__targets=target or None,
+        overwrite__method=method,
+        overwrite__rank=rank,
+        overwrite__alpha=alpha,
+        overwrite__steps=steps,
+        overwrite__learning_rate=learning_rate,
+        overwrite__forget_weight=forget_weight,
+        overwrite__retain_weight=retain_weight,
+        overwrite__timesteps=timesteps,
+        overwrite__parameters=parameters,
+        overwrite__training_mode=training_mode,
+        closed_form__protect=protect or None,
+        closed_form__hardening=hardening,
+        seed=seed,
+    )
+    refuse_ignored(
+        chosen, steps=steps, learning_rate=learning_rate, forget_weight=forget_weight, retain_weight=retain_weight,
+        timesteps=timesteps, training_mode=training_mode,
+    )  # fmt: skip
+    if not chosen.concepts:
+        raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
+    from fade.concept import read_prompts
+    from fade.loading import load_model
+    from fade.request import slugs
+    from fade.unlearning import ADAPTER_FILE, unlearn_each
+    from fade.unlearning import unlearn as run
+
+    kept = [*(retain or []), *(read_prompts(retain_file) if retain_file else [])]
+    given = {
+        "templates": template or None, "retain": kept or None, "beside": beside or (), "config": chosen,
+        "output": output, "name": name, "overwrite": overwrite, "resume": resume, "progress": not quiet,
+    }  # fmt: skip
+    if separate:
+        adapters = unlearn_each(load_model(model, device, dtype), **given)
+        files = [output / slug / ADAPTER_FILE for slug in slugs(list(adapters))]
+        for (concept, adapter), file in zip(adapters.items(), files, strict=True):
+            say(f"{concept}:")
+            _tell_of_run(adapter.run, file)
+        together = shlex.join(["fade", "combine", *map(str, files), "--output", str(output / "all.safetensors")])
+        say(f"next: {together}")
+        return
+    file = output / ADAPTER_FILE
+    _tell_of_run(run(load_model(model, device, dtype), **given).run, file)
+    say(f"next: fade evaluate {shlex.quote(model)} --adapter {shlex.quote(str(file))}")
+
+
+def _concept_words(forget: list[str], surrogate: str | None) -> "tuple[settings.ConceptWords, ...] | None":
+    """The concepts that --forget and --surrogate name; None where there is no --forget. Raises FadeError."""
+    forms = "--forget three --surrogate eight for one concept, --forget three=eight --forget seven=one for several"
+    if surrogate is not None:
+        if len(forget) != 1:
+            raise FadeError(f"--surrogate goes with a single --forget: give {forms}")
+        if "=" in forget[0]:
+            raise FadeError(
+                f"--forget {forget[0]} names what takes its place, and so does --surrogate {surrogate}: give {forms}; "
+                "a concept with = in it is named in a settings file (concepts)"
+            )
+        return (settings.ConceptWords(forget[0], surrogate),)
+    pairs = [tuple(part.strip() for part in text.partition("=")[::2]) for text in forget]
+    for text, (concept, answer) in zip(forget, pairs, strict=True):
+        if not (concept and answer):
+            raise FadeError(f"--forget {text!r} does not say what takes its place: give {forms}")
+    if len({concept for concept, _ in pairs}) < len(pairs):
+        twice = next(concept for i, (concept, _) in enumerate(pairs) if concept in [other for other, _ in pairs[:i]])
+        raise FadeError(f"--forget names {twice!r} twice; name each concept once")
+    return tuple(settings.ConceptWords(*pair) for pair in pairs) or None
+
+
+def _tell_of_run(record: dict[str, Any], file: Path) -> None:
+    """What an unlearning run did and cost, and the file it wrote."""
+    from fade.report import how_it_was_trained, where_it_sits
+
+    seconds, memory = record["seconds"], record["peak_memory_bytes"]
+    terminal().print(
+        f"{record['selected']:,} of {record['total']:,} target weights changed "
+        f"({100 * record['selected'] / record['total']:.3g} %); locate {seconds['locate']:.1f} s "
+        f"(peak {memory['locate'] / 1e6:,.0f} MB), overwrite {seconds['overwrite']:.1f} s "
+        f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
+    )
+    say(f"the edit sits in {where_it_sits(record['path'])}")
+    if "stopped_by" in record:
+        why = {"forgotten": ", until held-out noise said that the concept is forgotten"}.get(record["stopped_by"], "")
+        if not why and "held_out_losses" in record:
+            why = ", all that were allowed, before held-out noise said forgotten; evaluate it, or raise --steps"
+        say(f"trained for {record['steps']} steps{why}; {how_it_was_trained(record)}")
+    say(f"adapter: {file} ({file.stat().st_size:,} bytes)")
