@@ -135,6 +135,6 @@ def plan_saliency(
     passing = f", {human_bytes(pass_bytes)} of them for a backward pass" if pass_bytes else ""
     raise FadeError(
         f"stage 1 does not fit into the memory budget of {human_bytes(budget)}: it takes at least {min(least):,} bytes"
-        f"{passing}. Raise memory_budget, target fewer layers, or make a pass smaller by gradient checkpointing, a "
-        "lower resolution or a smaller locate.batch_size"
+        f"{passing}. Raise --memory-budget (in Python: locate.memory_budget), target fewer layers, or make a pass "
+        "smaller by gradient checkpointing, a lower resolution or a smaller locate.batch_size"
     )

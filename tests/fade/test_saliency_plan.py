@@ -262,7 +262,7 @@ def test_a_budget_without_room_for_a_pass_is_told_before_the_first(
 ) -> None:
     budget = whole(pipeline, quick)
     monkeypatch.setattr(fade.saliency, "saliency_by_group", lambda *_, **__: pytest.fail("too late"))
-    with pytest.raises(FadeError, match=r"bytes, [\d.]+ .B of them for a backward pass\. Raise memory_budget"):
+    with pytest.raises(FadeError, match=r"bytes, [\d.]+ .B of them for a backward pass\. Raise --memory-budget"):
         fade.unlearn(pipeline, **WORDS, config=quick.replace(locate__memory_budget=budget), progress=False)
 
 
