@@ -55,6 +55,8 @@ class _Group:
     control: Any
     """A process group for tensors in host memory, whatever the program's own group is for."""
     thread: int
+    machines: tuple[str, ...] = ()
+    """The host name of each process."""
     over: bool = False
     """Whether all know of an error, so that nothing is exchanged any more."""
 
@@ -84,6 +86,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes go through the run."""
     return 1 if _group is None else _group.world
+
+
+def on_this_machine() -> int:
+    """How many of the run's processes are on this machine."""
+    return 1 if _group is None else _group.machines.count(socket.gethostname())
 
 
 def first() -> bool:
@@ -150,6 +157,7 @@ def together() -> Iterator[None]:
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         _group = _Group(dist.get_rank(), dist.get_world_size(), control, threading.get_ident())
         try:
+            _group.machines = tuple(everyones(socket.gethostname()))
             with warnings.catch_warnings():
                 if not first():
                     warnings.simplefilter("ignore")

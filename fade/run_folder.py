@@ -196,7 +196,7 @@ def located_parts(located: Located) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The words of the masks by layer, and all else as JSON has it."""
     record = {
         "layers": located.layers, "threshold": located.threshold,
-        "selected": located.selected, "total": located.total,
+        "selected": located.selected, "total": located.total, "plan": located.plan,
         "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
     }  # fmt: skip
     return {name: mask.words for name, mask in located.masks.items()}, record

@@ -129,6 +129,14 @@ def unlearn(
             "several. Default: the projections of the attention.",
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Device memory, as 8GB or in bytes, that ranking the weights by gradients may take beside the model. "
+            "Default: 90 % of what is free.",
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(metavar="N", help=f"Rank of the factors. Default {OVERWRITE.rank}.")
     ] = None,
@@ -199,6 +207,7 @@ def unlearn(
         locate__scaling=scaling,
         locate__granularity=granularity,
         locate__targets=target or None,
+        locate__memory_budget=memory_budget,
         overwrite__method=method,
         overwrite__rank=rank,
         overwrite__alpha=alpha,

@@ -243,6 +243,18 @@ def test_a_keep_that_selects_nothing_is_refused(refused: Any, model: Path, tmp_p
     assert "matches no Linear" in refused(*words, "--target", "nothing", "--device", "cpu", "--quiet", "--overwrite")
 
 
+def test_a_memory_budget_that_holds_nothing_is_refused(refused: Any, model: Path, tmp_path: Path) -> None:
+    toml, output = tmp_path / "quick.toml", tmp_path / "out"
+    toml.write_text(QUICK_TOML)
+    words = ["unlearn", model, "--forget", "one", "--surrogate", "two", "--output", output, "--config", toml]
+    words += ["--device", "cpu", "--quiet", "--saliency"]
+    told = refused(*words, "denoising", "--memory-budget", "1kB")
+    assert "at least" in told and "Raise --memory-budget" in told
+    assert "'lots' is no amount of memory" in refused(*words, "denoising", "--memory-budget", "lots")
+    assert "memory_budget would be ignored" in refused(*words, "closed-form", "--memory-budget", "8GB")
+    assert not output.exists()
+
+
 def test_a_call_that_fails_early_leaves_the_output_folder_free(refused: Any, model: Path, tmp_path: Path) -> None:
     toml, output, images = tmp_path / "quick.toml", tmp_path / "out", tmp_path / "images"
     toml.write_text(QUICK_TOML)

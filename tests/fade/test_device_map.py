@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
@@ -65,6 +66,26 @@ def test_a_dispatched_denoiser_is_trained(
     assert plain.keys() == dispatched.keys() and any(change.any() for change in plain.values())
     for name, change in plain.items():
         torch.testing.assert_close(dispatched[name], change, rtol=1e-5, atol=1e-5)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("other", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_parts_on_different_devices(
+    pipeline: StableDiffusionPipeline, quick: Config, other: str, granularity: str
+) -> None:
+    places = {"": "cpu", **{name: "cpu" for name, _ in pipeline.unet.named_children()}} | {"mid_block": other}
+    attach_align_device_hook_on_blocks(pipeline.unet, execution_device=places)
+    config = quick.replace(locate__granularity=granularity, locate__keep=0.2)
+    adapter = fade.unlearn(pipeline, "cat", "dog", templates=("{}",), retain=["a tree"], config=config, progress=False)
+    devices = {layer.get_base_layer().weight.device.type for layer in adapter.layers.values()}
+    assert devices == {"cpu", other}
+    for layer in adapter.layers.values():
+        (device,) = {parameter.device for parameter in layer.adapter_parameters("fade")}
+        assert device == layer.get_base_layer().weight.device
+        assert layer.get_delta_weight("fade").isfinite().all()
 
 
 def test_a_denoiser_with_parts_on_the_disk_is_refused(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,8 @@ def test_an_interrupt_waits_for_the_exchange_that_it_comes_into(started: Process
         assert [type(answer) for answer in started.run(jobs.interrupted, where)] == [KeyboardInterrupt] * 2
 
 
-@pytest.mark.parametrize("where", [0, 1])
-def test_a_process_that_is_killed_is_missed_at_once(where: int) -> None:
-    pair = Processes()
+def test_a_process_that_is_killed_is_missed_at_once() -> None:
+    pair, where = Processes(), fresh() % 2
     answers = pair.run(jobs.killed, where)
     pair.stop()
     assert answers[where] is None
@@ -179,6 +179,21 @@ def test_a_run_is_that_of_one_process(started: Processes, changes: dict[str, Any
     check_alike(alone, started.run(jobs.unlearned, seed, changes), changes)
     if "overwrite__stop_forget" in changes:
         assert alone["run"]["stopped_by"] == "forgotten" and alone["run"]["steps"] < 40
+
+
+def test_groups_of_layers_are_those_of_all(started: Processes) -> None:
+    """Within a memory budget: what is measured together must be the same on all processes."""
+    seed, saliency = fresh(), {"locate__saliency": "distillation"}
+    alone = jobs.unlearned(seed, saliency)
+    budget = 1000
+    for _ in range(2):  # too little for the accumulators, then for a backward pass beside them
+        with pytest.raises(FadeError, match="it takes at least [0-9,]+ bytes") as told:
+            jobs.unlearned(seed, saliency | {"locate__memory_budget": budget})
+        budget = int(re.search("at least ([0-9,]+) bytes", str(told.value))[1].replace(",", ""))
+    changes = saliency | {"locate__memory_budget": int(1.03 * budget)}
+    several = started.run(jobs.unlearned, seed, changes)
+    assert len(several[0]["run"]["saliency_plan"]["groups"]) > 1
+    check_alike(alone, several, changes)
 
 
 def test_three_processes_in_a_group_of_their_own(started: Processes) -> None:

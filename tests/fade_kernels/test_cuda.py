@@ -634,7 +634,8 @@ class Network(nn.Module):
 
 @on_every_device
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_gradient_magnitude_of_a_network(per_sample: bool, device: str) -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_gradient_magnitude_of_a_network(on_host: bool, per_sample: bool, device: str) -> None:
     torch.manual_seed(5)
     network, images = Network().double(), torch.randn(4, 3, 6, 6, dtype=torch.float64)
     expected = {name: torch.zeros_like(module.weight) for name, module in network.named_children()}
@@ -645,9 +646,11 @@ def test_gradient_magnitude_of_a_network(per_sample: bool, device: str) -> None:
             expected[name] += module.weight.grad.abs()
     network.zero_grad()
     network = network.float().to(device)
-    with fade_kernels.GradientMagnitude(dict(network.named_children()), per_sample=per_sample) as watch:
+    layers = dict(network.named_children())
+    with fade_kernels.GradientMagnitude(layers, per_sample=per_sample, on_host=on_host) as watch:
         network(images.float().to(device)).backward()
     for name, saliency in watch.saliency.items():
+        assert saliency.device.type == ("cpu" if on_host else torch.device(device).type)
         assert error(saliency, expected[name]) <= 1e-5, name
         assert getattr(network, name).weight.grad is None
 
