@@ -112,7 +112,7 @@ def unlearn(
     config = config.replace(concepts=())  # the record names them as the concept
     others = concepts_of(backbone, beside)
     concept = concept_beside(concept, others, config.data.plurals)
-    config = _with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
+    config = with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
 
@@ -211,7 +211,7 @@ def unlearn_each(
             request = concept_beside(one, theirs, config.data.plurals)
             folder = folders[one.forget]
             going_on = resume and folder is not None and (folder / REQUEST_FILE).is_file()
-            settings = _with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
+            settings = with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
             own = f"{name}_{slug}"
             if resume and not going_on and folder is not None and (folder / ADAPTER_FILE).is_file():
                 made[one.forget] = _finished(backbone, folder, request, settings, own)
@@ -342,7 +342,7 @@ def _run(
         raise
 
 
-def _with_targets(backbone: Backbone, config: Config) -> Config:
+def with_targets(backbone: Backbone, config: Config) -> Config:
     """Settings that name the layers to edit: the family's, and, where something is solved, the layers that read the
     prompt alone."""
     if config.locate.targets is not None:

@@ -1,0 +1,6 @@
+"""Memory of a run on paper: `plan(model)` counts it from configurations alone, on the meta device."""
+
+from fade.planning.memory import Column, Model, Plan, Run, plan, with_batch
+from fade.planning.models import shipped
+
+__all__ = ["Column", "Model", "Plan", "Run", "plan", "shipped", "with_batch"]
