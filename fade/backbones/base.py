@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
 
+MOST_TOKENS_AT_ONCE = 64 * 77
+"""Tokens of prompts that are encoded at once: 64 prompts of CLIP's length, 9 of 512 tokens. T5-XXL takes about 0.3 GB
+for each of these beside its weights."""
+
 MOST_PIXELS = 8192
 """Side of an image; attention over more takes more memory than there is."""
 
@@ -142,12 +146,22 @@ class Backbone(ABC):
         """`encode_prompts` by another function of a pipeline, prompts and the device to encode on."""
         for name in self.family.encoders:
             self._part(name)
-        size, parts = (1 if self.family.one_by_one else batch_size), []
+        size, parts = min(batch_size, self.prompts_at_once), []
         for start in range(0, len(prompts), size):
             with _tokenizing:
                 encoded = encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
             parts.append(Conditioning(encoded).to(self.device, self.dtype))
         return Conditioning.cat(parts)
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts are encoded together at most."""
+        from fade.backbones.prompt_shapes import prompt_shapes
+
+        if self.family.one_by_one:
+            return 1
+        longest = max((shape[-2] for shape in prompt_shapes(self).values() if len(shape) > 1), default=1)
+        return max(1, MOST_TOKENS_AT_ONCE // longest)
 
     def _text_device(self) -> torch.device:
         modules = [part for name in self.family.encoders if isinstance(part := self._part(name), nn.Module)]

@@ -115,7 +115,7 @@ class Model:
     def encoding(self, dtype: Dtype) -> int:
         """Bytes that encoding a batch of prompts takes beyond the encoders."""
         if dtype not in self._encoding:
-            count, found = (1 if self.backbone.family.one_by_one else PROMPTS), [0]
+            count, found = min(PROMPTS, self.backbone.prompts_at_once), [0]
             lengths = [shape[-2] for shape in prompt_shapes(self.backbone).values() if len(shape) > 1]
             for name, encoder in self.encoders.items():
                 cast(encoder, DTYPES[dtype])
@@ -130,15 +130,22 @@ class Model:
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """As `from_pretrained` loads it: modules that a class keeps in float32 stay so."""
     nn.Module.to(module, dtype)
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = _kept_wide(module)
     for name, part in module.named_modules():
         if name.rpartition(".")[2] in kept:
             part.float()
 
 
+def _kept_wide(module: nn.Module) -> tuple[str, ...]:
+    """What stays in float32 where the rest is in bfloat16: diffusers keeps all that a class names, transformers in
+    float16 only, unless it is named strictly."""
+    name = "_keep_in_fp32_modules_strict" if type(module).__module__.startswith("transformers") else "_keep_in_fp32_modules"
+    return tuple(getattr(module, name, None) or ())
+
+
 def stored(module: nn.Module, dtype: torch.dtype, quantised: bool = False) -> int:
     """Bytes of a part's parameters and buffers in a dtype."""
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    kept = _kept_wide(module)
     packed = {part.weight for part in module.modules() if type(part) is nn.Linear} if quantised else set()
 
     def size(name: str, tensor: Tensor) -> float:

@@ -58,9 +58,9 @@ def describe(model: str) -> Description:
     bundled = {"digitcanvas": DIGITCANVAS, "emojicanvas": EMOJICANVAS}
     path = Path(model).expanduser()
     if path.exists():
-        return _of_folder(model, path)
+        return _of_folder(path.resolve().name, path)
     if model.lower() in bundled:
-        return _of_folder(model, bundled[model.lower()])
+        return _of_folder(model.lower(), bundled[model.lower()])
     known = shipped()
     if model.lower() in known:
         return _of_file(known[model.lower()])
@@ -97,7 +97,7 @@ def _of_folder(model: str, path: Path) -> Description:
         if not tokenizes and library in _LIBRARIES and not file.is_file():
             raise FadeError(f"cannot plan {model}: {name}/{file.name} is missing, which says how large that part is")
         parts[name] = (library, cls, _read(file) if file.is_file() else {})
-    return Description(path.name, index, parts)
+    return Description(model, index, parts)
 
 
 def _read(path: Path) -> dict[str, Any]:
