@@ -7,6 +7,7 @@ those that measured best over many concepts and seeds (`bench/sweep.py`); the pa
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -93,6 +94,15 @@ class LocateConfig:
     """Latents per backward pass. The magnitude is taken per pass, so this is part of the definition."""
     per_sample: bool = False
     """Take the magnitude per sample instead of per pass; independent of the batch size."""
+    memory_budget: int | str | None = None
+    """Device memory, in bytes or as "8GB" or "7.5 GiB", that the passes and the accumulators may take beside the model;
+    None is 90 % of what is free when the stage begins. Where it does not hold all accumulators they are kept in host
+    memory, or layers are measured group after group (`fade.saliency_plan`); the result is the same."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes. Raises FadeError for what is none."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -265,10 +275,14 @@ class Config:
         return self.overwrite.method != "closed-form"
 
     @property
+    def measures(self) -> bool:
+        """Whether every target weight is given a saliency, and not its part in a solved edit or none."""
+        return self.saliency != "closed-form" and self.locate.granularity != "none"
+
+    @property
     def needs_latents(self) -> bool:
         """Whether any part of the run looks at latents, so that images are read or sampled."""
-        gradients = self.saliency not in ("closed-form", "random") and self.locate.granularity != "none"
-        return self.trains or gradients
+        return self.trains or (self.measures and self.saliency != "random")
 
     @property
     def in_values(self) -> bool:
@@ -309,6 +323,23 @@ class Config:
         return cls.from_dict(values)
 
 
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def parse_bytes(amount: int | str) -> int:
+    """An amount of memory in bytes: a number, or text such as "8GB" (10^9), "7.5 GiB" (2^30). Raises FadeError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(amount), re.ASCII)
+    unit = found and _UNITS.get(found[2].upper())
+    count = math.floor(float(found[1]) * unit) if unit else 0
+    if count < 1:
+        raise FadeError(f"{amount!r} is no amount of memory: give a number of bytes, or one such as 8GB or 512MiB")
+    return count
+
+
 def _merge(instance: Any, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(type(instance))
     known = {f.name for f in dataclasses.fields(instance)}
@@ -340,7 +371,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where)
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1:
+            return _coerce(value, kinds[0], where)
+        if type(value) not in kinds:
+            named = " or ".join(kind.__name__ for kind in kinds)
+            raise FadeError(f"setting '{where}' must be of type {named}, not {value!r}")
+        return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise FadeError(f"setting '{where}' must be a list, not {value!r}")
@@ -371,6 +408,12 @@ def _check(config: Config) -> None:
             raise FadeError(message)
 
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
+    require(
+        locate.budget_bytes is None or config.measures,
+        "memory_budget would be ignored: it bounds the saliency of gradients, and here "
+        f"{'all weights are kept' if locate.granularity == 'none' else 'the solved edit chooses them'}. Leave it out, "
+        "or choose another saliency or the method distillation",
+    )
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
     require(locate.targets is None or len(locate.targets) > 0, "targets must name at least one layer pattern")
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")

@@ -6,11 +6,16 @@ Both stages are measured with it, because a cost figure that leaves one of them 
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass
@@ -77,3 +82,65 @@ def _peak_memory(device: torch.device, interval: float) -> Iterator[Callable[[],
     finally:
         stop.set()
         sampler.join()
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that new tensors on the device can have: what nobody has, and on CUDA what PyTorch keeps for reuse."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
+
+
+@contextlib.contextmanager
+def live_bytes(device: torch.device | str) -> Iterator[Callable[[], int]]:
+    """Yields what tells the most bytes that tensors made in the block had at once, on the device's type.
+
+    Counted tensor by tensor, and so alike on every device and whatever else the process does; what an operator takes
+    for itself is not seen.
+    """
+    with _LiveStorages(torch.device(device).type) as storages:
+        yield lambda: storages.most
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows every storage that an operator returns until it is freed."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.most = 0
+        self._device, self._now, self._known = device, 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._see(tensor, made=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self._see(tensor, made=True)
+        self.most = max(self.most, self._now)
+        return result
+
+    def _see(self, tensor: Any, made: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.device.type != self._device:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            size = storage.nbytes() if made else 0
+            self._now += size
+            weakref.finalize(storage, self._freed, storage._cdata, size).atexit = False
+
+    def _freed(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self._now -= size
+
+
+def human_bytes(count: int) -> str:
+    """Bytes in decimal units: 43.1 kB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fade.errors import printable
 from fade.evaluation.run import METRICS, Evaluation
 from fade.files import atomic_write
+from fade.measure import human_bytes
 from fade.pictures import TILE, data_uri, strip
 
 if TYPE_CHECKING:
@@ -591,13 +592,3 @@ def _setting_rows(metadata: dict[str, Any], **more: dict[str, Any]) -> list[tupl
         rows.append(("trained with", trained))
     fingerprint = metadata.get("fingerprint", {})
     return rows + [(f"base fingerprint, {dtype}", digest) for dtype, digest in fingerprint.items()]
-
-
-def human_bytes(count: int) -> str:
-    """Bytes in decimal units: 43.1 kB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"

@@ -159,7 +159,7 @@ class RunFolder:
         record = {
             "origin": self._origin,
             "layers": located.layers, "threshold": located.threshold,
-            "selected": located.selected, "total": located.total,
+            "selected": located.selected, "total": located.total, "plan": located.plan,
             "shapes": {name: list(mask.shape) for name, mask in located.masks.items()},
         }  # fmt: skip
         write_tensors(self.path / MASKS_FILE, {name: mask.words for name, mask in located.masks.items()}, record)

@@ -12,10 +12,13 @@ section 3): S = Σ_b |∂ℓ_b/∂W|, at random noise and timesteps. The losses,
 or, with no gradient at all, the entries of the solved edit that cost most to drop (`closed-form`, `fade.closed_form`).
 
 No weight gradient is ever kept: each is folded into its accumulator as it appears (`fade_kernels.GradientMagnitude`).
+Where the accumulators are, and which layers are measured together, is planned by what memory there is
+(`fade.saliency_plan`); what is located does not depend on it.
 """
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +31,28 @@ from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import LocateConfig
 from fade.errors import FadeError
 from fade.latents import Latents
+from fade.measure import free_memory, live_bytes
 from fade.noise import epoch_order, loss_scale, step_generator
-from fade.progress import progress_bar
+from fade.progress import progress_bar, tell
 from fade.regions import Region, embed, matrix_shape, target_shapes
-from fade_kernels import BitMask, GradientMagnitude, select_top_fraction
+from fade.saliency_plan import FLOAT, SaliencyPlan, plan_saliency
+from fade_kernels import BitMask, GradientMagnitude, GroupedSelection
+
+SHARE_OF_FREE = 0.9
+"""Of what memory is free, how much is planned with where no budget is given."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """Masks by layer, and what is worth telling about them: a record per layer, the threshold and the counts."""
+    """Masks by layer, and what is worth telling about them: a record per layer, the threshold, the counts, and the plan
+    by which saliency was measured (`SaliencyPlan.record`), if it was."""
 
     masks: dict[str, BitMask]
     layers: list[dict[str, Any]]
     threshold: float
     selected: int
     total: int
+    plan: dict[str, Any] | None = None
 
 
 def locate(
@@ -61,7 +71,8 @@ def locate(
     `prompts` has every prompt of `latents`. The weights are frozen meanwhile; the denoiser's
     adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
     hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Of a
-    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing.
+    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing, and where the memory budget
+    does not suffice.
     """
     regions = regions or {}
     chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
@@ -69,21 +80,47 @@ def locate(
     if config.granularity == "none":
         masks = {name: BitMask.full(shape) for name, shape in shapes.items()}
         return located_in(layers, masks, {}, 0.0, regions)
-    saliency = measure_saliency(backbone, chosen, latents, prompts, config, seed, progress, regions)
-    spread = {name: (value.mean().item(), value.max().item()) for name, value in saliency.items()}
-    if config.scaling == "module":
-        for name, value in saliency.items():
-            value.div_(max(spread[name][0], torch.finfo(value.dtype).tiny))
+    plan = _plan_with_passes(backbone, layers, latents, prompts, config, seed, within, regions)
+    tell(plan.remark(str(_device(chosen))), progress)
     keep = config.keep
     if within is not None:
-        of_chosen = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
         # Half a unit more: the fraction must not round below the count.
-        keep = min(1.0, (kept_units(layers, config, regions) + 0.5) / of_chosen)
+        keep = min(1.0, (kept_units(layers, config, regions) + 0.5) / _units(shapes, config))
+    spread = {}
+    with _told():
+        selection = GroupedSelection(plan.weights, keep, config.granularity, config.tile)
+    for saliency in saliency_by_group(
+        backbone, chosen, latents, prompts, config, seed, plan.groups, plan.place == "host", progress, regions
+    ):
+        for name, value in saliency.items():
+            spread[name] = _scale_(value, layers[name].weight.device, config.scaling)
+        with _told():
+            selection.add(list(saliency.values()))
+        saliency.clear()  # before the next group's accumulators are there
+    with _told():
+        selected = selection.result()
+    masks = {name: mask.to(layers[name].weight.device) for name, mask in zip(chosen, selected.masks, strict=True)}
+    return located_in(layers, masks, spread, selected.threshold, regions, plan.record())
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What selection says of its input, as FadeError."""
     try:
-        selection = select_top_fraction(list(saliency.values()), keep, config.granularity, config.tile)
+        yield
     except ValueError as error:
         raise FadeError(str(error)) from error
-    return located_in(layers, dict(zip(saliency, selection.masks, strict=True)), spread, selection.threshold, regions)
+
+
+def _scale_(saliency: Tensor, device: torch.device, scaling: str) -> tuple[float, float]:
+    """A layer's mean and largest saliency; then scales it in place, on its device wherever it is kept."""
+    here = saliency.to(device)
+    mean, largest = here.mean().item(), here.max().item()
+    if scaling == "module":
+        here.div_(max(mean, torch.finfo(here.dtype).tiny))
+        if here is not saliency:
+            saliency.copy_(here)
+    return mean, largest
 
 
 def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
@@ -96,18 +133,105 @@ def unit_count(shape: Sequence[int], granularity: str, tile: int) -> int:
     return counts[granularity]
 
 
+def _units(shapes: Mapping[str, Sequence[int]], config: LocateConfig) -> int:
+    return sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
+
+
 def kept_units(
     layers: Mapping[str, nn.Module], config: LocateConfig, regions: Mapping[str, Region] | None = None
 ) -> int:
     """How many units `keep` leaves of these layers, or their regions. Raises FadeError where that is none."""
-    shapes = target_shapes(layers, regions or {})
-    total = sum(unit_count(shape, config.granularity, config.tile) for shape in shapes.values())
+    total = _units(target_shapes(layers, regions or {}), config)
     count = math.floor(config.keep * total)
     if count == 0:
         raise FadeError(
             f"keep {config.keep} selects none of {total} {config.granularity} units: use at least {1 / total:.3g}"
         )
     return count
+
+
+def plan_of(
+    layers: Mapping[str, nn.Module],
+    config: LocateConfig,
+    within: Collection[str] | None = None,
+    regions: Mapping[str, Region] | None = None,
+    passes: int = 0,
+    pass_bytes: int = 0,
+) -> SaliencyPlan:
+    """How `locate` measures the saliency of these layers where a backward pass takes `pass_bytes`, and a group so many
+    passes. Raises FadeError where that does not fit into `config.memory_budget`, or into what is free."""
+    regions = regions or {}
+    chosen = {name: layer for name, layer in layers.items() if within is None or name in within}
+    shapes = target_shapes(chosen, regions)
+    units = _units(shapes, config)
+    if config.granularity == "element":
+        units = min(units, kept_units(layers, config, regions))
+    on_cpu = _device(chosen).type == "cpu"
+    return plan_saliency(
+        {name: rows * columns for name, (rows, columns) in shapes.items()},
+        _budget(chosen, config),
+        None if on_cpu else int(SHARE_OF_FREE * free_memory("cpu")),
+        accumulators=accumulator_sets(config),
+        kept=units,
+        pass_bytes=pass_bytes,
+        passes=passes,
+    )
+
+
+def accumulator_sets(config: LocateConfig) -> int:
+    """How many accumulators a weight has while its saliency is measured: one for each set of latents."""
+    return 2 if config.saliency == "contrast" else 1
+
+
+def _budget(layers: Mapping[str, nn.Module], config: LocateConfig) -> int:
+    return config.budget_bytes or int(SHARE_OF_FREE * free_memory(_device(layers)))
+
+
+def _device(layers: Mapping[str, nn.Module]) -> torch.device:
+    return next(iter(layers.values())).weight.device
+
+
+def _plan_with_passes(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    latents: Latents | None,
+    prompts: EncodedPrompts,
+    config: LocateConfig,
+    seed: int,
+    within: Collection[str] | None,
+    regions: Mapping[str, Region],
+) -> SaliencyPlan:
+    """The plan, with what a backward pass takes where that may matter."""
+    if config.saliency == "random":
+        return plan_of(layers, config, within, regions)
+    chosen = {name: layer for name, layer in layers.items() if within is None or name in within}
+    sets = accumulator_sets(config)
+    accumulators = FLOAT * sets * sum(map(math.prod, target_shapes(chosen, regions).values()))
+    # A pass costs time, too: where accumulators are few, they fit or nothing does.
+    few = accumulators < _budget(chosen, config) / 10
+    needed = 0 if few else measure_pass(backbone, chosen, latents, prompts, config, seed)
+    return plan_of(layers, config, within, regions, sets * _batches(latents, config), needed)
+
+
+def _batches(latents: Latents, config: LocateConfig) -> int:
+    return config.passes * -(-len(latents.forget) // config.batch_size)
+
+
+def measure_pass(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    latents: Latents,
+    prompts: EncodedPrompts,
+    config: LocateConfig,
+    seed: int,
+) -> int:
+    """Bytes that a backward pass over a batch takes beside the model and the accumulators: what one over a single
+    latent takes, times the batch, which counts what does not grow with it too often rather than not at all."""
+    nothing = {name: (slice(0, 0), slice(0, 0)) for name in layers}
+    read = prompts.conditioning.rows(prompts.rows(latents.forget_prompts)[:1])
+    with GradientMagnitude(layers, regions=nothing), live_bytes(backbone.device) as most:
+        _backward(backbone, latents.forget[:1], read, None, step_generator(seed, "locate memory", 0), 1.0)
+    return most() * config.batch_size
 
 
 def measure_saliency(
@@ -121,18 +245,50 @@ def measure_saliency(
     regions: Mapping[str, Region] | None = None,
 ) -> dict[str, Tensor]:
     """Unscaled saliency by layer, float32, each of its weight's shape, or its region's; `auto` is `distillation`."""
+    together = [tuple(layers)]
+    (saliency,) = saliency_by_group(
+        backbone, layers, latents, prompts, config, seed, together, progress=progress, regions=regions
+    )  # fmt: skip
+    return saliency
+
+
+def saliency_by_group(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    latents: Latents | None,
+    prompts: EncodedPrompts,
+    config: LocateConfig,
+    seed: int,
+    groups: Sequence[Sequence[str]],
+    on_host: bool = False,
+    progress: bool = False,
+    regions: Mapping[str, Region] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """`measure_saliency` of one group of layers after another, which together are all of them, in their order: the same
+    values as at once, in host memory with `on_host`. Each is the caller's, who frees it before taking the next."""
     slices = {name: region.slices for name, region in (regions or {}).items()}
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
-        shapes = {name: regions[name].shape if name in slices else m.weight.shape for name, m in layers.items()}
-        return {name: torch.rand(shapes[name], generator=generator).to(m.weight.device) for name, m in layers.items()}
-    batches = config.passes * -(-len(latents.forget) // config.batch_size)
-    contrast = config.saliency == "contrast"
-    with progress_bar("locating", batches * (2 if contrast else 1), progress) as advance:
+        for names in groups:
+            group = {}
+            for name in names:
+                weight = layers[name].weight
+                shape = regions[name].shape if name in slices else weight.shape
+                group[name] = torch.rand(shape, generator=generator).to("cpu" if on_host else weight.device)
+            yield group
+        return
+    batches = _batches(latents, config)
+    forget, surrogates = prompts.rows(latents.forget_prompts), prompts.rows(latents.surrogate_prompts)
+    teacher = surrogates if config.saliency in ("distillation", "auto") else None
+    with progress_bar("locating", batches * accumulator_sets(config) * len(groups), progress) as advance:
 
-        def accumulate(part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None) -> dict[str, Tensor]:
+        def accumulate(
+            group: Mapping[str, nn.Module], part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None
+        ) -> dict[str, Tensor]:
             scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
-            with GradientMagnitude(layers, per_sample=config.per_sample, regions=slices) as magnitude:
+            with GradientMagnitude(
+                group, per_sample=config.per_sample, regions=slices, on_host=on_host
+            ) as magnitude:  # fmt: skip
                 for batch in range(batches):
                     index = epoch_order(seed, part, len(clean), batch, config.batch_size)
                     generator = step_generator(seed, part, batch)
@@ -144,14 +300,24 @@ def measure_saliency(
                 value.div_(scale)
             return magnitude.saliency
 
-        forget, surrogates = prompts.rows(latents.forget_prompts), prompts.rows(latents.surrogate_prompts)
-        teacher = surrogates if config.saliency in ("distillation", "auto") else None
-        saliency = accumulate("locate forget", latents.forget, forget, teacher)
-        if contrast:
-            common = accumulate("locate retain", latents.retain, prompts.rows(latents.retain_prompts), None)
-            for name, value in saliency.items():
-                value.div_(common[name] + common[name].mean().clamp_min(torch.finfo(value.dtype).tiny))
-    return saliency
+        for names in groups:
+            group = {name: layers[name] for name in names}
+            saliency = accumulate(group, "locate forget", latents.forget, forget, teacher)
+            if config.saliency == "contrast":
+                retained = prompts.rows(latents.retain_prompts)
+                common = accumulate(group, "locate retain", latents.retain, retained, None)
+                for name, value in saliency.items():
+                    _contrast_(value, common.pop(name), group[name].weight.device)
+            yield saliency
+
+
+def _contrast_(saliency: Tensor, common: Tensor, device: torch.device) -> None:
+    """Divides by what is common to all plus its mean, in place, on the layer's device wherever both are kept."""
+    here, common = saliency.to(device), common.to(device)
+    common.add_(common.mean().clamp_min(torch.finfo(common.dtype).tiny))
+    here.div_(common)
+    if here is not saliency:
+        saliency.copy_(here)
 
 
 def _backward(
@@ -171,6 +337,12 @@ def _backward(
     else:
         with torch.no_grad():
             target = backbone.predict(noised, times, surrogates)
+    if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
+        # A reentrant checkpoint makes a graph only where one of its inputs needs a gradient.
+        prompts = prompts.detach()
+        for tensor in (noised, *prompts.tensors().values()):
+            if tensor.is_floating_point() and not tensor.is_inference():
+                tensor.requires_grad_(True)
     loss = F.mse_loss(backbone.predict(noised, times, prompts).float(), target.float())
     (scale * loss).backward()
 
@@ -185,6 +357,7 @@ def located_in(
     spread: Mapping[str, tuple[float, float]],
     threshold: float,
     regions: Mapping[str, Region] | None = None,
+    plan: dict[str, Any] | None = None,
 ) -> Located:
     """What is located in `layers`, empty masks in those of which `masks` has none.
 
@@ -216,4 +389,5 @@ def located_in(
         threshold=float(threshold),
         selected=sum(mask.count for mask in masks.values()),
         total=sum(areas.values()),
+        plan=plan,
     )

@@ -53,7 +53,7 @@ from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
 from fade.regions import Region, cut, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
-from fade.saliency import Located, kept_units, locate, located_in, unit_count
+from fade.saliency import Located, kept_units, locate, located_in, plan_of, unit_count
 from fade_kernels import BitMask
 
 __all__ = ["ADAPTER_FILE", "unlearn", "unlearn_each"]
@@ -142,6 +142,9 @@ def _unlearn(
             )
         if config.locate.granularity != "none":
             kept_units(layers, config.locate, regions)  # that there are any, before anything is drawn
+        if config.locate.memory_budget is not None:  # that it holds the accumulators, likewise
+            read = text_path(backbone, layers) if config.uses_closed_form else None
+            plan_of(layers, dataclasses.replace(config.locate, saliency=config.saliency), read, regions)
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
@@ -151,7 +154,7 @@ def _unlearn(
             phrased = [[pair.phrasings, pair.neighbours] for pair in concept.pairs]
             request = {
                 "concept": {**concept.to_dict(), "phrasings": phrased},
-                "config": config.to_dict(),
+                "config": _deciding(config.to_dict()),
                 "fingerprint": digests,
             }
             # Absolute, because a program may change its working directory while this runs.
@@ -227,8 +230,9 @@ def unlearn_each(
 def _finished(backbone: Backbone, folder: Path, concept: Concept, config: Config, name: str) -> Adapter:
     """The adapter that an earlier run left in its folder. Raises FadeError where it was asked for something else."""
     adapter = load_adapter(backbone.pipeline, folder / ADAPTER_FILE, name)
-    asked = json.loads(json.dumps({"concept": concept.to_dict(), "config": config.to_dict()}))
-    other = [part for part, value in asked.items() if adapter.metadata.get(part) != value]
+    asked = json.loads(json.dumps({"concept": concept.to_dict(), "config": _deciding(config.to_dict())}))
+    found = {"concept": adapter.metadata.get("concept"), "config": _deciding(adapter.metadata.get("config"))}
+    other = [part for part, value in asked.items() if found[part] != value]
     if other:
         adapter.remove()
         raise FadeError(
@@ -236,6 +240,11 @@ def _finished(backbone: Backbone, folder: Path, concept: Concept, config: Config
             "--overwrite"
         )
     return adapter
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what the result does not depend on, so that a run may be resumed on another machine."""
+    return {**settings, "locate": {k: v for k, v in settings["locate"].items() if k != "memory_budget"}}
 
 
 def _run(
@@ -502,6 +511,7 @@ def _run_record(
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
         "losses": {"forget": losses.forget, "retain": losses.retain},
+        "saliency_plan": located.plan,
         "threshold": located.threshold,
         "selected": located.selected,
         "total": located.total,

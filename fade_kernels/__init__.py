@@ -26,13 +26,14 @@ from fade_kernels.saliency import (
     accumulate_gradient_magnitude_,
     accumulate_linear_gradient_magnitude_,
 )
-from fade_kernels.selection import Selection, select_top_fraction
+from fade_kernels.selection import GroupedSelection, Selection, select_top_fraction
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BitMask",
     "GradientMagnitude",
+    "GroupedSelection",
     "Selection",
     "accumulate_gradient_magnitude_",
     "accumulate_linear_gradient_magnitude_",

@@ -69,57 +69,40 @@ def accumulate_linear_gradient_magnitude_(
 
 
 class _Call:
-    """One forward call of a layer: its input, kept until its output's gradient is there.
+    """One forward call of a layer that waits for its gradient. Its autograd node owns it: a graph that is thrown away
+    takes its calls with it."""
 
-    The autograd graph owns it, through the hook on the output: a graph that is thrown away takes its calls with it. As
-    autograd frees what it saved for a node once that node is through, so does `take_input`.
-    """
-
-    __slots__ = ("__weakref__", "input", "version")
-
-    def __init__(self, input: Tensor) -> None:
-        self.input: Tensor | None = input.detach()
-        self.version = None if input.is_inference() else input._version
-
-    def take_input(self, name: str) -> Tensor:
-        input = self.input
-        if input is None:
-            raise RuntimeError(
-                f"a second backward pass reached layer {name!r}, whose input the first one freed: give the first one "
-                "retain_graph=True"
-            )
-        if self.version is not None and input._version != self.version:
-            raise RuntimeError(
-                f"the input of layer {name!r} was changed in place after the layer used it, so its weight gradient "
-                "cannot be computed: make that operation out of place"
-            )
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.input = None
-        return input
+    __slots__ = ("__weakref__",)
 
 
 class _Layer:
     """A watched layer: its accumulator, calls that wait for their gradient, and gradients that wait for other calls."""
 
-    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, region: Region | None) -> None:
+    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, region: Region | None, on_host: bool) -> None:
         self.name = name
         self.module = module
         self.region = region
         weight = module.weight
         shape = weight.shape if region is None else weight.detach().flatten(1)[region].shape
-        self.saliency = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        self.saliency = torch.zeros(shape, dtype=torch.float32, device="cpu" if on_host else weight.device)
+        self.buffer: Tensor | None = None  # where an accumulator on the host comes to be added to
         self.waiting: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.arrived: list[tuple[Tensor, Tensor]] = []  # (gradient of the output, input)
 
     def fold(self, mode: Mode, per_sample: bool) -> None:
         """Folds |sum over calls| into the accumulator; the gradient itself is gone when this returns."""
         calls, self.arrived = self.arrived, []
-        if isinstance(self.module, nn.Linear):
-            self._fold_linear(calls, mode, per_sample)
+        if not self.saliency.numel():
+            return  # an empty region: nothing of the layer counts
+        fold = self._fold_linear if isinstance(self.module, nn.Linear) else self._fold_conv2d
+        if self.buffer is None:
+            fold(self.saliency, calls, mode, per_sample)
         else:
-            self._fold_conv2d(calls, mode, per_sample)
+            # There and back, and not only the gradient there: the sums are then those of an accumulator on the device.
+            fold(self.buffer.copy_(self.saliency), calls, mode, per_sample)
+            self.saliency.copy_(self.buffer)
 
-    def _fold_linear(self, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
+    def _fold_linear(self, saliency: Tensor, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
         if len(calls) == 1:
             grad_output, input = calls[0]
         else:
@@ -130,9 +113,9 @@ class _Layer:
         if self.region is not None:
             rows, columns = self.region
             grad_output, input = grad_output[..., rows], input[..., columns]
-        accumulate_linear_gradient_magnitude_(self.saliency, grad_output, input, mode, per_sample)
+        accumulate_linear_gradient_magnitude_(saliency, grad_output, input, mode, per_sample)
 
-    def _fold_conv2d(self, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
+    def _fold_conv2d(self, saliency: Tensor, calls: list[tuple[Tensor, Tensor]], mode: Mode, per_sample: bool) -> None:
         calls = [(dy, x) if x.dim() == 4 else (dy[None], x[None]) for dy, x in calls]
         samples = self._samples(calls) if per_sample else 1
         # Calls of one size are joined along the batch, so that their sum needs no second gradient.
@@ -151,7 +134,7 @@ class _Layer:
                 gradient = part if gradient is None else gradient.add_(part)
                 del part
             gradient = gradient if self.region is None else gradient.flatten(1)[self.region]
-            accumulate_gradient_magnitude_([self.saliency], [gradient], mode)
+            accumulate_gradient_magnitude_([saliency], [gradient], mode)
 
     def _conv2d_weight_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
         conv, padding = self.module, self.module.padding
@@ -184,16 +167,52 @@ class _Layer:
         return sizes.pop()
 
 
-class _Attach(torch.autograd.Function):
-    """Gives a tensor that nothing upstream made differentiable a place in the autograd graph, without copying it."""
+class _Watch(torch.autograd.Function):
+    """The identity on a layer's output, made inside the layer's call, which keeps the layer's input as autograd keeps
+    what it needs: whoever changes that (checkpointing, which computes it anew; saved-tensor hooks, which move it) has
+    this input, too.
+
+    The anchor, which requires a gradient, gives outputs that nothing upstream made differentiable a place in the graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, holder: list[Tensor]) -> Tensor:
-        return holder.pop()
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        output: Tensor,
+        input: Tensor,
+        watch: "GradientMagnitude",
+        layer: _Layer,
+        call: _Call,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.watch, ctx.layer, ctx.call = watch, layer, call
+        # Autograd saves no tensor of inference mode; nothing can have been computed of one that needs a gradient.
+        ctx.inference_input = input if input.is_inference() else None
+        if ctx.inference_input is None:
+            ctx.save_for_backward(input)
+        return output.detach()  # the same memory, which may be written to in place as the layer's own output may
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is not None and ctx.watch._active:
+            ctx.watch._gradient_arrived(ctx.layer, ctx.call, grad_output, _saved_input(ctx))
+        return None, grad_output, None, None, None, None
+
+
+def _saved_input(ctx: Any) -> Tensor:
+    if ctx.inference_input is not None:
+        return ctx.inference_input
+    try:
+        (input,) = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"the input of layer {ctx.layer.name!r} was changed in place after the layer used it, so its weight "
+            "gradient cannot be computed: make that operation out of place"
+        ) from error
+    return input
 
 
 class GradientMagnitude:
@@ -214,9 +233,13 @@ class GradientMagnitude:
     mean loss that share is 1 / batch size). A layer called several times before one backward pass counts once, with
     the magnitude of the summed gradient, as `.grad` would hold it. Calls under no_grad or inference_mode count nothing.
 
+    A layer's input is kept as autograd keeps what it saves: under gradient checkpointing it is computed anew, and
+    saved-tensor hooks have it, too. A checkpointed forward pass and its backward pass must both be inside the block. A
+    reentrant checkpoint (`use_reentrant=True`) makes a graph only where one of its inputs requires a gradient.
+
     Attributes:
-        saliency: name -> float32 accumulator in the weight's shape, or its region's [n, k], on the weight's device. In
-            mode "signed" the magnitude is taken when the block ends.
+        saliency: name -> float32 accumulator in the weight's shape, or its region's [n, k], on the weight's device, or
+            in host memory. In mode "signed" the magnitude is taken when the block ends.
     """
 
     def __init__(
@@ -225,6 +248,7 @@ class GradientMagnitude:
         mode: Mode = "abs",
         per_sample: bool = False,
         regions: Mapping[str, Region] | None = None,
+        on_host: bool = False,
     ) -> None:
         """Prepares accumulators of zeros; nothing is watched before the `with` block.
 
@@ -234,6 +258,8 @@ class GradientMagnitude:
             per_sample: take the magnitude of each sample's gradient; dimension 0 of a layer's input is the sample.
             regions: name -> slices of the rows and of the columns of a weight seen as [N, K], outside of which nothing
                 is computed or kept; the whole weight of a layer without one.
+            on_host: keep the accumulators in host memory. Each is brought to its layer's device and back when the
+                gradient is there, by way of one buffer as large as the largest; the sums are the same bits.
 
         Raises:
             TypeError: a module is neither nn.Linear nor nn.Conv2d.
@@ -249,7 +275,8 @@ class GradientMagnitude:
             raise ValueError("a layer is given under two names: name each module once")
         self.mode = mode
         self.per_sample = per_sample
-        self._layers = [_Layer(name, module, (regions or {}).get(name)) for name, module in modules.items()]
+        self._layers = [_Layer(name, module, (regions or {}).get(name), on_host) for name, module in modules.items()]
+        self._on_host = on_host
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._required_grad: list[Tensor] = []
         self._anchor = torch.zeros(0, requires_grad=True)
@@ -265,6 +292,8 @@ class GradientMagnitude:
         if self._active or self._finished:
             raise RuntimeError("a GradientMagnitude serves one `with` block: make a new one")
         self._active = True
+        if self._on_host:
+            self._take_buffers()
         for layer in self._layers:
             if layer.module.weight.requires_grad:
                 self._required_grad.append(layer.module.weight.requires_grad_(False))
@@ -281,28 +310,35 @@ class GradientMagnitude:
             weight.requires_grad_(True)
         for layer in self._layers:
             layer.arrived.clear()
+            layer.buffer = None
             if self.mode == "signed":
                 layer.saliency.abs_()
+
+    def _take_buffers(self) -> None:
+        """One buffer on each device, as large as the largest accumulator of its layers; a view of it for each."""
+        sizes: dict[torch.device, int] = {}
+        for layer in self._layers:
+            device = layer.module.weight.device
+            sizes[device] = max(sizes.get(device, 0), layer.saliency.numel())
+        buffers = {device: torch.empty(size, dtype=torch.float32, device=device) for device, size in sizes.items()}
+        for layer in self._layers:
+            buffer = buffers[layer.module.weight.device]
+            layer.buffer = buffer[: layer.saliency.numel()].view(layer.saliency.shape)
 
     def _forward_hook(self, layer: _Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            if not output.requires_grad:
-                output = _Attach.apply(self._anchor, [output])
-            call = _Call(args[0] if args else kwargs["input"])
+            input, call = args[0] if args else kwargs["input"], _Call()
             layer.waiting.add(call)
-            output.register_hook(lambda grad_output: self._gradient_arrived(layer, call, grad_output))
-            return output
+            return _Watch.apply(self._anchor, output, input.detach(), self, layer, call)
 
         return hook
 
-    def _gradient_arrived(self, layer: _Layer, call: _Call, grad_output: Tensor) -> None:
-        if not self._active:
-            return
+    def _gradient_arrived(self, layer: _Layer, call: _Call, grad_output: Tensor, input: Tensor) -> None:
         layer.waiting.discard(call)
         # Under autocast the layer computed, as `.grad` would be, in the dtype of its output, not in that of its input.
-        layer.arrived.append((grad_output.detach(), call.take_input(layer.name).to(grad_output.dtype)))
+        layer.arrived.append((grad_output.detach(), input.to(grad_output.dtype)))
         if not layer.waiting:
             layer.fold(self.mode, self.per_sample)
         elif not self._callback_queued:

@@ -368,6 +368,100 @@ def test_checkpointing() -> None:
         assert_saliency(watch, {name: gradient.abs() for name, gradient in expected.items()})
 
 
+class Blocks(nn.Module):
+    """Six blocks of two layers, checkpointed (`reentrant` says how) or not (None); remembers its layers' inputs."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 12)) for _ in range(6))
+        self.inputs: list[weakref.ref] = []
+        for layer in layers_of(self).values():
+            layer.register_forward_pre_hook(lambda _, args: self.inputs.append(weakref.ref(args[0].untyped_storage())))
+
+    def alive(self) -> int:
+        return len({id(storage) for input in self.inputs if (storage := input()) is not None})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = x.sin()
+            x = x + (block(y) if self.reentrant is None else checkpoint(block, y, use_reentrant=self.reentrant))
+            del y
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["off", "non-reentrant", "reentrant"])
+def test_checkpointing_keeps_its_memory(reentrant: bool | None) -> None:
+    """Of the inputs inside of checkpointed blocks none is alive after the forward pass, and one block's in the
+    backward pass; each is freed with its gradient."""
+    torch.manual_seed(11)
+    plain = Blocks(None).requires_grad_(False)
+    network = Blocks(reentrant).requires_grad_(False)
+    network.load_state_dict(plain.state_dict())
+    x = torch.randn(3, 12, requires_grad=reentrant is True)
+    expected = weight_gradients(plain, lambda: plain(x).square().sum())
+    with GradientMagnitude(layers_of(network)) as watch:
+        alive, folds = [], watch._layers[0].fold.__func__
+
+        def fold(layer, *args):
+            folds(layer, *args)
+            alive.append(network.alive())
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(watch._layers[0]), "fold", fold)
+            loss = network(x).square().sum()
+            kept = network.alive()
+            loss.backward()
+    assert len(alive) == 12
+    assert kept == (12 if reentrant is None else 6)  # what goes into a block is what checkpointing keeps
+    if reentrant is not None:
+        assert max(alive) <= 6 + 2
+    assert alive[-1] <= 1
+    assert_saliency(watch, {name: gradient.abs() for name, gradient in expected.items()})
+
+
+def test_saved_tensor_hooks_have_the_layers_inputs() -> None:
+    network, (a, *_) = network_and_batches()
+    expected = weight_gradients(network, lambda: network(a).square().sum())
+    packed = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.clone())
+        return len(packed) - 1
+
+    with GradientMagnitude(layers_of(network)) as watch:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index]):
+            loss = network(a).square().sum()
+        loss.backward()
+    assert any(torch.equal(tensor, a) for tensor in packed)  # which nothing else keeps
+    assert_saliency(watch, {name: gradient.abs() for name, gradient in expected.items()})
+
+
+def test_inputs_made_in_inference_mode() -> None:
+    layer = nn.Linear(5, 4).requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(3, 5, generator=generator(12))
+    with GradientMagnitude({"layer": layer}) as watch:
+        layer(x).square().sum().backward()
+    expected = weight_gradients(nn.Sequential(layer), lambda: layer(x.clone()).square().sum())["0"].abs()
+    assert relative_error(watch.saliency["layer"], expected) < 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_accumulators_on_the_host_have_the_same_bits(mode: str, per_sample: bool) -> None:
+    network, batches = network_and_batches()
+    found = []
+    for on_host in (False, True):
+        with GradientMagnitude(layers_of(network), mode, per_sample, on_host=on_host) as watch:
+            for batch in batches:
+                network(batch).square().sum().backward()
+        found.append(watch.saliency)
+    for name, value in found[0].items():
+        assert value.abs().max() > 0 and torch.equal(found[1][name], value)
+        assert found[1][name].device.type == "cpu"
+
+
 def test_autocast() -> None:
     network, (a, *_) = network_and_batches()
 

@@ -1,6 +1,8 @@
 """Exact global selection: against a stable sort on adversarial floats, for every granularity, with its errors."""
 
 import math
+import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import OPS, generator, opcheck
 
-from fade_kernels import BitMask, reference, select_top_fraction
+from fade_kernels import BitMask, GroupedSelection, reference, select_top_fraction
 
 SMALLEST = 1.401298464324817e-45  # the smallest denormal
 SPECIAL = [0.0, -0.0, SMALLEST, 2 * SMALLEST, 1.1754942e-38, 1.17549435e-38, 1.0, 1.0000001, 3.4028235e38, math.inf]
@@ -243,3 +245,58 @@ def test_smallest_keep_of_the_message_selects_one(total: int) -> None:
         select_top_fraction(scores, 0.5 / total)
     smallest = float(str(info.value).rsplit(" ", 1)[1])
     assert select_top_fraction(scores, smallest).count == 1
+
+
+# --- group after group -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=tensors,
+    kind=kinds,
+    seed=st.integers(0, 2**20),
+    keep=st.floats(0.01, 1.0),
+    cuts=st.sets(st.integers(0, 5)),
+    granularity=st.sampled_from(["element", "tile", "channel", "module"]),
+)
+def test_groups_select_what_all_at_once_do(
+    shapes: list[tuple[int, int]], kind: str, seed: int, keep: float, cuts: set[int], granularity: str
+) -> None:
+    scores = make_scores(shapes, kind, seed)
+    weights = sum(s.numel() for s in scores)
+    try:
+        expected = select_top_fraction(scores, keep, granularity, tile=3)
+    except ValueError:
+        keep = 1.0
+        expected = select_top_fraction(scores, keep, granularity, tile=3)
+    selection = GroupedSelection(weights, keep, granularity, tile=3)
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(scores)), len(scores)]
+    for first, last in pairwise(bounds):
+        selection.add([s.clone() for s in scores[first:last]])
+        if granularity == "element":
+            assert sum(values.numel() for values in selection._values) <= expected.count
+    found = selection.result()
+    assert found == expected
+
+
+def test_groups_hold_candidates_alone() -> None:
+    """Nothing keeps a group's tensors: what is held of weights are k values and a bit each."""
+    random = generator(15)
+    for granularity in ("element", "tile", "channel", "module"):
+        selection = GroupedSelection(3 * 400, 0.4, granularity, tile=8)
+        for _ in range(3):
+            group = [torch.rand(20, 20, generator=random)]
+            freed = weakref.ref(group[0].untyped_storage())
+            selection.add(group)
+            del group
+            assert freed() is None, granularity
+        assert selection.result().masks[0].shape == (20, 20)
+
+
+def test_groups_name_the_tensor_and_miss_none() -> None:
+    selection = GroupedSelection(75, 0.5)
+    selection.add([torch.ones(5, 5)])
+    with pytest.raises(ValueError, match=r"saliency\[2\] holds NaN"):
+        selection.add([torch.ones(5, 5), torch.full((5, 5), math.nan)])
+    with pytest.raises(ValueError, match="75 weights were to come, and 25 did"):
+        selection.result()
