@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ def call(backbone: Backbone, conditioning: Conditioning, negative: Conditioning,
 
 
 def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    if noised.is_meta:  # where memory is planned, the denoiser cannot read the picture's size from a tensor
+        tokens = math.prod(noised.shape[2:]) // backbone.denoiser.config.patch_size**2
+        backbone.denoiser.unpatchify = lambda x, *_: x[:, :tokens].reshape(noised.shape)
     return {
         "hidden_states": noised,
         "timesteps": 1000 * times.to(noised.device),

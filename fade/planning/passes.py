@@ -97,7 +97,7 @@ class Passes:
                 return GradientMagnitude(_within(self.backbone.denoiser, layers), regions=slices)
 
             with self._checkpointing(checkpointing):
-                return self._measure(count, watched)
+                return self._measure(count, watched, differentiated=checkpointing and stage == "locate")
 
         return self._once((stage, count, checkpointing), run)
 
@@ -106,12 +106,15 @@ class Passes:
             self._known[key] = run()
         return self._known[key]
 
-    def _measure(self, count: int, watched: Callable[[], Any] | None) -> int:
+    def _measure(self, count: int, watched: Callable[[], Any] | None, differentiated: bool = False) -> int:
         backbone, denoiser = self.backbone, self.backbone.denoiser
         noised = torch.empty(count, *self.latent, dtype=backbone.dtype, device="meta")
         times, taught = backbone.times(torch.zeros(count)).to("meta"), torch.empty_like(noised)
         prompts = on_meta(backbone, count)
         there = [*tensors(denoiser), noised, times, taught, *prompts.tensors().values()]
+        if differentiated:  # as `fade.saliency` has it under checkpointing
+            for tensor in (noised, *prompts.tensors().values()):
+                tensor.requires_grad_(tensor.is_floating_point())
         with contextlib.ExitStack() as resources:
             runs = resources.enter_context(shortened(denoiser))
             resources.enter_context(quantised(self.quantised))

@@ -168,9 +168,11 @@ def shortened(model: nn.Module) -> Iterator[list[_Run]]:
     """The model with three of each run of equal blocks meanwhile; what happens from one block to the next is the same
     for every one but the first and the last."""
     runs, before = [], []
+    inside: set[nn.Module] = set()  # a block, of which what it chooses among (experts) is a part
     for module in list(model.modules()):
-        if not isinstance(module, nn.ModuleList) or len(module) < 4 or not _called(module):
+        if not isinstance(module, nn.ModuleList) or len(module) < 4 or module in inside or not _called(module):
             continue
+        inside.update(module.modules())
         groups: list[list[nn.Module]] = []
         for block in module:
             if groups and _shape(groups[-1][-1]) == _shape(block):
