@@ -6,7 +6,6 @@ Device memory on a GPU, where text encoders and VAE leave when they are done; on
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from fade.planning.models import build, describe
 from fade.planning.passes import AdapterShapes, Passes, encoding, latent_shape
 from fade.regions import matrix_shape, target_shapes
 from fade.saliency import kept_units
+from fade.saliency_plan import SaliencyPlan, plan_saliency
 from fade.unlearning import text_path, with_targets
 
 Dtype = Literal["fp32", "bf16", "nf4"]
@@ -50,6 +50,8 @@ class Column:
     vae: int
     prompts: int
     latents: int
+    resident: int
+    """What of these is there while both stages run."""
     activations: dict[str, int | None]
     """Of a training step, without and with gradient checkpointing."""
     peaks: dict[str, dict[str, int | None]]
@@ -167,7 +169,6 @@ class Run:
     model: Model
     config: Config
     on_gpu: bool = True
-    host_accumulators: bool = False
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
@@ -210,7 +211,7 @@ class Run:
         """A bit for each weight of the target layers, rows rounded up to words."""
         return sum(4 * rows * -(-columns // 32) for rows, columns in map(matrix_shape, self.layers.values()))
 
-    @property
+    @cached_property
     def accumulators(self) -> int:
         """Bytes of the gradients' summed magnitudes, float32, wherever they are; 0 where no gradient is measured."""
         config = self.config
@@ -226,6 +227,11 @@ class Run:
         rank = self.config.overwrite.rank
         shapes = {name: matrix_shape(self.layers[name]) for name in self.editable}
         return AdapterShapes({name: (rank * columns, rows * rank) for name, (rows, columns) in shapes.items()})
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of what is trained, float32."""
+        return 4 * self.adapter.numbers
 
     @property
     def step_latents(self) -> int:
@@ -259,67 +265,84 @@ class Run:
         one = math.prod(model.latent) * itemsize
         latents = one * (config.data.forget_samples + config.data.retain_samples) if config.needs_latents else 0
 
-        # What stays on a CPU, and leaves a GPU.
-        elsewhere = 0 if self.on_gpu else encoders + vae
-        working = denoiser + elsewhere + prompts + latents
         phases: dict[str, dict[str, int | None]] = {
             "encode prompts": _both(denoiser + encoders + vae + prompts + model.encoding(dtype))
         }
+        left = 0 if self.on_gpu else encoders
         if config.needs_latents:
-            twice = not model.backbone.tells_guidance and model.backbone.family.name not in ASKED_TWICE
-            drawn = min(config.data.batch_size, max(config.data.forget_samples, config.data.retain_samples))
-            drawn = 1 if model.backbone.family.one_by_one else drawn
-            left = 0 if self.on_gpu else encoders
-            phases["sample latents"] = _both(denoiser + vae + left + latents + passes.frozen(drawn * (1 + twice)))
+            phases["sample latents"] = _both(denoiser + vae + left + latents + passes.frozen(self.drawn_at_once))
             pictures = max(1, min(config.data.batch_size, MOST_PIXELS_AT_ONCE // model.side**2))
-            phases["encode pictures"] = _both(
-                denoiser + wide_vae + left + latents + pictures * model.picture_bytes
-            )
-        activations = {mode(on): self._activations(passes, on) for on in (False, True)}
-        held, choosing, solving = self.systems
-        phases["locate"] = {}
-        phases["overwrite"] = {}
+            phases["encode pictures"] = _both(denoiser + wide_vae + left + latents + pictures * model.picture_bytes)
+        # On a GPU only the denoiser is left, where there is a choice.
+        resident = denoiser + prompts + latents + (0 if self.on_gpu else encoders + vae)
+        activations, phases["locate"], phases["overwrite"] = {}, {}, {}
         for on in (False, True):
-            phases["locate"][mode(on)] = self._locate(passes, on, working + held, choosing)
-            step = activations[mode(on)]
-            trained = 4 * self.adapter.numbers
-            resident = working + self.mask_bytes + trained
-            if step is not None:
-                pool = 0 if self.on_gpu else 2 * one * self.step_latents * config.overwrite.pool
-                step += 3 * trained + pool  # the gradients, and two moments of AdamW
-            solve = held + solving
-            phases["overwrite"][mode(on)] = None if on and not model.checkpoints else resident + max(solve, step or 0)
+            possible = model.checkpoints or not on
+            activations[mode(on)] = self.step_bytes(dtype, on) if possible and config.trains else None
+            phases["locate"][mode(on)] = resident + self.locate_bytes(dtype, on) if possible else None
+            phases["overwrite"][mode(on)] = resident + self.overwrite_bytes(dtype, on) if possible else None
         if dtype != "nf4":
             largest = max(layer.weight.numel() for layer in self.layers.values())
+            kept = 2 * itemsize * self.kept  # what was there before, and what was written
             phases["merge"] = _both(
-                denoiser + encoders + vae + self.mask_bytes + 4 * self.adapter.numbers
-                + 2 * itemsize * self.kept + itemsize * largest
-            )  # fmt: skip
-        return Column(dtype, denoiser, encoders, vae, prompts, latents, activations, phases)
+                denoiser + encoders + vae + self.mask_bytes + self.adapter_bytes + kept + itemsize * largest
+            )
+        return Column(dtype, denoiser, encoders, vae, prompts, latents, resident, activations, phases)
 
-    def _activations(self, passes: Passes, checkpointing: bool) -> int | None:
-        """Of a training step, or of the teacher's pass over several steps' latents where that takes more."""
-        if not self.config.trains or (checkpointing and not self.model.checkpoints):
-            return None
-        student = passes.student(
-            "overwrite", self.step_latents, checkpointing, self.layers, self.regions, self.adapter
-        )
-        teacher = passes.frozen(self.step_latents * (TEACHER_BATCHES if self.config.overwrite.pool else 1))
-        return max(student, teacher)
+    @property
+    def drawn_at_once(self) -> int:
+        """Latents in a pass of the denoiser while latents are sampled, those without a prompt (guidance) included."""
+        data, family = self.config.data, self.model.backbone.family
+        if family.one_by_one:
+            count = 1
+        else:
+            count = min(data.batch_size, max(data.forget_samples, data.retain_samples))
+        once = self.model.backbone.tells_guidance or family.name in ASKED_TWICE
+        return count if once else 2 * count
 
-    def _locate(self, passes: Passes, checkpointing: bool, resident: int, choosing: int) -> int | None:
-        if checkpointing and not self.model.checkpoints:
-            return None
+    def step_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
+        """Activations of a training step, or of the teacher's pass over several steps' latents where that takes more."""
+        passes, count = self.model.passes(dtype), self.step_latents
+        student = passes.student("overwrite", count, checkpointing, self.layers, self.regions, self.adapter)
+        return max(student, passes.frozen(count * (TEACHER_BATCHES if self.config.overwrite.pool else 1)))
+
+    def overwrite_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
+        """What stage 2 takes beside the model, prompts and latents."""
+        held, _, solving = self.systems
+        most = held + solving
+        if self.config.trains:
+            pool = 0
+            if not self.on_gpu:  # else it waits in host memory
+                one = math.prod(self.model.latent) * DTYPES[dtype].itemsize
+                pool = 2 * one * self.step_latents * self.config.overwrite.pool
+            # Beside the adapter its gradients and two moments of AdamW.
+            most = max(most, self.step_bytes(dtype, checkpointing) + 3 * self.adapter_bytes + pool)
+        return self.mask_bytes + self.adapter_bytes + most
+
+    def locate_pass(self, dtype: Dtype, checkpointing: bool) -> int:
+        """Bytes of a backward pass of stage 1; 0 where it makes none."""
         if not self.accumulators or self.config.saliency == "random":
-            return resident + max(choosing, self.accumulators) + self.mask_bytes
+            return 0
+        passes, count = self.model.passes(dtype), self.config.locate.batch_size
         layers = {name: self.layers[name] for name in self.editable}
-        count = self.config.locate.batch_size
         most = passes.student("locate", count, checkpointing, layers, self.regions)
-        if self.config.saliency in ("distillation", "auto"):
-            most = max(most, passes.frozen(count))
-        largest = 4 * max(self.editable.values())
-        here = largest if self.host_accumulators and self.on_gpu else self.accumulators
-        return resident + here + max(most, self.mask_bytes)
+        taught = self.config.saliency in ("distillation", "auto")
+        return max(most, passes.frozen(count)) if taught else most
+
+    def locate_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
+        """What stage 1 takes beside the model, prompts and latents, with all accumulators on the device."""
+        held, choosing, _ = self.systems
+        at_once = max(self.locate_pass(dtype, checkpointing), choosing, self.mask_bytes)
+        return held + self.accumulators + at_once
+
+    def saliency_plan(self, dtype: Dtype, checkpointing: bool, budget: int, host: int | None) -> SaliencyPlan:
+        """How stage 1 measures within a budget (`fade.saliency_plan`). Raises FadeError where it cannot."""
+        batches = self.config.locate.passes * -(-self.config.data.forget_samples // self.config.locate.batch_size)
+        contrast = self.config.saliency == "contrast"
+        return plan_saliency(
+            self.editable, budget, host if self.on_gpu else None, accumulators=2 if contrast else 1, kept=self.kept,
+            pass_bytes=self.locate_pass(dtype, checkpointing), passes=batches * (2 if contrast else 1),
+        )  # fmt: skip
 
 
 def _both(peak: int) -> dict[str, int | None]:
@@ -361,9 +384,9 @@ class Plan:
             "mask_bytes": run.mask_bytes,
             "accumulator_bytes": run.accumulators,
             "adapter": {
-                "parameters": run.adapter.numbers, "bytes": 4 * run.adapter.numbers,
-                "gradient_bytes": 4 * run.adapter.numbers if config.trains else 0,
-                "optimizer_bytes": 8 * run.adapter.numbers if config.trains else 0,
+                "parameters": run.adapter.numbers, "bytes": run.adapter_bytes,
+                "gradient_bytes": run.adapter_bytes if config.trains else 0,
+                "optimizer_bytes": 2 * run.adapter_bytes if config.trains else 0,
             },
             "dtypes": {column.dtype: dataclasses.asdict(column) for column in self.columns},
         }  # fmt: skip
@@ -383,7 +406,3 @@ def plan(
     """
     run = Run(Model.of(model, size), config or Config(), on_gpu)
     return Plan(run, tuple(run.column(dtype) for dtype in dtypes))
-
-
-def parameter_table(parameters: Mapping[str, int]) -> dict[str, str]:
-    return {name: f"{count / 1e6:,.1f} M" for name, count in parameters.items()}
