@@ -292,7 +292,7 @@ def _run(
                     else:
                         warn_of_retain_prompts(concept, config.data)
                     text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
-                    prompts = _encode(backbone, pairs, [*retain, *text.all()])
+                    prompts = _encode(backbone, pairs, [*retain, *text.all()], folder if latents is not None else None)
             except FadeError:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None:
@@ -541,10 +541,15 @@ def _alone(denoiser: nn.Module) -> Iterator[None]:
             _in_training.discard(denoiser)
 
 
-def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> EncodedPrompts:
-    """Every prompt of the run, encoded once. Raises FadeError where a concept does not reach the text encoder."""
+def _encode(
+    backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str], folder: RunFolder | None
+) -> EncodedPrompts:
+    """Every prompt of the run, encoded once, or as an interrupted run kept them. Raises FadeError where a concept does
+    not reach the text encoder."""
     prompts = sorted({*(prompt for pair in pairs for prompt in pair), *retain})
-    encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
+    encoded = None if folder is None else folder.prompts_before(prompts, backbone)
+    if encoded is None:
+        encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
     for forget, surrogate in set(pairs):
         if encoded[forget].equal(encoded[surrogate]):
             shown = forget if len(forget) <= 60 else f"{forget[:60]}…"

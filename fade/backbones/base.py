@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -302,7 +302,7 @@ class Backbone(ABC):
         watch = {} if on_step is None else _told(self.pipeline, on_step)
         latents = []
         size = 1 if self.family.one_by_one else batch_size
-        with self._quiet():
+        with self._quiet(), self.without_encoders():
             for start in track(range(0, len(row), size), description, progress):
                 rows = row[start : start + size]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + size]]
@@ -405,6 +405,38 @@ class Backbone(ABC):
         finally:
             for part, device in moved:
                 part.to(device)
+
+    @contextlib.contextmanager
+    def without_encoders(self) -> Iterator[None]:
+        """Text encoders wait in host memory meanwhile, and the pipeline, which draws from encoded prompts, has none.
+        Nothing happens to those on the CPU and to those that offloading manages."""
+        found = {
+            name: (part, device)
+            for name, part in self.pipeline.components.items()
+            if name.startswith("text_encoder") and isinstance(part, nn.Module) and not is_managed(part)
+            if (device := execution_device(part)).type != "cpu"
+        }
+        with self._hidden(found):
+            try:
+                for part, _ in found.values():
+                    part.to("cpu")
+                yield
+            finally:
+                for part, device in found.values():
+                    part.to(device)
+
+    @contextlib.contextmanager
+    def _hidden(self, names: Iterable[str]) -> Iterator[None]:
+        """The pipeline as one that was loaded without these parts: it asks the first that it has for its device."""
+        parts = {name: getattr(self.pipeline, name) for name in names}
+        # Past diffusers' own setter, which would forget in the pipeline's configuration what the parts were.
+        try:
+            for name in parts:
+                object.__setattr__(self.pipeline, name, None)
+            yield
+        finally:
+            for name, part in parts.items():
+                object.__setattr__(self.pipeline, name, part)
 
     @contextlib.contextmanager
     def _vae_in_float32(self) -> Iterator[nn.Module]:

@@ -5,6 +5,7 @@ A shipped one is a JSON file: the pipeline's class and settings, and for each pa
 as the model's own folder has them; of tokenizers what a plan reads. `hub` lists the ids that it has on the hub.
 """
 
+import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch import nn
 
 from fade.backbones import Backbone, backbone_for
 from fade.errors import FadeError
+from fade.files import atomic_write
 from fade.loading import pipeline_class
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -31,6 +33,14 @@ class Description:
     name: str
     index: Mapping[str, Any]
     parts: Mapping[str, tuple[str, str, Mapping[str, Any]]]
+
+    def write(self, folder: Path) -> None:
+        """As a diffusers folder without weights or tokenizers."""
+        classes = {name: [library, cls] for name, (library, cls, _) in self.parts.items()}
+        _write(folder / "model_index.json", {**self.index, **classes})
+        for name, (_, cls, config) in self.parts.items():
+            (folder / name).mkdir(exist_ok=True)
+            _write(folder / name / _config_file(name, cls), config)
 
 
 class Tokenizer:
@@ -91,13 +101,26 @@ def _of_folder(model: str, path: Path) -> Description:
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)):
             continue
         library, cls = value
-        files = {"scheduler": "scheduler_config.json"}
-        tokenizes = name.startswith("tokenizer") or "Tokenizer" in cls or "Processor" in cls
-        file = path / name / ("tokenizer_config.json" if tokenizes else files.get(name, "config.json"))
-        if not tokenizes and library in _LIBRARIES and not file.is_file():
+        file = path / name / _config_file(name, cls)
+        if not _tokenizes(name, cls) and library in _LIBRARIES and not file.is_file():
             raise FadeError(f"cannot plan {model}: {name}/{file.name} is missing, which says how large that part is")
         parts[name] = (library, cls, _read(file) if file.is_file() else {})
     return Description(model, index, parts)
+
+
+def _write(path: Path, value: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _config_file(part: str, cls: str) -> str:
+    if _tokenizes(part, cls):
+        return "tokenizer_config.json"
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _tokenizes(part: str, cls: str) -> bool:
+    return part.startswith("tokenizer") or "Tokenizer" in cls or "Processor" in cls
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,34 +138,42 @@ def build(description: Description) -> Backbone:
 
     Raises FadeError for a class that is not supported and for a configuration that its class does not take.
     """
+    return backbone_for(made(description, "meta"))
+
+
+def made(description: Description, device: str, given: Mapping[str, Any] | None = None) -> Any:
+    """A pipeline of a description: its parts made on a device, with the weights they are initialised with, but for
+    those `given`; tokenizers that are not are `Tokenizer`."""
     classes = {name: cls for name, (_, cls, _) in description.parts.items()}
     pipeline = pipeline_class(description.name, description.index, classes)
     taken = inspect.signature(pipeline.__init__).parameters
-    given: dict[str, Any] = {}
-    for name in taken:
-        if name in description.parts:
-            given[name] = _part(description.name, name, *description.parts[name])
+    parts: dict[str, Any] = {}
+    for name, parameter in taken.items():
+        if name in (given or {}):
+            parts[name] = given[name]
+        elif name in description.parts:
+            parts[name] = _part(description.name, device, name, *description.parts[name])
         elif name in description.index and not isinstance(description.index[name], list):
-            given[name] = description.index[name]
-        elif taken[name].default is inspect.Parameter.empty and name not in ("self", "args", "kwargs"):
-            given[name] = None
+            parts[name] = description.index[name]
+        elif parameter.default is parameter.empty and name not in ("self", "args", "kwargs"):
+            parts[name] = None
     if "requires_safety_checker" in taken:
-        given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return backbone_for(pipeline(**given))
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return pipeline(**parts)
 
 
-def _part(model: str, name: str, library: str, cls: str, config: Mapping[str, Any]) -> Any:
-    if "Tokenizer" in cls or "Processor" in cls or name.startswith("tokenizer"):
+def _part(model: str, device: str, name: str, library: str, cls: str, config: Mapping[str, Any]) -> Any:
+    if _tokenizes(name, cls):
         return Tokenizer(config)
     if library not in _LIBRARIES or name in ("safety_checker", "feature_extractor", "image_encoder"):
         return None
     try:
-        found = getattr(__import__(library), cls)
+        found = getattr(importlib.import_module(library), cls)
         if library == "diffusers":
             make = partial(found.from_config, dict(config))
         else:
             make = partial(found, found.config_class.from_dict(dict(config)))
-        with torch.device("cpu" if name == "scheduler" else "meta"):
+        with torch.device("cpu" if name == "scheduler" else device):
             part = make()
     # Whatever a class says of a configuration that is not its own.
     except Exception as error:
