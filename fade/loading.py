@@ -66,7 +66,7 @@ def _load_pipeline(model: str, path: Path, dtype: torch.dtype) -> Any:
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
-    cls = _pipeline_class(model, index, classes)
+    cls = pipeline_class(model, index, classes)
     parts = {name: {file.partition("/")[2] for file in names if file.startswith(f"{name}/")} for name in classes}
     for name, files in parts.items():
         if not files:
@@ -106,7 +106,7 @@ def _read_index(model: str, source: str) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def _pipeline_class(model: str, index: Mapping[str, Any], classes: Mapping[str, str]) -> Any:
+def pipeline_class(model: str, index: Mapping[str, Any], classes: Mapping[str, str]) -> Any:
     import diffusers
 
     from fade.backbones import FAMILIES, supported_families

@@ -3,8 +3,9 @@
     adapter.safetensors, run.json   the result
     latents.safetensors             the latents, which a later run with the same request reuses
     request.json                    what was asked for, what it was begun with, what it has cost   } these only while
-    masks.safetensors               what stage 1 located                                           } the run is
-    checkpoint.safetensors          how far stage 2 is                                             } unfinished
+    prompts.safetensors             the prompts, encoded                                           } the run is
+    masks.safetensors               what stage 1 located                                           } unfinished
+    checkpoint.safetensors          how far stage 2 is                                             }
     .fade.lock                      held while a run is going on
 
 Whatever moment a process is killed at, each of these files is whole or absent, and says what it was made with; so a
@@ -19,7 +20,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from fade import processes
 from fade.adapter import Adapter, versions
 from fade.backbones import Backbone
-from fade.conditioning import EncodedPrompts
+from fade.conditioning import Conditioning, EncodedPrompts
 from fade.errors import FadeError
 from fade.files import (
     WRITE_ERRORS,
@@ -49,6 +50,7 @@ from fade_kernels import BitMask
 
 ADAPTER_FILE, RUN_FILE, LATENTS_FILE = "adapter.safetensors", "run.json", "latents.safetensors"
 REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE = "request.json", "masks.safetensors", "checkpoint.safetensors"
+PROMPTS_FILE = "prompts.safetensors"
 LOCK_FILE = ".fade.lock"
 REQUEST = ("concept", "config", "fingerprint")
 """The tables of a request; a run that differs in them is another run."""
@@ -106,6 +108,7 @@ class RunFolder:
         self.resumed = resumed
         self.costs = {name: Measurement(*cost) for name, cost in state.pop("costs", {}).items()}
         self._state = state
+        self._has_prompts = False
 
     @property
     def latents_file(self) -> Path:
@@ -123,6 +126,29 @@ class RunFolder:
         if not self.resumed:
             (self.path / REQUEST_FILE).unlink(missing_ok=True)
 
+    def prompts_before(self, prompts: Sequence[str], backbone: Backbone) -> EncodedPrompts | None:
+        """These prompts as an interrupted run encoded them; None where it had not, or with another text encoder.
+
+        What is damaged costs a warning and being encoded again. The latents must be there: they are made with all that
+        encoding depends on.
+        """
+        path = self.path / PROMPTS_FILE
+        if not path.exists():
+            return None
+        try:
+            tensors, record = read_tensors(path)
+            if record != self._prompts_record(prompts):
+                return None
+            encoded = EncodedPrompts(prompts, Conditioning.from_tensors(tensors).to(backbone.device))
+        except (FadeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            warnings.warn(f"the prompts of the interrupted run are encoded again: {error}", stacklevel=2)
+            return None
+        self._has_prompts = True
+        return encoded
+
+    def _prompts_record(self, prompts: Sequence[str]) -> dict[str, Any]:
+        return {"request": read_tensors(self.latents_file)[1]["request"], "prompts": list(prompts)}
+
     def begin_with(self, latents: Latents, prompts: EncodedPrompts, backbone: Backbone) -> None:
         """Keeps what the stages depend on beside the request, or compares it with what an interrupted run began with.
 
@@ -130,6 +156,9 @@ class RunFolder:
         """
         inputs = {"latents": _latents_digest(latents), "sketch": _sketch(latents, prompts, backbone)}
         before = self._state.get("inputs")
+        if not self._has_prompts:
+            record = self._prompts_record(prompts.prompts)
+            write_tensors(self.path / PROMPTS_FILE, prompts.conditioning.tensors(), record)
         if before is None:
             self._state["inputs"] = inputs
             self.keep()
@@ -236,7 +265,7 @@ def open_run_folder(
         raise FadeError(f"there is nothing to resume in {path}: the run was never started; leave out --resume")
     check_writable(path / ADAPTER_FILE)
     with _locked(path):
-        for name in (ADAPTER_FILE, RUN_FILE, LATENTS_FILE, REQUEST_FILE, MASKS_FILE, CHECKPOINT_FILE):
+        for name in (ADAPTER_FILE, RUN_FILE, LATENTS_FILE, REQUEST_FILE, PROMPTS_FILE, MASKS_FILE, CHECKPOINT_FILE):
             if (path / name).is_dir():
                 raise FadeError(f"{path / name} is a folder, where a file of the run belongs; move it away")
             remove_parts(path / name)
@@ -247,7 +276,7 @@ def open_run_folder(
             _warn_of_changes(folder._state["environment"], environment)
         else:
             _refuse_used(path, overwrite)
-            for leftover in (CHECKPOINT_FILE, MASKS_FILE):
+            for leftover in (CHECKPOINT_FILE, MASKS_FILE, PROMPTS_FILE):
                 (path / leftover).unlink(missing_ok=True)
             folder = RunFolder(path, {**request, "environment": environment}, resumed=False)
             folder.keep()
@@ -340,7 +369,7 @@ def _shown(value: Any) -> str:
 
 def _remove_leftovers(path: Path) -> None:
     # The request first: without it the run is complete, whatever else is still there.
-    for leftover in (REQUEST_FILE, CHECKPOINT_FILE, MASKS_FILE):
+    for leftover in (REQUEST_FILE, CHECKPOINT_FILE, MASKS_FILE, PROMPTS_FILE):
         (path / leftover).unlink(missing_ok=True)
 
 

@@ -118,7 +118,7 @@ def unlearn(
     config = config.replace(concepts=())  # the record names them as the concept
     others = concepts_of(backbone, beside)
     concept = concept_beside(concept, others, config.data.plurals)
-    config = _with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
+    config = with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
 
@@ -230,7 +230,7 @@ def unlearn_each(
                 {}, [folder is not None and (folder / file).is_file() for file in (REQUEST_FILE, ADAPTER_FILE)]
             )
             going_on = resume and there[0]
-            settings = _with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
+            settings = with_targets(backbone, settings_for(config, len(one.pairs), bool(theirs)))
             own = f"{name}_{slug}"
             if resume and not going_on and there[1]:
                 made[one.forget] = _finished(backbone, folder, request, settings, own)
@@ -308,7 +308,7 @@ def _run(
                     else:
                         warn_of_retain_prompts(concept, config.data)
                     text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
-                    prompts = _encode(backbone, pairs, [*retain, *text.all()])
+                    prompts = _encode(backbone, pairs, [*retain, *text.all()], folder if latents is not None else None)
             except FadeError as error:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
                 if folder is not None and not isinstance(error, processes.OtherProcessError):
@@ -381,7 +381,7 @@ def _of_first(located: Located | None) -> Located | None:
     return None if record is None else located_whole(words, record)
 
 
-def _with_targets(backbone: Backbone, config: Config) -> Config:
+def with_targets(backbone: Backbone, config: Config) -> Config:
     """Settings that name the layers to edit: the family's, and, where something is solved, the layers that read the
     prompt alone."""
     if config.locate.targets is not None:
@@ -572,10 +572,15 @@ def _alone(denoiser: nn.Module) -> Iterator[None]:
             _in_training.discard(denoiser)
 
 
-def _encode(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> EncodedPrompts:
-    """Every prompt of the run, encoded once. Raises FadeError where a concept does not reach the text encoder."""
+def _encode(
+    backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str], folder: RunFolder | None
+) -> EncodedPrompts:
+    """Every prompt of the run, encoded once, or as an interrupted run kept them. Raises FadeError where a concept does
+    not reach the text encoder."""
     prompts = sorted({*(prompt for pair in pairs for prompt in pair), *retain})
-    encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
+    encoded = None if folder is None else folder.prompts_before(prompts, backbone)
+    if encoded is None:
+        encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
     for forget, surrogate in set(pairs):
         if encoded[forget].equal(encoded[surrogate]):
             shown = forget if len(forget) <= 60 else f"{forget[:60]}…"

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
+
+MOST_TOKENS_AT_ONCE = 64 * 77
+"""Tokens of prompts that are encoded at once: 64 prompts of CLIP's length, 9 of 512 tokens. T5-XXL takes about 0.3 GB
+for each of these beside its weights."""
 
 MOST_PIXELS = 8192
 """Side of an image; attention over more takes more memory than there is."""
@@ -143,12 +147,22 @@ class Backbone(ABC):
         """`encode_prompts` by another function of a pipeline, prompts and the device to encode on."""
         for name in self.family.encoders:
             self._part(name)
-        size, parts = (1 if self.family.one_by_one else batch_size), []
+        size, parts = min(batch_size, self.prompts_at_once), []
         for start in range(0, len(prompts), size):
             with _tokenizing:
                 encoded = encode(self.pipeline, list(prompts[start : start + size]), self._text_device())
             parts.append(Conditioning(encoded).to(self.device, self.dtype))
         return Conditioning.cat(parts)
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts are encoded together at most."""
+        from fade.backbones.prompt_shapes import prompt_shapes
+
+        if self.family.one_by_one:
+            return 1
+        longest = max((shape[-2] for shape in prompt_shapes(self).values() if len(shape) > 1), default=1)
+        return max(1, MOST_TOKENS_AT_ONCE // longest)
 
     def _text_device(self) -> torch.device:
         modules = [part for name in self.family.encoders if isinstance(part := self._part(name), nn.Module)]
@@ -291,7 +305,7 @@ class Backbone(ABC):
         latents = []
         size = 1 if self.family.one_by_one else batch_size
         starts = range(0, len(row), size)
-        with self._quiet():
+        with self._quiet(), self.without_encoders():
             for start in track(processes.own(starts), description, progress):
                 rows = row[start : start + size]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + size]]
@@ -394,6 +408,38 @@ class Backbone(ABC):
         finally:
             for part, device in moved:
                 part.to(device)
+
+    @contextlib.contextmanager
+    def without_encoders(self) -> Iterator[None]:
+        """Text encoders wait in host memory meanwhile, and the pipeline, which draws from encoded prompts, has none.
+        Nothing happens to those on the CPU and to those that offloading manages."""
+        found = {
+            name: (part, device)
+            for name, part in self.pipeline.components.items()
+            if name.startswith("text_encoder") and isinstance(part, nn.Module) and not is_managed(part)
+            if (device := execution_device(part)).type != "cpu"
+        }
+        with self._hidden(found):
+            try:
+                for part, _ in found.values():
+                    part.to("cpu")
+                yield
+            finally:
+                for part, device in found.values():
+                    part.to(device)
+
+    @contextlib.contextmanager
+    def _hidden(self, names: Iterable[str]) -> Iterator[None]:
+        """The pipeline as one that was loaded without these parts: it asks the first that it has for its device."""
+        parts = {name: getattr(self.pipeline, name) for name in names}
+        # Past diffusers' own setter, which would forget in the pipeline's configuration what the parts were.
+        try:
+            for name in parts:
+                object.__setattr__(self.pipeline, name, None)
+            yield
+        finally:
+            for name, part in parts.items():
+                object.__setattr__(self.pipeline, name, part)
 
     @contextlib.contextmanager
     def _vae_in_float32(self) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ def call(backbone: Backbone, conditioning: Conditioning, negative: Conditioning,
 
 
 def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    if noised.is_meta:  # where memory is planned, the denoiser cannot read the picture's size from a tensor
+        tokens = math.prod(noised.shape[2:]) // backbone.denoiser.config.patch_size**2
+        backbone.denoiser.unpatchify = lambda x, *_: x[:, :tokens].reshape(noised.shape)
     return {
         "hidden_states": noised,
         "timesteps": 1000 * times.to(noised.device),
@@ -82,10 +86,13 @@ def let_gradients_through_experts(backbone: Backbone) -> None:
 
 def _routed(self: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """Σ_k w_k E_k(x) of tokens x [m, d]; `experts` [m k] and `weights` [m k, 1] are those of each token in turn."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not x.is_meta:
         return type(self).moe_infer(self, x, experts, weights)
     order = experts.argsort()
-    counts = experts.bincount(minlength=len(self.experts)).tolist()
+    if x.is_meta:  # where memory is planned: each gets its share
+        counts = [len(part) for part in order.tensor_split(len(self.experts))]
+    else:
+        counts = experts.bincount(minlength=len(self.experts)).tolist()
     total = torch.zeros_like(x)
     for expert, rows in zip(self.experts, order.split(counts), strict=True):
         if len(rows):

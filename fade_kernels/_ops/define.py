@@ -435,4 +435,6 @@ _NO_CONTEXT = nullcontext()
 def without_autocast(tensor: Tensor) -> Any:
     """Backward may run under autocast, which must not cast what the operators do inside."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NO_CONTEXT
+    if tensor.is_meta or not torch.is_autocast_enabled(device):  # the meta device knows no autocast
+        return _NO_CONTEXT
+    return torch.autocast(device, enabled=False)
