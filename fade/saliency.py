@@ -31,7 +31,7 @@ from fade.latents import Latents
 from fade.noise import epoch_order, loss_scale, step_generator
 from fade.progress import progress_bar
 from fade.regions import Region, embed, matrix_shape, target_shapes
-from fade_kernels import BitMask, GradientMagnitude, select_top_fraction
+from fade_kernels import BitMask, GradientMagnitude, select_top_fraction, weight_shape
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def measure_saliency(
     slices = {name: region.slices for name, region in (regions or {}).items()}
     if config.saliency == "random":
         generator = step_generator(seed, "random saliency", 0)
-        shapes = {name: regions[name].shape if name in slices else m.weight.shape for name, m in layers.items()}
+        shapes = {name: regions[name].shape if name in slices else weight_shape(m) for name, m in layers.items()}
         return {name: torch.rand(shapes[name], generator=generator).to(m.weight.device) for name, m in layers.items()}
     batches = config.passes * -(-len(latents.forget) // config.batch_size)
     contrast = config.saliency == "contrast"

@@ -19,8 +19,10 @@ from fade.backbones import Backbone, backbone_for
 from fade.base_model import (
     base_layers,
     base_name,
+    bring_to_its_device,
     fingerprint,
     is_digitcanvas,
+    outline,
     refuse_merged,
     refuse_offloaded,
     target_layers,
@@ -50,7 +52,8 @@ from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
-from fade.regions import Region, cut, target_shapes
+from fade.quantised import refuse_untrainable
+from fade.regions import Region, cut, matrix_shape, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, open_run_folder
 from fade.saliency import Located, kept_units, locate, located_in, unit_count
@@ -145,6 +148,8 @@ def _unlearn(
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
+        if config.needs_latents:
+            refuse_untrainable(target_layers(backbone.denoiser), backbone.dtype)
         digests = fingerprint(backbone.denoiser)
         folder = None
         if output is not None:
@@ -294,6 +299,7 @@ def _run(
             if kept is not None:
                 kept.begin_with(latents, prompts, backbone)
             with backbone.only_denoiser_on_device():
+                bring_to_its_device(backbone.called_denoiser)
                 with stage("locate"):
                     edits = {}
                     if config.uses_closed_form:
@@ -313,7 +319,8 @@ def _run(
                     pipeline, name, located.masks, rank=config.overwrite.rank,
                     alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
                     metadata=new_metadata(
-                        concept, config, base_name(pipeline), digests, scale, backbone.family.component
+                        concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
+                        backbone.family.component,
                     ), seed=config.seed,
                     solved=solved,
                 )  # fmt: skip
@@ -424,7 +431,7 @@ def _text_edits(
             protected = protected_directions(backbone, reader, rows, tokens)
         of_columns: dict[range, dict[str, nn.Module]] = {}
         for name, layer in read.items():
-            columns = regions[name].columns if name in regions else range(layer.weight.shape[1])
+            columns = regions[name].columns if name in regions else range(matrix_shape(layer)[1])
             of_columns.setdefault(columns, {})[name] = layer
         for columns, alike in of_columns.items():
             own = {name: regions[name] for name in alike if name in regions}
