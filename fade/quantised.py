@@ -62,9 +62,9 @@ def refuse_untrainable(layers: Mapping[str, nn.Module], dtype: torch.dtype) -> N
 
 def _untrainable(name: str, words: str) -> FadeError:
     return FadeError(
-        f"{name} is quantised ({words}), and no gradient comes through it here, so that nothing before it can be trained; "
-        "unlearn on the 16-bit model, or on one whose quantisation lets gradients through (docs/quantised.md), and load "
-        "the adapter on this one"
+        f"{name} is quantised ({words}), and no gradient comes through it here, so that nothing before it can be "
+        "trained; unlearn on the 16-bit model, or on one whose quantisation lets gradients through "
+        "(docs/quantised.md), and load the adapter on this one"
     )
 
 

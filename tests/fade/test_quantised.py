@@ -466,7 +466,9 @@ def test_a_file_that_tells_weights_alone(tmp_path: Path) -> None:
 
 
 def test_adapters_of_both_add_up(file: Path, tmp_path: Path) -> None:
-    random_adapter(flux(UNKNOWN), forget="bird").save(tmp_path / "quantised.safetensors")
+    adapter = random_adapter(flux(UNKNOWN), forget="bird")
+    adapter.parameters()[0].data.neg_()
+    adapter.save(tmp_path / "quantised.safetensors")
     for first, second in ((file, tmp_path / "quantised.safetensors"), (tmp_path / "quantised.safetensors", file)):
         with pytest.warns(UserWarning, match="the weights are"):
             combine_adapters([first, second], tmp_path / "sum.safetensors", overwrite=True)
