@@ -38,14 +38,20 @@ def quantisation(layer: nn.Module) -> str | None:
     return " ".join(str(word) for word in words if word is not None)
 
 
-def refuse_untrainable(layers: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+def refuse_untrainable(layers: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device) -> None:
     """Raises FadeError where packed layers (by name) pass no gradient on to their input, as those do that round it,
-    too, or whose product knows no backward pass. One of each kind is asked, with an input of `dtype`."""
+    too, or whose product knows no backward pass. One of each kind is asked, with an input of `dtype`; none that waits
+    elsewhere than on the `device` where it computes, and where it may be laid out and multiplied otherwise."""
     kinds: dict[str, tuple[str, nn.Module]] = {}
     for name, layer in layers.items():
-        if (words := quantisation(layer)) is not None:
+        if (words := quantisation(layer)) is not None and layer.weight.device.type == device.type:
             kinds.setdefault(words, (name, layer))
     for words, (name, layer) in kinds.items():
+        if layer.weight.is_inference():
+            raise FadeError(
+                f"{name} is quantised ({words}) and was loaded under torch.inference_mode(), so that no gradient comes "
+                "through it; load the model outside of it"
+            )
         inputs = torch.randn(2, weight_shape(layer)[1], dtype=dtype, device=layer.weight.device)
         try:
             with evaluation_mode(layer):

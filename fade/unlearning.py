@@ -149,7 +149,7 @@ def _unlearn(
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
         if config.needs_latents:
-            refuse_untrainable(target_layers(backbone.denoiser), backbone.dtype)
+            refuse_untrainable(target_layers(backbone.denoiser), backbone.dtype, backbone.device)
         digests = fingerprint(backbone.denoiser)
         folder = None
         if output is not None:
@@ -300,6 +300,8 @@ def _run(
                 kept.begin_with(latents, prompts, backbone)
             with backbone.only_denoiser_on_device():
                 bring_to_its_device(backbone.called_denoiser)
+                if config.needs_latents:
+                    refuse_untrainable(target_layers(denoiser), backbone.dtype, backbone.device)
                 with stage("locate"):
                     edits = {}
                     if config.uses_closed_form:

@@ -404,6 +404,18 @@ def test_training_on_a_quantised_base(scheme: str, tmp_path: Path) -> None:
     torch.testing.assert_close(draw(plain), changed, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["bitsandbytes int8", "torchao int8 weight-only", UNKNOWN])
+def test_what_was_loaded_under_inference_mode_draws_and_is_not_trained(scheme: str, file: Path) -> None:
+    with torch.inference_mode():
+        pipeline = flux(scheme)
+    base = draw(pipeline)
+    with pytest.raises(FadeError, match=r"was loaded under torch\.inference_mode\(\).* load the model outside of it"):
+        fade.unlearn(pipeline, "cat", "dog", config=QUICK, **WORDS)
+    assert torch.equal(draw(pipeline), base)
+    load(pipeline, file)
+    assert not torch.allclose(draw(pipeline), base, atol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["bitsandbytes int8", UNKNOWN])
 def test_the_closed_form_on_a_quantised_base(scheme: str) -> None:
     """The same values as on a model whose weights are those that the packed ones stand for."""
@@ -559,7 +571,8 @@ def test_what_some_cpus_pack_for_drawing_alone_draws_and_is_not_trained() -> Non
         assert tuple(base.weight.shape) == (64, 64) and float_weight(base).shape == (64, 128)
         torch.testing.assert_close(layer(x), own + x @ layer.get_delta_weight("fade").T, rtol=1e-5, atol=1e-5)
     with pytest.raises(FadeError, match="a is quantised .* no gradient comes through it here"):
-        refuse_untrainable({"a": base}, torch.float32)
+        refuse_untrainable({"a": base}, torch.float32, torch.device("cpu"))
+    refuse_untrainable({"a": base}, torch.float32, torch.device("cuda"))  # where it will be laid out otherwise
 
 
 # --- offloaded, fused ------------------------------------------------------------------------------------------------
