@@ -25,22 +25,24 @@ from fade.base_model import (
     BaseLayer,
     base_layers,
     base_name,
+    check_same_base,
     fingerprint,
     own_modules,
     refuse_merged,
     refuse_on_disk,
-    same_base,
     short_digest,
     under_fused_projections,
 )
-from fade.errors import AdapterFileError, FadeError, WrongBaseError
+from fade.errors import AdapterFileError, FadeError
 from fade.guards import put_guards, remove_guards
 from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
 from fade.noise import step_generator
 from fade.peft_file import read_any_file
+from fade.quantised import quantisation
+from fade.regions import matrix_shape
 from fade.rollback import merges_as_found, structure_as_found_on_error
 from fade.tuner import Configurations, FadeConfig, bare_name, exactly
-from fade_kernels import BitMask, gather_masked
+from fade_kernels import BitMask, gather_masked, weight_shape
 
 if TYPE_CHECKING:
     from fade.export.edit import ExportReport
@@ -278,7 +280,7 @@ class Adapter:
             layers = {}
             for name, layer in self._require_layers().items():
                 mask, tensors = layer.adapter_tensors(self.name)
-                kernel = tuple(layer.get_base_layer().weight.shape[2:])
+                kernel = tuple(weight_shape(layer.get_base_layer())[2:])
                 layers[name] = (
                     LayerTensors(mask, values=tensors[0], kernel=kernel)
                     if len(tensors) == 1
@@ -470,7 +472,7 @@ def attach(
             return (solved[layer],)
         if values:
             return (torch.zeros(mask.count, dtype=torch.float32, device="cpu"),)
-        rows, *rest = layers[layer].module.weight.shape
+        rows, *rest = weight_shape(layers[layer].module)
         generator = step_generator(seed, f"init {layer}", 0)
         lora_a = torch.randn(rank, *rest, generator=generator, dtype=torch.float32, device="cpu") / rank
         return lora_a, torch.zeros(rows, rank, *(1 for _ in rest[1:]), dtype=torch.float32, device="cpu")
@@ -500,9 +502,9 @@ def _attach(
         raise FadeError("the mask selects no weight in any target layer; raise keep or widen the targets")
     check_carriers(denoiser, layers, masks)
     for layer, mask in masks.items():
-        weight = layers[layer].module.weight
-        if (weight.shape[0], weight.shape[1:].numel()) != mask.shape:
-            raise FadeError(f"the adapter's mask of {layer} is {mask.shape}, the layer's weight {tuple(weight.shape)}")
+        shape = weight_shape(layers[layer].module)
+        if matrix_shape(layers[layer].module) != mask.shape:
+            raise FadeError(f"the adapter's mask of {layer} is {mask.shape}, the layer's weight {shape}")
     paths = {layers[layer].path: layer for layer in masks}
     config = FadeConfig(
         r=1 if values else rank,
@@ -556,6 +558,8 @@ def check_carriers(denoiser: nn.Module, layers: Mapping[str, BaseLayer], names: 
                 f"{name} is a {kind}, where an adapter needs a plain Linear or Conv2d: load it into the model as it "
                 "was before quantisation, weight norm or other wrapping"
             )
+        if isinstance(layer.module, nn.Conv2d) and (words := quantisation(layer.module)) is not None:
+            raise FadeError(f"{name} is a quantised convolution ({words}), which masked adapters do not support")
         if getattr(layer.module, "groups", 1) > 1:
             raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
         if "original_module" in layer.path.split("."):
@@ -690,12 +694,15 @@ def load_adapter(
         if check_base:
             trained_on = file.metadata["fingerprint"]
             found = fingerprint(denoiser, tuple(trained_on))
-            if not same_base(trained_on, found):
-                raise WrongBaseError(
-                    f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(trained_on)}), "
-                    f"but this pipeline is {base_name(pipeline)} ({short_digest(found)}). Load the base it was made "
-                    "for, or pass --any-base (in Python: check_base=False)"
-                )
+            if "scheme" in found:  # what differs is a warning then, and no word about another family
+                check_carriers(denoiser, base_layers(denoiser), file.layers)
+            check_same_base(
+                trained_on,
+                found,
+                f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(trained_on)}), but "
+                f"this pipeline is {base_name(pipeline)} ({short_digest(found)})",
+                ". Load the base it was made for, or pass --any-base (in Python: check_base=False)",
+            )
         if not file.layers:
             raise AdapterFileError(f"{path} holds no layer")
         ranks = {tensors.factors[0].shape[0] for tensors in file.layers.values() if tensors.factors is not None}

@@ -3,7 +3,8 @@ or offloaded, and the fingerprint that ties an adapter file to them."""
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
-from fade.errors import FadeError
-from fade.layers import MASKED_LAYERS, groups_on_disk
+from fade.errors import FadeError, WrongBaseError
+from fade.layers import carries_masks, groups_on_disk
+from fade.quantised import quantisation
 from fade.regions import Region, region_of, split_pattern
+from fade_kernels import weight_shape
 
 # Coarsest last: an adapter trained in a wide dtype also fits the same weights loaded in a narrower one.
 _FINGERPRINT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -97,7 +100,7 @@ def base_layers(denoiser: nn.Module) -> dict[str, BaseLayer]:
     """Every Linear and Conv2d of the base model by its name in the bare model."""
     layers = {}
     for name, path, module in own_modules(denoiser):
-        if type(module) in MASKED_LAYERS:
+        if carries_masks(module):
             outermost = path
             while outermost.endswith(".base_layer"):
                 outermost = outermost.removesuffix(".base_layer")
@@ -173,6 +176,10 @@ def fingerprint(denoiser: nn.Module, dtypes: Collection[str] | None = None) -> d
 
     Of these the finest of `dtypes` alone, where they are given: what comparing with another fingerprint takes.
 
+    Of a model with quantised weights, whose bytes libraries pack again as they please, `quantised` is a digest of what
+    they are packed by, and of `outline`; both stand beside it. Where `dtypes` are those of such a fingerprint, that is
+    what is told of an ordinary model, too.
+
     Kept for the model as long as its weights are the same (a checksum of every bit, some twenty times faster).
     Raises FadeError while adapters are merged into the weights, for weights in an integer, 8-bit or 64-bit dtype, and
     for weights that are offloaded to a disk.
@@ -180,6 +187,10 @@ def fingerprint(denoiser: nn.Module, dtypes: Collection[str] | None = None) -> d
     refuse_merged(denoiser)
     refuse_on_disk(denoiser, "load or make the adapter before enable_group_offload")
     modules = [(name, module) for name, _, module in own_modules(denoiser) if module._parameters]
+    schemes = sorted({words for _, module in modules if (words := quantisation(module)) is not None})
+    if schemes or "scheme" in (dtypes or ()):
+        told = {"scheme": ", ".join(schemes) or UNQUANTISED, **outline(denoiser)}
+        return {"quantised": hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest(), **told}
     own = _weights_dtype(modules)
     order = list(_FINGERPRINT_DTYPES)
     wanted = order[order.index(own) :]
@@ -195,24 +206,62 @@ def fingerprint(denoiser: nn.Module, dtypes: Collection[str] | None = None) -> d
         known = {}
     missing = {dtype: hashlib.sha256() for dtype in wanted if dtype not in known}
     if missing:
-        for key, parameter in _weights(modules):
-            for dtype, digest in missing.items():
-                digest.update(f"{key}{tuple(parameter.shape)}".encode())
-                weight = parameter.to("cpu", _FINGERPRINT_DTYPES[dtype]).reshape(-1)
-                digest.update(weight.view(torch.uint8).numpy().data)
+        _digest(_weights(modules), missing)
         known = {**known, **{dtype: digest.hexdigest() for dtype, digest in missing.items()}}
         _fingerprints[denoiser] = (stamp, known)
     return {dtype: known[dtype] for dtype in wanted}
 
 
+UNQUANTISED = "none"
+"""The scheme of a base whose weights are ordinary ones."""
+
+
+def outline(denoiser: nn.Module) -> dict[str, str]:
+    """What is the same of a model whether its weights are quantised or not, so that both can be told from others: a
+    SHA-256 of the names and shapes of its parameters, and, by dtype, of those that are never packed: norms, biases,
+    position tables and whatever else is no weight of a linear layer, a convolution or an embedding."""
+    modules = [(name, module) for name, _, module in own_modules(denoiser) if module._parameters]
+    shapes, plain, dtypes = [], [], set()
+    for name, module in modules:
+        packable = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        for own, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            packed = own == "weight" and quantisation(module) is not None
+            shapes.append((name, own, weight_shape(module) if packed else tuple(parameter.shape)))
+            if not (packable and own == "weight") and parameter.dtype in _FINGERPRINT_DTYPES.values():
+                plain.append((name, module, own))
+                dtypes.add(parameter.dtype)
+    known = list(_FINGERPRINT_DTYPES)
+    coarsest = max((known.index(name) for name, dtype in _FINGERPRINT_DTYPES.items() if dtype in dtypes), default=0)
+    digests = {f"unpacked {dtype}": hashlib.sha256() for dtype in known[coarsest:]}
+    _digest(_fetched(plain), digests)
+    structure = hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()
+    return {"structure": structure, **{key: digest.hexdigest() for key, digest in digests.items()}}
+
+
+def _digest(weights: Iterable[tuple[str, Tensor]], digests: Mapping[str, Any]) -> None:
+    """Puts every weight into each digest, in the dtype that the last word of the digest's key names."""
+    for key, parameter in weights:
+        for name, digest in digests.items():
+            digest.update(f"{key}{tuple(parameter.shape)}".encode())
+            weight = parameter.to("cpu", _FINGERPRINT_DTYPES[name.rpartition(" ")[2]]).reshape(-1)
+            digest.update(weight.view(torch.uint8).numpy().data)
+
+
 def _weights(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
     """All weights, detached, in the order of their full names."""
-    named = {
-        f"{name}.{own}" if name else own: (module, own)
+    return _fetched(
+        (name, module, own)
         for name, module in modules
         for own, parameter in module._parameters.items()
         if parameter is not None
-    }
+    )
+
+
+def _fetched(parameters: Iterable[tuple[str, nn.Module, str]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by module name, module and own name: detached, in the order of their full names."""
+    named = {f"{name}.{own}" if name else own: (module, own) for name, module, own in parameters}
     for key, (module, own) in sorted(named.items()):
         with fetched(module):
             weight = module._parameters[own].detach()
@@ -242,6 +291,29 @@ def same_base(trained_on: Mapping[str, str], found: Mapping[str, str]) -> bool:
     return bool(shared) and trained_on[shared[0]] == found[shared[0]]
 
 
+def check_same_base(trained_on: Mapping[str, str], found: Mapping[str, str], told: str, instead: str) -> None:
+    """Raises WrongBaseError, which says what was `told` and what to do `instead`, where two fingerprints are of
+    different weights. Where one is of quantised weights, what differs is a warning: quantising changes each of them,
+    and adapters are meant for both."""
+    if "scheme" not in trained_on and "scheme" not in found:
+        if not same_base(trained_on, found):
+            raise WrongBaseError(told + instead)
+        return
+    differs = []
+    schemes = [fingerprint.get("scheme", UNQUANTISED) for fingerprint in (trained_on, found)]
+    if schemes[0] != schemes[1]:
+        there, here = (f"quantised ({one})" if one != UNQUANTISED else "not quantised" for one in schemes)
+        differs.append(f"the weights are {there} there and {here} here")
+    if trained_on.get("structure") != found.get("structure"):
+        unknown = "structure" not in trained_on or "structure" not in found
+        differs.append("whether the rest is the same is not known" if unknown else "layers have other names or shapes")
+    shared = [key for key in (f"unpacked {dtype}" for dtype in _FINGERPRINT_DTYPES) if key in trained_on.keys() & found]
+    if shared and trained_on[shared[0]] != found[shared[0]]:
+        differs.append("norms, biases and what else is not quantised are others, so that it may be another model")
+    if differs:
+        warnings.warn(f"{told}: {'; '.join(differs)}", stacklevel=3)
+
+
 def refuse_merged(denoiser: nn.Module) -> None:
     """Raises FadeError where an adapter is merged into the weights."""
     for module in denoiser.modules():
@@ -268,8 +340,21 @@ def refuse_offloaded(denoiser: nn.Module) -> None:
                     "casting, or a device_map with cpu or disk), and cannot be trained so: unlearn first, then offload "
                     "(load_adapter works on both)"
                 )
-            if parameter.dtype.itemsize == 1:
+            if parameter.dtype.itemsize == 1 and quantisation(module) is None:
                 raise FadeError("the denoiser's weights are stored in 8 bits; load it in fp32, fp16 or bf16 to unlearn")
+
+
+def bring_to_its_device(denoiser: nn.Module) -> None:
+    """Where `enable_model_cpu_offload` has the denoiser wait in host memory, brings it to the device that it computes
+    on, as its next call would: what is made beside its weights is then made there. It stays until another part's turn.
+    """
+    from accelerate.hooks import CpuOffload
+
+    for module in denoiser.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for own in getattr(hook, "hooks", (hook,)):
+            if isinstance(own, CpuOffload):
+                own.pre_forward(module)
 
 
 def is_digitcanvas(pipeline: Any) -> bool:

@@ -29,6 +29,7 @@ from fade.backbones import Backbone
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.errors import FadeError
 from fade.progress import progress_bar
+from fade.quantised import float_weight
 from fade.regions import Region
 from fade.saliency import unit_count
 from fade_kernels import (
@@ -38,6 +39,7 @@ from fade_kernels import (
     masked_least_squares_prices,
     scatter_masked_,
     select_top_fraction,
+    weight_shape,
 )
 
 # Of the objective at Δ = 0, averaged over three DigitCanvas concepts at keep 1 % and 0.3 %, dropping from the dense
@@ -298,14 +300,14 @@ def normal_equations(
     rows_of, columns = _cuts(layers, regions)
     forget, held = statistics.forget[columns, columns], statistics.retain[columns, columns]
     gram, shift = _gram(forget, held, retain, damping, protected)
-    rows = {name: len(layer.weight[rows_of[name]]) for name, layer in layers.items()}
+    rows = {name: len(range(weight_shape(layer)[0])[rows_of[name]]) for name, layer in layers.items()}
     rhs = gram.new_empty(sum(rows.values()), len(gram))
     wanted, energy = [], []
     # Norms of outputs only scale prices: half the precision is plenty for them, and twice as fast.
     difference, kept = statistics.difference.float(), statistics.retain.float()
     change = statistics.change[:, columns]
     for (name, layer), part in zip(layers.items(), rhs.split(list(rows.values())), strict=True):
-        weight = layer.weight.detach()[rows_of[name]].to(gram.device, torch.float32)
+        weight = float_weight(layer)[rows_of[name]].to(gram.device, torch.float32)
         torch.mm(weight.double(), change, out=part)
         wanted.append(torch.dot((weight @ difference).flatten(), weight.flatten()))
         energy.append(torch.dot((weight @ kept).flatten(), weight.flatten()))
@@ -320,7 +322,7 @@ def normal_equations(
 
 def _cuts(layers: Mapping[str, nn.Module], regions: Mapping[str, Region] | None) -> tuple[dict[str, slice], slice]:
     """The rows of each layer that may change, and the columns, of all."""
-    whole = {name: Region(*map(range, layer.weight.shape)) for name, layer in layers.items()}
+    whole = {name: Region(*map(range, weight_shape(layer))) for name, layer in layers.items()}
     cuts = {name: (regions or {}).get(name, region) for name, region in whole.items()}
     (columns,) = {region.columns for region in cuts.values()}
     return {name: region.slices[0] for name, region in cuts.items()}, slice(columns.start, columns.stop)
@@ -641,11 +643,11 @@ def revival(
     It minimises Σ ‖(W + Δ) x' − W x‖² + ε ‖x'‖² over x' (RECE, Gong et al., arXiv 2407.12298), layers being weighed as
     in the equations: a solve with one factor for all x. Of layers with a region, answers are those of its rows.
     """
-    width = next(iter(layers.values())).weight.shape[1]
+    width = weight_shape(next(iter(layers.values())))[1]
     inner, mixed = equations.gram.new_zeros(width, width), equations.gram.new_zeros(width, width)
     rows_of, columns = _cuts(layers, regions)
     for (name, layer), scale in zip(layers.items(), equations.weights / equations.energy, strict=True):
-        weight = layer.weight.detach()[rows_of[name]].to(equations.gram.device, torch.float32)
+        weight = float_weight(layer)[rows_of[name]].to(equations.gram.device, torch.float32)
         edited, own = weight.clone(), torch.zeros_like(weight[:, columns]).contiguous()
         edited[:, columns] += scatter_masked_(own, values[name].to(weight.device), masks[name])
         inner += (edited.T @ edited).double() * scale

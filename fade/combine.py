@@ -16,9 +16,9 @@ import torch
 
 from fade.adapter import versions
 from fade.adapter_file import MOST_SCALE, AdapterFile, LayerTensors, component_of, read_parts, write_adapter_file
-from fade.base_model import same_base, short_digest
+from fade.base_model import check_same_base, short_digest
 from fade.concept import Pair, check_together, pairs_in, plain_words, record_of, without_mention
-from fade.errors import AdapterFileError, FadeError, WrongBaseError
+from fade.errors import AdapterFileError, FadeError
 from fade.files import check_writable, digest
 from fade.peft_file import read_any_file
 from fade_kernels import BitMask, masked_factor_values
@@ -100,12 +100,13 @@ def _check_bases(files: Sequence[tuple[Path, AdapterFile]]) -> None:
     (first, reference), *others = files
     for path, file in others:
         theirs, ours = file.metadata["fingerprint"], reference.metadata["fingerprint"]
-        if not same_base(theirs, ours):
-            raise WrongBaseError(
-                f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(theirs)}), {first} "
-                f"on {reference.metadata.get('base', 'another model')} ({short_digest(ours)}); only adapters of the "
-                "same weights add up"
-            )
+        check_same_base(
+            theirs,
+            ours,
+            f"{path} was trained on {file.metadata.get('base', 'another model')} ({short_digest(theirs)}), {first} on "
+            f"{reference.metadata.get('base', 'another model')} ({short_digest(ours)})",
+            "; only adapters of the same weights add up",
+        )
 
 
 def _parts(path: Path, file: AdapterFile, weight: float) -> list[Part]:
@@ -213,7 +214,9 @@ def _metadata(parts: Sequence[Part], files: Sequence[AdapterFile]) -> dict[str, 
         retain = dict.fromkeys(prompt for part in parts for prompt in part.record["concept"]["retain_prompts"])
         concept = record_of(pairs, without_mention(retain, pairs))
     paths = {part.record.get("path") for part in parts}
+    # Of a quantised base where the first is: what differs was told.
     fingerprints = [file.metadata["fingerprint"] for file in reversed(files)]
+    fingerprints = [one for one in fingerprints if ("scheme" in one) == ("scheme" in fingerprints[-1])]
     return {
         "component": component_of(files[0].metadata),  # one, because all have the same fingerprint
         "concept": concept,

@@ -3,9 +3,10 @@ pipeline: `set_adapters`, `disable_lora`, `fuse_lora`, `unfuse_lora`, `delete_ad
 
 A layer computes y = x Wᵀ + Σ_i x Δ_iᵀ over its acting adapters (active and not merged), where a masked adapter has
 Δ = s·M⊙(BA) or, in the values form, Δ = s·v scattered to the mask's positions (FADE, arXiv 2602.07058, section 3).
-Adapters without a mask are ordinary LoRA. Three things differ from PEFT's own layers: `unmerge` restores the weight bit
-for bit, because what `merge` overwrites is kept; an adapter that is merged does not silence those that are not; and a
-pinned adapter is switched off only by a call that names it or that switches everything off.
+Adapters without a mask are ordinary LoRA. Over a quantised weight (`fade.quantised`), or one that offloading fetches,
+the layer below is called as a whole: y = base(x) + Σ_i x Δ_iᵀ. Three things differ from PEFT's own layers: `unmerge`
+restores the weight bit for bit, because what `merge` overwrites is kept; an adapter that is merged does not silence
+those that are not; and a pinned adapter is switched off only by a call that names it or that switches everything off.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fade.errors import FadeError
+from fade.quantised import is_ordinary, quantisation
 from fade_kernels import (
     BitMask,
     gather_masked,
@@ -32,6 +34,7 @@ from fade_kernels import (
     masked_values_conv2d,
     masked_values_linear,
     scatter_masked_,
+    weight_shape,
 )
 
 # --- what an adapter consists of -------------------------------------------------------------------------------------
@@ -275,6 +278,7 @@ class MaskedLoraLayer:
     def adopt(cls, layer: lora.LoraLayer) -> "MaskedLoraLayer":
         """Turns a plain PEFT layer into a masked one in place; the adapters that it has stay as they are."""
         layer.__class__ = cls
+        layer.is_target_conv_1d_layer = False  # PEFT's layers for quantised weights do not say so
         layer._add_mask_storage()
         return layer
 
@@ -282,8 +286,8 @@ class MaskedLoraLayer:
 
     def set_mask(self, adapter_name: str, mask: BitMask) -> None:
         """Restricts an adapter's factors to `mask`, of shape [N, K] of the (flattened) weight."""
-        weight = self.get_base_layer().weight
-        expected = (weight.shape[0], weight.shape[1:].numel())
+        shape = torch.Size(weight_shape(self.get_base_layer()))
+        expected = (shape[0], shape[1:].numel())
         if mask.shape != expected:
             raise FadeError(f"mask of shape {mask.shape} does not fit a weight seen as {expected}")
         if adapter_name in self.lora_variant:
@@ -348,9 +352,8 @@ class MaskedLoraLayer:
         """Δ as a dense tensor of the weight's shape, float32. Without a mask: PEFT's own."""
         if adapter not in self.lora_mask:
             return super().get_delta_weight(adapter)
-        weight = self.get_base_layer().weight
         values = self.packed_values(adapter) * self.scaling[adapter]
-        delta = torch.zeros(weight.shape, dtype=torch.float32, device=values.device)
+        delta = torch.zeros(weight_shape(self.get_base_layer()), dtype=torch.float32, device=values.device)
         return scatter_masked_(delta, values, self.lora_mask[adapter].mask)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -376,7 +379,7 @@ class MaskedLoraLayer:
             if words is None:
                 continue
             try:
-                mask = BitMask.from_words(words, self.get_base_layer().weight.shape)
+                mask = BitMask.from_words(words, weight_shape(self.get_base_layer()))
                 whole = lora_a is not None and lora_b is not None
                 if whole and lora_b.numel() == 1 and lora_a.shape[:2] == (1, mask.count):
                     if self.r[adapter] != 1 and not self.has_values(adapter) and adapter in self.lora_mask:
@@ -540,6 +543,11 @@ class MaskedLoraLayer:
     def check_mergeable(self) -> None:
         """Raises FadeError where what is written into the weight would be lost."""
         self._check_weight_at_hand()
+        if (words := quantisation(self.get_base_layer())) is not None:
+            raise FadeError(
+                f"the weights are quantised ({words}), and rounding to that again would lose most of what is added; "
+                "save() the adapter, load it on the 16-bit model and merge it there, or export() it for that model"
+            )
         if self.get_base_layer().weight.dtype.itemsize == 1:
             raise FadeError(
                 "the weights are stored in 8 bits, which would lose most of what is added; merge before "
@@ -695,8 +703,7 @@ class MaskedLoraLayer:
             bool(masked)
             and not args
             and not kwargs
-            and type(base) in MASKED_LAYERS
-            and not is_hooked(base)
+            and takes_product(base)
             and not any(name in self.lora_variant for name in plain)  # they start from the base's output
             and not self._drops_out(masked[0])
         )
@@ -716,9 +723,11 @@ class MaskedLoraLayer:
             dense = lora_b(lora_a(self.lora_dropout[name](self._cast_input_dtype(x, lora_a.weight.dtype))))
             result = result + dense * self.scaling[name]
         result = result.to(dtype)
+        if len(masked) > 1:  # the sum of all is rounded once
+            result = result.to(torch.promote_types(dtype, torch.float32))
         for name in masked:
-            result = result + self._delta(name, x).to(dtype)
-        return result
+            result = result + self._delta(name, x).to(result.dtype)
+        return result.to(dtype)
 
     def _mixed_batch(
         self, adapter_names: list[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -767,6 +776,7 @@ class MaskedLoraLayer:
         values = [lora_a[name]._parameters["weight"] for name in names]
         if (
             weight is None  # computed, by weight norm or a parametrisation
+            or type(weight) is not nn.Parameter  # packed, by its own class
             or type(x) is not Tensor
             or x.dtype != torch.float32
             or weight.dtype != torch.float32
@@ -874,6 +884,16 @@ MASKED_LAYERS: dict[type[nn.Module], type[MaskedLoraLayer]] = {
     nn.Conv2d: MaskedLoraConv2d,
 }
 """Which masked layer wraps which module, as registered with PEFT."""
+
+
+def carries_masks(module: nn.Module) -> bool:
+    """Whether a masked layer can wrap a module: a plain Linear or Conv2d, or one whose weight is packed."""
+    return type(module) in MASKED_LAYERS or quantisation(module) is not None
+
+
+def takes_product(base: nn.Module) -> bool:
+    """Whether one product with the base layer's own weight may take the place of calling the layer."""
+    return type(base) in MASKED_LAYERS and is_ordinary(base) and not is_hooked(base)
 
 
 # --- hooks and offloading --------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 def out_of_inference_mode(module: nn.Module) -> None:
     """Replaces weights and buffers that were made under inference_mode, through which no gradient passes, by ordinary
-    ones of the same bits. Those shared between modules stay shared."""
+    ones of the same bits. Those shared between modules stay shared. Packed weights are left: a copy would be without
+    what their library keeps beside them."""
     replaced: dict[int, Tensor] = {}
 
     def ordinary(tensor: Tensor) -> Tensor:
@@ -85,5 +86,5 @@ def out_of_inference_mode(module: nn.Module) -> None:
     for inner in module.modules():
         for tensors in (inner._parameters, inner._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_inference():
+                if type(tensor) in (Tensor, nn.Parameter) and tensor.is_inference():
                     tensors[name] = ordinary(tensor)

@@ -5,6 +5,7 @@ Only masks know of regions: what is measured, selected, solved and counted is th
 is a mask of the whole weight, without a bit elsewhere.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from fade.errors import FadeError
-from fade_kernels import BitMask
+from fade_kernels import BitMask, weight_shape
 
 _PATTERN = re.compile(r"(?P<layers>.+)\[\s*(\d*)\s*:\s*(\d*)\s*(?:,\s*(\d*)\s*:\s*(\d*)\s*)?\]", re.DOTALL)
 
@@ -47,7 +48,8 @@ class Region:
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """A layer's weight seen as [N, K]."""
-    return layer.weight.shape[0], layer.weight[0].numel()
+    rows, *columns = weight_shape(layer)
+    return rows, math.prod(columns)
 
 
 def target_shapes(layers: Mapping[str, nn.Module], regions: Mapping[str, Region]) -> dict[str, tuple[int, int]]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
-from fade.base_model import base_name, fingerprint, is_digitcanvas, same_base, short_digest
+from fade.base_model import base_name, check_same_base, fingerprint, is_digitcanvas, short_digest
 from fade.concept import Concept, Pair, concept_from_words, digitcanvas_concept, pairs_in
 from fade.config import Config
-from fade.errors import FadeError, WrongBaseError
+from fade.errors import FadeError
 from fade.images import listed
 from fade.peft_file import read_any_file
 
@@ -109,12 +109,13 @@ def concepts_of(backbone: Backbone, adapters: Sequence[str | Path | Adapter]) ->
             shown, file = read_any_file(adapter)
             metadata = file.metadata
         found = fingerprint(backbone.denoiser, tuple(metadata["fingerprint"]))
-        if not same_base(metadata["fingerprint"], found):
-            raise WrongBaseError(
-                f"{shown} was trained on {metadata.get('base', 'another model')} "
-                f"({short_digest(metadata['fingerprint'])}), and the new adapter cannot act beside it on "
-                f"{base_name(backbone.pipeline)} ({short_digest(found)})"
-            )
+        check_same_base(
+            metadata["fingerprint"],
+            found,
+            f"{shown} was trained on {metadata.get('base', 'another model')} "
+            f"({short_digest(metadata['fingerprint'])})",
+            f", and the new adapter cannot act beside it on {base_name(backbone.pipeline)} ({short_digest(found)})",
+        )
         pairs += pairs_in(metadata["concept"])
     return pairs
 

@@ -45,6 +45,7 @@ from fade.files import (
 )
 from fade.latents import Latents
 from fade.measure import Measurement
+from fade.regions import matrix_shape
 from fade.saliency import Located
 from fade_kernels import BitMask
 
@@ -201,7 +202,7 @@ class RunFolder:
             words, record = read_tensors(path)
             if record.pop("origin") != self._origin:
                 raise FadeError("they were made with other settings or latents")
-            shapes = {name: (m.weight.shape[0], m.weight[0].numel()) for name, m in layers.items()}
+            shapes = {name: matrix_shape(m) for name, m in layers.items()}
             recorded = {name: tuple(shape) for name, shape in record["shapes"].items()}
             if recorded != shapes or words.keys() != shapes.keys():
                 raise FadeError("they are another model's")

@@ -38,7 +38,7 @@ from fade.noise import epoch_order, loss_scale, step_generator
 from fade.progress import progress_bar, tell
 from fade.regions import Region, embed, matrix_shape, target_shapes
 from fade.saliency_plan import FLOAT, SaliencyPlan, plan_saliency
-from fade_kernels import BitMask, GradientMagnitude, GroupedSelection
+from fade_kernels import BitMask, GradientMagnitude, GroupedSelection, weight_shape
 
 SHARE_OF_FREE = 0.9
 """Of what memory is free, how much is planned with where no budget is given."""
@@ -291,9 +291,9 @@ def saliency_by_group(
         for names in groups:
             group = {}
             for name in names:
-                weight = layers[name].weight
-                shape = regions[name].shape if name in slices else weight.shape
-                group[name] = torch.rand(shape, generator=generator).to("cpu" if on_host else weight.device)
+                shape = regions[name].shape if name in slices else weight_shape(layers[name])
+                device = "cpu" if on_host else layers[name].weight.device
+                group[name] = torch.rand(shape, generator=generator).to(device)
             yield group
         return
     # Of a batch the magnitude of its sum counts, so processes share batches and not samples.

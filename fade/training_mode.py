@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from fade.layers import MASKED_LAYERS, MaskedLoraLayer, Rounding, is_hooked
-from fade_kernels import choices, effective_weights, effective_weights_from_values
+from fade.layers import MaskedLoraLayer, Rounding, takes_product
+from fade_kernels import choices, effective_weights, effective_weights_from_values, weight_shape
 from fade_kernels.mask_facts import OCCUPANCY_TILE
 
 Plan = Literal["kept", "refilled"]
@@ -139,7 +139,7 @@ def rows_in(layers: Sequence[MaskedLoraLayer], call: Callable[[], Any]) -> list[
     rows = [0] * len(layers)
 
     def count(index: int, output: Tensor) -> None:
-        rows[index] += output.numel() // layers[index].get_base_layer().weight.shape[0]
+        rows[index] += output.numel() // weight_shape(layers[index].get_base_layer())[0]
 
     hooks = [
         layer.register_forward_hook(lambda _module, _inputs, output, index=index: count(index, output))
@@ -156,11 +156,11 @@ def rows_in(layers: Sequence[MaskedLoraLayer], call: Callable[[], Any]) -> list[
 def _why_exact(asked: str, layer: MaskedLoraLayer) -> str | None:
     """Why a layer trains exactly whatever it would cost; None where it may train in one product."""
     base = layer.get_base_layer()
-    weight = base._parameters.get("weight")
     if asked == "exact":
         return "asked for"
-    if type(base) not in MASKED_LAYERS or weight is None or is_hooked(base):
-        return "the weight is computed or fetched by hooks"
+    if not takes_product(base):
+        return "the weight is computed, quantised or fetched by hooks"
+    weight = base.weight
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"nothing to round in {str(weight.dtype).removeprefix('torch.')}"
     if asked == "auto" and weight.device.type not in WHERE_EXACT_COSTS:

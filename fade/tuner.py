@@ -8,6 +8,7 @@ no LoRA's (see `FadeModel`).
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from fade.errors import FadeError
 from fade.layers import MASKED_LAYERS, MaskedLoraLayer
-from fade_kernels import BitMask, scatter_masked_
+from fade.quantised import quantisation
+from fade_kernels import BitMask, scatter_masked_, weight_shape
 
 PEFT_TYPE = "FADE"
 
@@ -70,17 +72,20 @@ class FadeModel(lora.LoraModel):
         self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, *args: Any,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        if type(target) in (lora.Linear, lora.Conv2d) and type(target.get_base_layer()) in MASKED_LAYERS:
-            MASKED_LAYERS[type(target.get_base_layer())].adopt(target)
+        base = target.get_base_layer() if isinstance(target, lora.LoraLayer) else None
+        if type(target) in (lora.Linear, lora.Conv2d) and type(base) in MASKED_LAYERS:
+            MASKED_LAYERS[type(base)].adopt(target)
+        elif isinstance(base, nn.Linear) and not isinstance(target, MaskedLoraLayer) and quantisation(base):
+            MASKED_LAYERS[nn.Linear].adopt(target)  # PEFT has a class for each kind of quantised layer
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
         if not isinstance(layer, MaskedLoraLayer):
             raise FadeError(f"{target_name} is a {type(target).__name__}, which a masked adapter cannot sit on")
         if adapter_name not in layer.lora_mask:
             # Until its mask arrives with the state dict, it changes nothing: never a dense adapter.
-            weight = layer.get_base_layer().weight
-            empty = torch.zeros((weight.shape[0], -(-weight.shape[1:].numel() // 32)), dtype=torch.int32, device="cpu")
-            layer.set_mask(adapter_name, BitMask.from_words(empty, tuple(weight.shape)))
+            rows, *columns = weight_shape(layer.get_base_layer())
+            empty = torch.zeros((rows, -(-math.prod(columns) // 32)), dtype=torch.int32, device="cpu")
+            layer.set_mask(adapter_name, BitMask.from_words(empty, (rows, *columns)))
         if lora_config.pinned:
             told = self.__dict__.get("_told") is lora_config  # by an earlier layer of the same injection
             layer.pinned[adapter_name] = None if told else concept_is_back(adapter_name, lora_config.forgets)

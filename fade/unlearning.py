@@ -20,8 +20,10 @@ from fade.backbones import Backbone, backbone_for
 from fade.base_model import (
     base_layers,
     base_name,
+    bring_to_its_device,
     fingerprint,
     is_digitcanvas,
+    outline,
     refuse_merged,
     refuse_offloaded,
     target_layers,
@@ -51,7 +53,8 @@ from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
-from fade.regions import Region, cut, target_shapes
+from fade.quantised import refuse_untrainable
+from fade.regions import Region, cut, matrix_shape, target_shapes
 from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, located_parts, located_whole, open_run_folder
 from fade.saliency import Located, kept_units, locate, located_in, plan_of, unit_count
@@ -151,6 +154,8 @@ def _unlearn(
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
         refuse_offloaded(backbone.denoiser)
+        if config.needs_latents:
+            refuse_untrainable(target_layers(backbone.denoiser), backbone.dtype, backbone.device)
         if processes.world() > 1 and len({weight.device for weight in backbone.denoiser.parameters()}) > 1:
             raise FadeError(
                 "each of several processes needs the denoiser on one device, and this one is spread over several "
@@ -319,6 +324,9 @@ def _run(
             if kept is not None:
                 kept.begin_with(latents, prompts, backbone)
             with backbone.only_denoiser_on_device():
+                bring_to_its_device(backbone.called_denoiser)
+                if config.needs_latents:
+                    refuse_untrainable(target_layers(denoiser), backbone.dtype, backbone.device)
                 with stage("locate"):
                     edits = {}
                     if config.uses_closed_form:
@@ -342,7 +350,8 @@ def _run(
                     pipeline, name, located.masks, rank=config.overwrite.rank,
                     alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
                     metadata=new_metadata(
-                        concept, config, base_name(pipeline), digests, scale, backbone.family.component
+                        concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
+                        backbone.family.component,
                     ), seed=config.seed,
                     solved=solved,
                 )  # fmt: skip
@@ -463,7 +472,7 @@ def _text_edits(
             protected = protected_directions(backbone, reader, rows, tokens)
         of_columns: dict[range, dict[str, nn.Module]] = {}
         for name, layer in read.items():
-            columns = regions[name].columns if name in regions else range(layer.weight.shape[1])
+            columns = regions[name].columns if name in regions else range(matrix_shape(layer)[1])
             of_columns.setdefault(columns, {})[name] = layer
         for columns, alike in of_columns.items():
             own = {name: regions[name] for name in alike if name in regions}

@@ -27,6 +27,7 @@ from fade_kernels.saliency import (
     accumulate_linear_gradient_magnitude_,
 )
 from fade_kernels.selection import GroupedSelection, Selection, select_top_fraction
+from fade_kernels.weight_shape import weight_shape
 
 __version__ = "0.1.0"
 
@@ -51,4 +52,5 @@ __all__ = [
     "masked_values_linear",
     "scatter_masked_",
     "select_top_fraction",
+    "weight_shape",
 ]

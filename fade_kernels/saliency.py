@@ -6,6 +6,7 @@ Source: FADE's locating stage, S = sum over batches of |gradient|; signed and sq
 methods.
 """
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fade_kernels import _ops
 from fade_kernels.overlap import find_shared
+from fade_kernels.weight_shape import weight_shape
 
 Mode = Literal["abs", "signed", "square"]
 Region = tuple[slice, slice]
@@ -82,9 +84,12 @@ class _Layer:
         self.name = name
         self.module = module
         self.region = region
-        weight = module.weight
-        shape = weight.shape if region is None else weight.detach().flatten(1)[region].shape
-        self.saliency = torch.zeros(shape, dtype=torch.float32, device="cpu" if on_host else weight.device)
+        shape = weight_shape(module)  # a quantised weight's tensor has another
+        if region is not None:
+            matrix = (shape[0], math.prod(shape[1:]))
+            shape = tuple(len(range(size)[part]) for size, part in zip(matrix, region, strict=True))
+        device = "cpu" if on_host else module.weight.device
+        self.saliency = torch.zeros(shape, dtype=torch.float32, device=device)
         self.buffer: Tensor | None = None  # where an accumulator on the host comes to be added to
         self.waiting: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.arrived: list[tuple[Tensor, Tensor]] = []  # (gradient of the output, input)
