@@ -200,12 +200,14 @@ def _other_domain(evaluation: Evaluation) -> str | None:
 
 
 def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
-    """A picture to show around: the forgotten concept and two neighbours at the first seed, before above after."""
+    """A picture to show around: the forgotten concept and two look-alikes, or else neighbours in the list of words, at
+    the first seed, before above after."""
     from PIL import Image, ImageDraw, ImageFont
 
     words = evaluation.answers.classes[evaluation.answers.domain]
-    forget = evaluation.answers.forget
-    near = sorted(_retained_classes(evaluation), key=lambda word: abs(word - forget))[:2]
+    forget, kept = evaluation.answers.forget, _retained_classes(evaluation)
+    near = [word for word in evaluation.answers.neighbours(evaluation.answers.domain) if word in kept]
+    near = (near + sorted(set(kept) - set(near), key=lambda word: abs(word - forget)))[:2]
     groups = [
         (printable(words[word]), [strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
         for word in (forget, *sorted(near))
@@ -368,7 +370,7 @@ def _matrices(evaluation: Evaluation) -> list[dict[str, str]]:
         label = f"Share of images judged as the class that was asked for, in percent. Forgotten: {evaluation.forget}."
         return [_figure(max(3.5, 0.6 * len(words) + 1.5), 2.2, draw, label)]
 
-    (first, rows), (second, columns) = answers.classes.items()
+    (first, rows), (second, columns) = ((d, list(evaluation.receivers[d])) for d in answers.classes)
     pictures = []
     for domain in (answers.domain, *(d for d in answers.classes if d != answers.domain)):
 
@@ -510,6 +512,8 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
         (f"{metrics['UA']:.1f} %", "forgotten (UA)"),
         (f"{metrics['IRA']:.1f} %", f"other {_domains(evaluation)} kept (IRA)"),
     ]
+    if metrics["NA"] is not None:
+        figures.append((f"{metrics['NA']:.1f} %", "nearest look-alikes kept (NA)"))
     if (other := _other_domain(evaluation)) is not None:
         figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
     if run.get("total"):
@@ -525,7 +529,7 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
 
 def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     rows = []
-    for name, meaning in METRICS.items():
+    for name in METRICS:
         after, before = evaluation.metrics[name], evaluation.base.get(name)
         if after is None:
             continue
@@ -534,7 +538,7 @@ def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": name,
-                "meaning": meaning,
+                "meaning": evaluation.meaning(name),
                 "before": "–" if before is None else f"{before:.{digits}f}",
                 "after": f"{after:.{digits}f}",
                 "interval": f"{span['low']:.1f} – {span['high']:.1f}" if span else "–",
