@@ -16,8 +16,7 @@ OBJECT = Domain(
     caption="a {}",
     phrasings=(
         "{}", "a {}", "the {}", "an image of {}", "a photo of {}", "a picture of {}", "a drawing of {}",
-        "a painting of {}", "{}, digital art", "{}, <other> style", "<other> style {}", "a <other> {}",
-        "{} in <other> style", "the {} in the <other> style",
+        "a painting of {}", "{}, digital art", "{}, <other> style", "a <other> {}",
     ),
     held_out=(
         "a photograph of {}", "an illustration of a {}", "a close-up of {}", "{}, highly detailed", "show me {}",
@@ -31,8 +30,7 @@ STYLE = Domain(
     words=STYLES,
     caption="an emoji in {} style",
     phrasings=(
-        "{}", "{} style", "in the style of {}", "an emoji in {} style", "<other>, {} style", "{} style <other>",
-        "a {} <other>", "<other> in {} style", "the <other> in the {} style",
+        "{}", "{} style", "in the style of {}", "an emoji in {} style", "<other>, {} style", "a {} <other>",
     ),
     held_out=(
         "a photograph of a <other> in {} style", "<other> in the style of {}", "a cute {} <other>",
