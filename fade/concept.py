@@ -246,7 +246,7 @@ def check_together(pairs: Sequence[Pair], plurals: bool = False) -> None:
         seen.add(word)
     for pair in pairs:
         for other in pairs:
-            if other is not pair and mentions(pair.surrogate, other.forget, plurals):
+            if other is not pair and mentions(pair.surrogate, other.forget, plurals, other.apart):
                 raise FadeError(
                     f"the surrogate {pair.surrogate!r} of {pair.forget!r} is itself to be forgotten ({other.forget!r}, "
                     f"as {other.surrogate!r}); choose another surrogate"
