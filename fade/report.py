@@ -200,14 +200,12 @@ def _other_domain(evaluation: Evaluation) -> str | None:
 
 
 def before_after_picture(evaluation: Evaluation, tile: int = 64) -> "Image":
-    """A picture to show around: the forgotten concept and two look-alikes, or else neighbours in the list of words, at
-    the first seed, before above after."""
+    """A picture to show around: the forgotten concept and two neighbours at the first seed, before above after."""
     from PIL import Image, ImageDraw, ImageFont
 
     words = evaluation.answers.classes[evaluation.answers.domain]
-    forget, kept = evaluation.answers.forget, _retained_classes(evaluation)
-    near = [word for word in evaluation.answers.neighbours(evaluation.answers.domain) if word in kept]
-    near = (near + sorted(set(kept) - set(near), key=lambda word: abs(word - forget)))[:2]
+    forget = evaluation.answers.forget
+    near = sorted(_retained_classes(evaluation), key=lambda word: abs(word - forget))[:2]
     groups = [
         (printable(words[word]), [strip(_pick(evaluation, images, word, 0), tile) for images in _both(evaluation)])
         for word in (forget, *sorted(near))
