@@ -43,15 +43,16 @@ def run_authors() -> dict[str, float]:
     from bench import authors_procedure
     from fade.backbones import backbone_for
     from fade.backbones.families import PROJECTIONS
-    from fade.concept import digitcanvas_concept
+    from fade.concept import bundled_concept
     from fade.config import Config
     from fade.digitcanvas import load_pipeline
+    from fade.digitcanvas.bundled import MODEL
     from fade.latents import prepare_latents
     from fade.measure import measured
 
     torch.manual_seed(0)
     pipeline, config = load_pipeline(), Config()
-    backbone, concept = backbone_for(pipeline), digitcanvas_concept(FORGET, SURROGATE)
+    backbone, concept = backbone_for(pipeline), bundled_concept(MODEL, FORGET, SURROGATE)
     latents = prepare_latents(backbone, concept, config.data, 0, "")
     forget, retain = backbone.decode(latents.forget), backbone.decode(latents.retain)
     with measured() as first:

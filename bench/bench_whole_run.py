@@ -28,13 +28,14 @@ def make_images(folder: Path) -> None:
     from PIL import Image
 
     from fade.backbones import backbone_for
-    from fade.concept import digitcanvas_concept
+    from fade.concept import bundled_concept
     from fade.config import Config
     from fade.digitcanvas import load_pipeline
+    from fade.digitcanvas.bundled import MODEL
     from fade.latents import prepare_latents
 
     backbone = backbone_for(load_pipeline())
-    latents = prepare_latents(backbone, digitcanvas_concept(FORGET, SURROGATE), Config().data, 0, "")
+    latents = prepare_latents(backbone, bundled_concept(MODEL, FORGET, SURROGATE), Config().data, 0, "")
     for kind, clean, prompts in (
         ("forget", latents.forget, latents.forget_prompts), ("retain", latents.retain, latents.retain_prompts),
     ):  # fmt: skip
@@ -49,11 +50,12 @@ def judged(pipeline: Any) -> dict[str, float]:
     """UA, IRA and CRA in percent of 240 pictures: every digit in every style at three seeds, in 10 steps."""
     from fade.backbones import backbone_for
     from fade.digitcanvas import DIGITS, load_judges
+    from fade.digitcanvas.bundled import MODEL
     from fade.evaluation import SEEDS
-    from fade.evaluation.run import digitcanvas_answers
+    from fade.evaluation.run import crossed_answers
     from fade.evaluation.unlearncanvas import unlearncanvas_metrics
 
-    answers, judges = digitcanvas_answers(FORGET, SURROGATE, SEEDS), load_judges()
+    answers, judges = crossed_answers(MODEL, FORGET, SURROGATE, SEEDS), load_judges()
     images = backbone_for(pipeline).generate(answers.prompts, answers.seeds, steps=10)
     said = {"digit": judges.digit(images), "style": judges.style(images)}
     sizes = {domain: len(words) for domain, words in answers.classes.items()}

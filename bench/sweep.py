@@ -1,12 +1,13 @@
-"""The evidence behind the defaults: whole runs on the bundled model, judged at seeds they were not trained on.
+"""The evidence behind the defaults: whole runs on the bundled models, judged at seeds they were not trained on.
 
     python -m bench.sweep methods      which method, by concept, seed and keep   -> bench/results/methods.json
     python -m bench.sweep saliency     which saliency, likewise                  -> bench/results/sweep.json
+    python -m bench.sweep emojicanvas  which method on EmojiCanvas, keep 1 %     -> bench/results/emojicanvas.json
 
 A study runs what its file lacks and writes it after every run, so that it may be interrupted and split; then it draws
-its plot and prints its table, which --plot does alone. Runs are spread over worker processes of one thread each, so
-the seconds in their rows are not timings to quote: --timings makes those, one run at a time with all threads, the
-recipes in turns.
+its plot, where it has one, and prints its table, which --plot does alone. Runs are spread over worker processes of one
+thread each, so the seconds in their rows are not timings to quote: --timings makes those, one run at a time with all
+threads, the recipes in turns.
 """
 
 import argparse
@@ -36,6 +37,15 @@ ALL = (
     ("stripes", "mosaic"),
 )  # fmt: skip
 """Every digit and every style, some with the neighbour that is hardest to tell from it as surrogate."""
+EMOJI = (
+    ("tiger", "dog"), ("glossy", "flat"), ("pizza", "taco"), ("apple", "tomato"), ("leopard", "lion"),
+    ("ink", "twemoji"), ("hamster", "rabbit"), ("fish", "shark"), ("noto", "twemoji"), ("taxi", "bus"),
+    ("guitar", "violin"), ("castle", "cactus"), ("rocket", "airplane"),
+)  # fmt: skip
+"""Of EmojiCanvas, seven objects with many or very near look-alikes, one of which takes their place for some; three with
+none or one; and three styles, of which `glossy` and `noto` each have a near one."""
+TARGETS = {"UA": 98.0, "IRA": 0.98, "CRA": 0.98}
+"""What a run should reach: UA in percent, the others as a share of the base model's."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class Study:
     draw: "Callable[[Study, dict[str, Any], Path], None] | None"
     by_words: bool = False
     attacked: Sequence[float] = ()
+    model: str = "digitcanvas"
+    """The bundled model's name."""
+    steps: int | None = EVALUATION_STEPS
+    """That pictures are drawn in to be judged; None are those that the model's accuracy was measured with."""
     dtype: str = "float32"
     """In which the model is unlearned; its runs are judged on the float32 model, which any adapter of it fits."""
 
@@ -94,29 +108,33 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
 
     torch.set_num_threads(1)
     import fade
-    from fade.digitcanvas import load_pipeline
+    from fade import bundled
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
     from fade.evaluation.phrasings import held_out
 
-    pipeline = load_pipeline(torch_dtype=getattr(torch, study.dtype))
+    model = bundled.model(study.model)
+    pipeline = model.load_pipeline(torch_dtype=getattr(torch, study.dtype))
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
     config = fade.Config().replace(**study.recipes[cell.recipe], locate__keep=cell.keep, seed=cell.seed)
     adapter = fade.unlearn(
         pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
     )  # fmt: skip
     if study.dtype != "float32":
-        pipeline = load_pipeline()
+        pipeline = model.load_pipeline()
         adapter = fade.load_adapter(pipeline, output / "adapter.safetensors")
     first = cell.seed % len(EVALUATION_SEEDS)
-    drawn = {"seeds": (EVALUATION_SEEDS * 2)[first : first + images], "steps": EVALUATION_STEPS, "progress": False}
-    result = evaluate(pipeline, adapter, baseline=_shared.get(drawn["seeds"]), **drawn)
-    _shared[drawn["seeds"]] = result.baseline
+    drawn = {"seeds": (EVALUATION_SEEDS * 2)[first : first + images], "steps": study.steps, "progress": False}
+    asked = (drawn["seeds"], model.concerned([cell.forget]))
+    result = evaluate(pipeline, adapter, baseline=_shared.get(asked), **drawn)
+    _shared[asked] = dataclasses.replace(result, images=result.baseline)
     run, record = adapter.run, fade.adapter_file.read_adapter_file(output / "adapter.safetensors")
     occupied = sum(layer["tiles_occupied"] * layer["shape"][0] * layer["shape"][1] for layer in run["layers"])
     row = {
         **asdict(cell),
-        **{name: result.metrics[name] for name in ("UA", "IRA", "CRA", "drift", "redirected")},
+        **{name: result.metrics[name] for name in ("UA", "IRA", "NA", "CRA", "drift", "redirected")},
+        "base": {name: result.base[name] for name in ("UA", "IRA", "NA", "CRA")},
+        "neighbours": {word: row["after"] for word, row in result.neighbours.items()},
         "adapter_bytes": record.bytes,
         "form": record.metadata["form"],
         "path": run["path"],
@@ -150,7 +168,7 @@ def sweep(study: Study, todo: list[Cell], images: int, workers: int) -> None:
     todo = [cell for cell in todo if cell not in done]
     content["settings"] = {
         "evaluation_seeds": EVALUATION_SEEDS,
-        "evaluation_steps": EVALUATION_STEPS,
+        "evaluation_steps": study.steps,
         "recipes": {name: Config().replace(**changes).to_dict() for name, changes in study.recipes.items()},
     }
     context = multiprocessing.get_context("spawn")
@@ -170,12 +188,12 @@ def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence
     """Seconds of whole runs of this process, the recipes in turns: `timings` of the study's file."""
     import fade
     from bench.harness import environment, write_json
-    from fade.digitcanvas import load_pipeline
+    from fade import bundled
     from fade.measure import measured
     from fade.progress import progress_bar
 
     timings = []
-    pipeline = load_pipeline()
+    pipeline = bundled.model(study.model).load_pipeline()
 
     def run(forget: str, surrogate: str, recipe: str, keep: float) -> float:
         config = fade.Config().replace(**study.recipes[recipe], locate__keep=keep)
@@ -202,28 +220,34 @@ def _content(study: Study) -> dict[str, Any]:
 
 
 def summary(study: Study, content: dict[str, Any]) -> Any:
-    """Means by recipe and keep over all concepts and seeds, and the worst UA of a digit and of a style."""
+    """Means by recipe and keep over all concepts and seeds, the worst UA of an object and of a style, and, where the
+    rows have them, base rates in brackets, the accuracy on look-alikes, and how many runs reach `TARGETS`."""
     from rich.table import Table
 
-    from fade.digitcanvas import DIGITS
+    from fade import bundled
 
-    table = Table(title="mean over concepts and seeds (worst UA of a digit / a style)")
+    objects, styles = bundled.model(study.model).domains
+    table = Table(title=f"mean over concepts and seeds (worst UA of a {objects.name} / a {styles.name})")
     columns = ["recipe", "keep", "runs", "UA", "worst", "IRA", "CRA", "drift", "kB"]
+    based = bool(content["rows"]) and all("base" in row for row in content["rows"])
+    columns += ["NA", "targets met"] * based
     attacks = list(dict.fromkeys(name for row in content["rows"] for name in row.get("attacks", ())))
     columns += ["other words"] * study.by_words + ["seconds"] * ("timings" in content) + attacks
     for name in columns:
         table.add_column(name, justify="right")
     for (recipe, keep), group in _groups(study, content["rows"]).items():
         worst = [
-            min((r["UA"] for r in group if (r["forget"] in DIGITS) == digit), default=float("nan"))
-            for digit in (True, False)
+            min((r["UA"] for r in group if r["forget"] in domain.words), default=float("nan"))
+            for domain in (objects, styles)
         ]
         means = {name: mean(r[name] for r in group) for name in ("UA", "IRA", "CRA", "drift", "adapter_bytes")}
         cells = [
             recipe, f"{keep:g}", str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
-            f"{means['IRA']:.1f}", f"{means['CRA']:.1f}", f"{means['drift']:.4f}",
+            _beside_base(group, "IRA"), _beside_base(group, "CRA"), f"{means['drift']:.4f}",
             f"{means['adapter_bytes'] / 1e3:.1f}",
         ]  # fmt: skip
+        if based:
+            cells += [_beside_base(group, "NA"), f"{sum(map(met, group))} of {len(group)}"]
         if study.by_words:
             shares = [mean(row["phrasings"][name] for row in group) for name in ("adapted", "surrogate", "base")]
             cells.append("{:.1f} ({:.1f}, {:.1f})".format(*shares))
@@ -234,6 +258,21 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
         cells += [f"{mean(a[name] for a in attacked):.0f}" if attacked else "" for name in attacks]
         table.add_row(*cells)
     return table
+
+
+def met(row: dict[str, Any]) -> bool:
+    """Whether a run reaches `TARGETS`."""
+    shares = {name: least * row["base"][name] for name, least in TARGETS.items() if name != "UA"}
+    return row["UA"] >= TARGETS["UA"] and all(row[name] >= least for name, least in shares.items())
+
+
+def _beside_base(group: Sequence[dict[str, Any]], name: str) -> str:
+    """The mean of a metric over the runs that have it, with that of the base model in brackets where it is kept."""
+    found = [row for row in group if row.get(name) is not None]
+    if not found:
+        return ""
+    shown = f"{mean(row[name] for row in found):.1f}"
+    return f"{shown} ({mean(row['base'][name] for row in found):.1f})" if all("base" in row for row in found) else shown
 
 
 def _groups(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
@@ -257,13 +296,14 @@ def draw_by_keep(study: Study, content: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from fade.digitcanvas import DIGITS
+    from fade import bundled
 
+    domains = bundled.model(study.model).domains
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
     colors = list(dict.fromkeys(name.split(",")[0] for name in study.recipes))
-    for axis, digits, title in zip(axes, (True, False), ("digits", "styles"), strict=True):
+    for axis, domain in zip(axes, domains, strict=True):
         for index, name in enumerate(study.recipes):
-            chosen = [r for r in content["rows"] if r["recipe"] == name and (r["forget"] in DIGITS) == digits]
+            chosen = [r for r in content["rows"] if r["recipe"] == name and r["forget"] in domain.words]
             if not chosen:
                 continue
             keeps = sorted({r["keep"] for r in chosen})
@@ -274,7 +314,8 @@ def draw_by_keep(study: Study, content: dict[str, Any], path: Path) -> None:
             beside = [keep * 1.04 ** (index - len(study.recipes) // 2) for keep in keeps]
             axis.plot(beside, [min(v) for v in values], "o", color=color, markersize=4,
                       markerfacecolor=color if solid else "white")  # fmt: skip
-        axis.set(xscale="log", xlabel="kept fraction of target weights", title=f"forgetting {title}", ylim=(-3, 103))
+        title = f"forgetting {domain.name}s"
+        axis.set(xscale="log", xlabel="kept fraction of target weights", title=title, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("UA, % forgotten")
     title = "lines: mean\ndots: worst run"
@@ -353,6 +394,15 @@ STUDIES = {
         },
         pairs=SOME, seeds=(0, 1), keeps=(0.1, 0.01, 0.001), draw=draw_by_keep,
     ),
+    "emojicanvas": Study(
+        RESULTS / "emojicanvas.json",
+        recipes={
+            "closed form": {"overwrite__method": "closed-form"},
+            "both": {"overwrite__method": "both"},
+            "distillation": {"overwrite__method": "distillation"},
+        },
+        pairs=EMOJI, seeds=(0, 1), keeps=(0.01,), draw=None, model="emojicanvas", steps=None,
+    ),
 }  # fmt: skip
 """Of the recipes for the saliency the first is the paper's, the last the control."""
 
@@ -384,7 +434,8 @@ def main() -> None:
         todo = [c for c in cells(study) if all(str(getattr(c, name)) in values for name, values in chosen.items())]
         sweep(study, todo, a.images, a.workers)
     content = _content(study)
-    study.draw(study, content, study.output.with_suffix(".png"))
+    if study.draw is not None:
+        study.draw(study, content, study.output.with_suffix(".png"))
     Console(width=200).print(summary(study, content))
 
 

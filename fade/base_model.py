@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES
+from fade.bundled import name_of
 from fade.errors import FadeError, WrongBaseError
 from fade.layers import carries_masks, groups_on_disk
 from fade.quantised import quantisation
@@ -357,21 +357,12 @@ def bring_to_its_device(denoiser: nn.Module) -> None:
                 own.pre_forward(module)
 
 
-def is_digitcanvas(pipeline: Any) -> bool:
-    """Whether the pipeline is DigitCanvas, the bundled one or one trained again: it draws 32x32 images and its small
-    vocabulary has every digit and style as one token."""
-    tokenizer, unet = getattr(pipeline, "tokenizer", None), getattr(pipeline, "unet", None)
-    if tokenizer is None or unet is None or unet.config.sample_size != 8 or len(tokenizer) > 2048:
-        return False
-    vocabulary = tokenizer.get_vocab()
-    return all(f"{word}</w>" in vocabulary for word in (*DIGITS, *STYLES))
-
-
 def base_name(pipeline: Any) -> str:
-    """What the pipeline was loaded from: `digitcanvas`, a hub id, or a folder's name without the folders above it."""
+    """What the pipeline was loaded from: a bundled model's name, a hub id, or a folder's name without the folders above
+    it."""
     source = str(getattr(pipeline, "name_or_path", "") or pipeline.config.get("_name_or_path") or "unnamed")
-    if source == str(MODEL_PATH):
-        return "digitcanvas"
+    if (bundled := name_of(source)) is not None:
+        return bundled
     return Path(source).name if Path(source).is_absolute() else source
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fade.bundled import BundledModel, choices
 from fade.errors import FadeError
 
 TEMPLATES = ("{}", "an image of {}", "a photo of {}", "a picture of {}")
@@ -26,17 +27,6 @@ PHRASINGS = (
 )  # fmt: skip
 """How people may put a concept, be it a thing, a person or a style: what the solved edit reads beside the templates.
 `fade.evaluation.phrasings` measures with others."""
-
-DIGIT_PHRASINGS = (
-    "{}", "a {}", "the {}", "digit {}", "a digit {}", "the digit {}", "{} in <other> style", "{} in <other>",
-    "a <other> {}", "<other> digit {}", "digit {} in <other> style", "the digit {}, <other> style",
-    "the digit {} in the <other> style",
-)  # fmt: skip
-STYLE_PHRASINGS = (
-    "{}", "{} style", "a digit in {} style", "{} digit", "digit <other> in {} style", "the digit <other>, {} style",
-    "the digit <other> in the {} style", "<other> in {}", "the {} digit <other>",
-)  # fmt: skip
-"""For DigitCanvas, crossed with every word of the other axis."""
 
 _SUBJECTS = (
     "a dog", "a cat", "a horse", "a bird", "a bowl of fruit", "a vase of flowers", "a car in a street", "a bicycle",
@@ -51,8 +41,8 @@ RETAIN_PROMPTS = ("", *(manner.format(subject) for subject in _SUBJECTS for mann
 
 @dataclass(frozen=True)
 class Pair:
-    """One concept to forget and what takes its place, in words and in prompts that answer each other; `phrasings` and
-    `neighbours` as in `Concept`."""
+    """One concept to forget and what takes its place, in words and in prompts that answer each other; `phrasings`,
+    `neighbours` and `apart` as in `Concept`."""
 
     forget: str
     surrogate: str
@@ -60,6 +50,7 @@ class Pair:
     surrogate_prompts: tuple[str, ...]
     phrasings: tuple[str, ...] = PHRASINGS
     neighbours: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,7 @@ class Concept:
     `forget_prompts[i]` is to be answered as the frozen model answers `surrogate_prompts[i]`, and each of
     `retain_prompts` as before. The solved edit reads more: `phrasings` are further templates, with one `{}` each, in
     which the concept is to be answered as the surrogate, and each of `neighbours`, words of what must stay, as before.
+    Texts that name one of `apart` do not name the concept thereby: "hot dog" is apart from "dog".
     Where several concepts are forgotten together, `forget` and `surrogate` name all of them, the prompts are those of
     all, and `several` says which belong to which, phrasings and neighbours included; it is empty for a single one.
     """
@@ -80,14 +72,16 @@ class Concept:
     retain_prompts: tuple[str, ...]
     phrasings: tuple[str, ...] = PHRASINGS
     neighbours: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     several: tuple[Pair, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Every concept of the request by itself; one at least."""
         own = Pair(
-            self.forget, self.surrogate, self.forget_prompts, self.surrogate_prompts, self.phrasings, self.neighbours
-        )
+            self.forget, self.surrogate, self.forget_prompts, self.surrogate_prompts, self.phrasings, self.neighbours,
+            self.apart,
+        )  # fmt: skip
         return self.several or (own,)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +91,7 @@ class Concept:
 
     def named_in(self, text: str, plurals: bool = False) -> bool:
         """Whether a text `mentions` what is to be forgotten."""
-        return any(mentions(text, pair.forget, plurals) for pair in self.pairs)
+        return any(mentions(text, pair.forget, plurals, pair.apart) for pair in self.pairs)
 
     def answer(self, text: str, plurals: bool = False) -> str:
         """The text with each concept's surrogate in its place (`substitute`)."""
@@ -119,7 +113,7 @@ class Concept:
 
     def __post_init__(self) -> None:
         prompts = (*self.forget_prompts, *self.surrogate_prompts, *self.retain_prompts, *self.phrasings)
-        for text in (self.forget, self.surrogate, *self.neighbours, *prompts):
+        for text in (self.forget, self.surrogate, *self.neighbours, *self.apart, *prompts):
             if not isinstance(text, str):
                 raise FadeError(f"concept and prompts must be texts, not {text!r}")
         if not self.forget.strip():
@@ -173,30 +167,25 @@ def _check_templates(kind: str, templates: Sequence[str]) -> None:
             raise FadeError(f"a {kind} needs exactly one {{}} where the concept goes, not {template!r}")
 
 
-def digitcanvas_concept(forget: str, surrogate: str, retain: Sequence[str] | None = None) -> Concept:
-    """A digit or a style of the bundled model: its crossings with the whole other axis; all other crossings are kept.
+def bundled_concept(model: BundledModel, forget: str, surrogate: str, retain: Sequence[str] | None = None) -> Concept:
+    """A word of a bundled model: its crossings with the whole other domain; all other crossings are kept.
 
-    Raises FadeError where the words are not two digits or two styles.
+    Raises FadeError where concept and surrogate are not two words of one domain.
     """
-    from fade.digitcanvas import DIGITS, STYLES, prompt
-
-    kept = _texts("retain", retain)
-    for axis, crossed, pairs, phrasings in (
-        (DIGITS, STYLES, lambda word: tuple(prompt(word, style) for style in STYLES), DIGIT_PHRASINGS),
-        (STYLES, DIGITS, lambda word: tuple(prompt(digit, word) for digit in DIGITS), STYLE_PHRASINGS),
-    ):
-        if forget in axis:
-            if surrogate not in axis:
-                raise FadeError(f"the surrogate of {forget!r} must be one of {', '.join(axis)}, not {surrogate!r}")
-            others = tuple(prompt(d, s) for d in DIGITS for s in STYLES if forget not in (d, s))
-            phrased = (t.replace("<other>", word) for t in phrasings for word in crossed)
-            neighbours = tuple(word for word in axis if word != forget)
-            return Concept(
-                forget, surrogate, pairs(forget), pairs(surrogate), kept or others, tuple(dict.fromkeys(phrased)),
-                neighbours,
-            )  # fmt: skip
-    raise FadeError(
-        f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {forget!r}"
+    kept, domain = _texts("retain", retain), model.domain(forget)
+    if surrogate not in domain.words:
+        known = choices(surrogate, domain.words)
+        raise FadeError(f"the surrogate of {forget!r} must be one of {known}, not {surrogate!r}")
+    others = tuple(prompt for prompt, words in model.all_prompts.items() if forget not in words)
+    return Concept(
+        forget=forget,
+        surrogate=surrogate,
+        forget_prompts=model.prompts(forget),
+        surrogate_prompts=model.prompts(surrogate),
+        retain_prompts=kept or others,
+        phrasings=tuple(dict.fromkeys(template for _, template in model.crossed(domain.phrasings, forget))),
+        neighbours=tuple(word for word in domain.words if word != forget),
+        apart=tuple(word for word in domain.words if word != forget and mentions(word, forget)),
     )
 
 
@@ -257,7 +246,7 @@ def check_together(pairs: Sequence[Pair], plurals: bool = False) -> None:
         seen.add(word)
     for pair in pairs:
         for other in pairs:
-            if other is not pair and mentions(pair.surrogate, other.forget, plurals):
+            if other is not pair and mentions(pair.surrogate, other.forget, plurals, other.apart):
                 raise FadeError(
                     f"the surrogate {pair.surrogate!r} of {pair.forget!r} is itself to be forgotten ({other.forget!r}, "
                     f"as {other.surrogate!r}); choose another surrogate"
@@ -311,27 +300,18 @@ def beside(concept: Concept, others: Sequence[Pair], plurals: bool = False) -> C
 def _answered(text: str, pairs: Sequence[Pair], plurals: bool) -> str:
     # The longest first: "black cat" is found before the "cat" in it.
     for pair in sorted(pairs, key=lambda pair: -len(pair.forget)):
-        text = substitute(text, pair.forget, pair.surrogate, plurals)
+        text = substitute(text, pair.forget, pair.surrogate, plurals, pair.apart)
     return text
 
 
 def without_mention(prompts: Iterable[str], pairs: Sequence[Pair], plurals: bool = False) -> tuple[str, ...]:
     """The prompts that name none of the concepts."""
-    return tuple(p for p in prompts if not any(mentions(p, pair.forget, plurals) for pair in pairs))
+    return tuple(p for p in prompts if not any(mentions(p, pair.forget, plurals, pair.apart) for pair in pairs))
 
 
 def plain_words(words: str) -> str:
     """Words without what makes no difference between two names: case, form of accents, number of spaces."""
     return " ".join(unicodedata.normalize("NFC", words).casefold().split())
-
-
-def digitcanvas_caption(text: str) -> str:
-    """A digit or a style alone as the caption that the model was trained with where the other is open; any other text
-    as it is."""
-    from fade.digitcanvas import DIGITS, STYLES, digit_prompt, style_prompt
-
-    word = text.strip()
-    return digit_prompt(word) if word in DIGITS else style_prompt(word) if word in STYLES else text
 
 
 def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -352,23 +332,23 @@ def _texts(name: str, given: Sequence[str] | None) -> tuple[str, ...] | None:
 # --- the concept as words --------------------------------------------------------------------------------------------
 
 
-def mentions(text: str, concept: str, plurals: bool = False) -> bool:
-    """Whether a text names the concept as words, whatever their case.
+def mentions(text: str, concept: str, plurals: bool = False, apart: Sequence[str] = ()) -> bool:
+    """Whether a text names the concept as words, whatever their case, and not as part of one of `apart`.
 
     A word ends where its letters, digits and accents do: at spaces, punctuation, underscores, hyphens and the
     apostrophe of "cat's" (but not of "can't", which is one word). Between the concept's own words may stand spaces,
     hyphens or underscores: "Van Gogh" is found in "van-gogh". Scripts without spaces between words (Chinese, Japanese,
     Thai, …) have no ends to look for. With `plurals` the English plural of the last word counts, too.
     """
-    return next(_found(text, concept, plurals), None) is not None
+    return next(_found(text, concept, plurals, apart), None) is not None
 
 
-def substitute(text: str, concept: str, surrogate: str, plurals: bool = False) -> str:
+def substitute(text: str, concept: str, surrogate: str, plurals: bool = False, apart: Sequence[str] = ()) -> str:
     """The text with the surrogate in the concept's place wherever it `mentions` it, and everything else as it is (in
     Unicode's composed form). The plural of the concept becomes that of the surrogate."""
     text = unicodedata.normalize("NFC", text)
     parts, end = [], 0
-    for match in _found(text, concept, plurals):
+    for match in _found(text, concept, plurals, apart):
         parts += [text[end : match.start()], plural(surrogate) if match.lastgroup == "plural" else surrogate]
         end = match.end()
     return "".join([*parts, text[end:]])
@@ -397,12 +377,14 @@ def plural(words: str) -> str:
     return words + "s"
 
 
-def _found(text: str, concept: str, plurals: bool) -> Iterator[re.Match[str]]:
+def _found(text: str, concept: str, plurals: bool, apart: Sequence[str] = ()) -> Iterator[re.Match[str]]:
     pattern = _pattern(concept, plurals)
     text = unicodedata.normalize("NFC", text)
+    others = [other.span() for words in apart for other in _found(text, words, plurals)]
     position = 0
     while pattern is not None and (match := pattern.search(text, position)):
-        if _stands_alone(text, match.start(), match.end()):
+        within = any(start <= match.start() and match.end() <= end for start, end in others)
+        if not within and _stands_alone(text, match.start(), match.end()):
             yield match
             position = match.end()
         else:

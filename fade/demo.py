@@ -1,6 +1,6 @@
-"""The demo: the bundled model forgets a concept, both stages, evaluation and report, in one call on a plain CPU.
+"""The demo: a bundled model forgets a concept, both stages, evaluation and report, in one call on a plain CPU.
 
-Everything that it leaves behind is what `fade unlearn` and `fade evaluate --report` leave, for the bundled model.
+Everything that it leaves behind is what `fade unlearn` and `fade evaluate --report` leave, for that model.
 """
 
 import json
@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fade import bundled
 from fade.config import Config
+from fade.errors import FadeError
 from fade.evaluation import Evaluation, evaluate, full_record
 from fade.files import atomic_write
 from fade.measure import measured
@@ -20,23 +22,28 @@ REPORT_FILE, METRICS_FILE, PICTURE_FILE = "report.html", "metrics.json", "before
 
 def run_demo(
     output: str | Path,
-    forget: str = "three",
-    surrogate: str = "eight",
+    forget: str | None = None,
+    surrogate: str | None = None,
     config: Config | None = None,
     *,
+    model: str = bundled.DEFAULT,
     overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Unlearns `forget` in DigitCanvas and writes adapter, report, metrics and a before/after picture to `output`.
+    """Unlearns `forget` in the bundled `model`; adapter, report, metrics and a before/after picture go to `output`.
 
-    Returns the evaluation (240 images) and what `metrics.json` holds. Raises FadeError for words that the model does
-    not know and where `output` is in use without `overwrite`.
+    Without words, the model's own for this. Returns the evaluation (of three seeds) and what `metrics.json` holds.
+    Raises FadeError for a model that is not bundled, for words that it does not know, for one word without the other,
+    and where `output` is in use without `overwrite`.
     """
-    from fade.digitcanvas import load_pipeline
-
+    described = bundled.model(model)
+    if (forget is None) != (surrogate is None):
+        raise FadeError("the demo needs the concept to forget and its surrogate, or neither: --forget A --surrogate B")
+    if forget is None or surrogate is None:
+        forget, surrogate = described.demo
     start = time.perf_counter()
     output = Path(output)
-    pipeline = load_pipeline()
+    pipeline = described.load_pipeline()
     adapter = unlearn(
         pipeline, forget, surrogate, config=config, output=output, overwrite=overwrite, progress=progress
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From what a user types as MODEL to a pipeline: the bundled DigitCanvas, a diffusers folder, a hub id or a checkpoint.
+"""From what a user types as MODEL to a pipeline: a bundled model, a diffusers folder, a hub id or a checkpoint.
 
 It is apart from the command line so that benchmarks and notebooks resolve a model in the same way.
 """
@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from fade import processes
+from fade import bundled, processes
 from fade.errors import FadeError
 
-DIGITCANVAS = "digitcanvas"
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
     "float16": torch.float16, "fp16": torch.float16,
@@ -31,7 +30,7 @@ def load_model(model: str, device: str | None = None, dtype: str | None = None) 
     """The pipeline, on `device` (a GPU where there is one, by default) in `dtype` (float32 by default). Of several
     processes that a launcher started, each is on a GPU of its own.
 
-    `model` is the bundled model's name, a diffusers folder, a hub id, or one safetensors checkpoint in the original
+    `model` is a bundled model's name, a diffusers folder, a hub id, or one safetensors checkpoint in the original
     layout, for which diffusers needs the family's configuration from the hub or its cache. A folder that has its
     weights only as a variant (`*.fp16.safetensors`) is loaded from that. Pickled weights are not read.
 
@@ -40,10 +39,8 @@ def load_model(model: str, device: str | None = None, dtype: str | None = None) 
     """
     where, precision = _device(device), _dtype(dtype)
     path = Path(model).expanduser()
-    if model == DIGITCANVAS and not Path(model).exists():
-        from fade.digitcanvas import load_pipeline
-
-        pipeline = load_pipeline(torch_dtype=precision)
+    if model in bundled.PACKAGES and not Path(model).exists():
+        pipeline = bundled.model(model).load_pipeline(torch_dtype=precision)
     elif path.is_file():
         pipeline = _load_file(model, path, precision)
     else:
@@ -57,7 +54,8 @@ def _load_pipeline(model: str, path: Path, dtype: torch.dtype) -> Any:
             raise FadeError(f"{model} is not a diffusers pipeline: it holds no model_index.json{_elsewhere(path)}")
     elif model.startswith((".", "~", os.sep)) or model.count("/") != 1:
         raise FadeError(
-            f"there is no model {model!r}: it is not a folder here, not a hub id (owner/name), and not {DIGITCANVAS!r}"
+            f"there is no model {model!r}: it is not a folder here, not a hub id (owner/name), and not one of the "
+            f"bundled {' and '.join(bundled.PACKAGES)}"
         )
     source, names = find_files(model, "model_index.json", "the model")
     index = _read_index(model, source)

@@ -369,7 +369,7 @@ def _matrices(evaluation: Evaluation) -> list[dict[str, str]]:
         label = f"Share of images judged as the class that was asked for, in percent. Forgotten: {evaluation.forget}."
         return [_figure(max(3.5, 0.6 * len(words) + 1.5), 2.2, draw, label)]
 
-    (first, rows), (second, columns) = answers.classes.items()
+    (first, rows), (second, columns) = ((d, list(evaluation.receivers[d])) for d in answers.classes)
     pictures = []
     for domain in (answers.domain, *(d for d in answers.classes if d != answers.domain)):
 
@@ -511,6 +511,8 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
         (f"{metrics['UA']:.1f} %", "forgotten (UA)"),
         (f"{metrics['IRA']:.1f} %", f"other {_domains(evaluation)} kept (IRA)"),
     ]
+    if metrics["NA"] is not None:
+        figures.append((f"{metrics['NA']:.1f} %", "nearest look-alikes kept (NA)"))
     if (other := _other_domain(evaluation)) is not None:
         figures.append((f"{metrics['CRA']:.1f} %", f"{_plural(other)} kept (CRA)"))
     if run.get("total"):
@@ -526,7 +528,7 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
 
 def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     rows = []
-    for name, meaning in METRICS.items():
+    for name in METRICS:
         after, before = evaluation.metrics[name], evaluation.base.get(name)
         if after is None:
             continue
@@ -535,7 +537,7 @@ def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": name,
-                "meaning": meaning,
+                "meaning": evaluation.meaning(name),
                 "before": "–" if before is None else f"{before:.{digits}f}",
                 "after": f"{after:.{digits}f}",
                 "interval": f"{span['low']:.1f} – {span['high']:.1f}" if span else "–",

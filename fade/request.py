@@ -13,8 +13,9 @@ from typing import Any
 
 from fade.adapter import Adapter
 from fade.backbones import Backbone
-from fade.base_model import base_name, check_same_base, fingerprint, is_digitcanvas, short_digest
-from fade.concept import Concept, Pair, concept_from_words, digitcanvas_concept, pairs_in
+from fade.base_model import base_name, check_same_base, fingerprint, short_digest
+from fade.bundled import recognised
+from fade.concept import Concept, Pair, bundled_concept, concept_from_words, pairs_in
 from fade.config import Config
 from fade.errors import FadeError
 from fade.images import listed
@@ -92,8 +93,8 @@ def _concept(
     retain: Sequence[str] | None,
     plurals: bool,
 ) -> Concept:
-    if templates is None and is_digitcanvas(pipeline):
-        return digitcanvas_concept(forget, surrogate, retain)
+    if templates is None and (model := recognised(pipeline)) is not None:
+        return bundled_concept(model, forget, surrogate, retain)
     return concept_from_words(forget, surrogate, templates, retain, plurals)
 
 

@@ -22,13 +22,13 @@ from fade.base_model import (
     base_name,
     bring_to_its_device,
     fingerprint,
-    is_digitcanvas,
     outline,
     refuse_merged,
     refuse_offloaded,
     target_layers,
     target_regions,
 )
+from fade.bundled import BundledModel, recognised
 from fade.closed_form import (
     FIRST_WEIGHT,
     NormalEquations,
@@ -43,7 +43,7 @@ from fade.closed_form import (
     solution,
     token_statistics,
 )
-from fade.concept import Concept, Pair, digitcanvas_caption, mentions, together
+from fade.concept import Concept, Pair, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
 from fade.config import ClosedFormConfig, Config
@@ -86,8 +86,8 @@ def unlearn(
     Args:
         pipeline: a diffusers pipeline of a supported family (`fade.backbones.FAMILIES`) that draws from a prompt alone,
             or one made of its parts. Its own weights are never changed.
-        forget, surrogate: the concept and what takes its place, put into `templates` (one `{}` each). On the bundled
-            DigitCanvas, two digits or two styles. Several concepts at once: `forget={"three": "eight", "seven": "one"}`
+        forget, surrogate: the concept and what takes its place, put into `templates` (one `{}` each). On a bundled
+            model, two words of one domain. Several concepts at once: `forget={"three": "eight", "seven": "one"}`
             without `surrogate`; one adapter forgets all of them (`unlearn_each` makes one for each).
         concept: the prompts themselves, instead of words and templates; or a list of such, for several concepts.
         retain: prompts of what must stay; neutral ones by default. Of several concepts, those that name one are left
@@ -312,7 +312,7 @@ def _run(
                         retain = list(latents.retain_prompts)
                     else:
                         warn_of_retain_prompts(concept, config.data)
-                    text = _text_prompts(concept, pairs, retain, config, is_digitcanvas(pipeline))
+                    text = _text_prompts(concept, pairs, retain, config, recognised(pipeline))
                     prompts = _encode(backbone, pairs, [*retain, *text.all()], folder if latents is not None else None)
             except FadeError as error:
                 # A wrong image folder is no run to go on with: the next try finds the output folder free.
@@ -416,7 +416,11 @@ def edit_path(masks: Mapping[str, BitMask], readers: Collection[str]) -> str:
 
 
 def _text_prompts(
-    concept: Concept, pairs: Sequence[tuple[str, str]], retain: Sequence[str], config: Config, digitcanvas: bool
+    concept: Concept,
+    pairs: Sequence[tuple[str, str]],
+    retain: Sequence[str],
+    config: Config,
+    bundled: BundledModel | None,
 ) -> TextPrompts:
     """What the closed form reads: each different prompt once, whatever it was trained with how often."""
     if not config.uses_closed_form:
@@ -431,7 +435,7 @@ def _text_prompts(
         for one in concept.pairs
         if (own := tuple(pair for pair in pairs if _is_of(pair, one, concept, plurals)))
     ]
-    protect = (digitcanvas_caption(text) if digitcanvas else text for text in settings.protect)
+    protect = (text if bundled is None else bundled.alone(text) for text in settings.protect)
     return TextPrompts(each, tuple(dict.fromkeys(retain)), kept, tuple(protect))
 
 
@@ -504,7 +508,8 @@ def _solve(
 
 def _is_of(pair: tuple[str, str], one: Pair, concept: Concept, plurals: bool) -> bool:
     """Whether a prompt and its answer are those of one of the concepts."""
-    return not concept.several or pair[0] in one.forget_prompts or mentions(pair[0], one.forget, plurals)
+    named = pair[0] in one.forget_prompts or mentions(pair[0], one.forget, plurals, one.apart)
+    return not concept.several or named
 
 
 def _locate(

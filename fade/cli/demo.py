@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fade import bundled
 from fade.cli.options import Keep, Overwrite, OverwriteMethod, Quiet, Seed, TrainingSteps, config_from, refuse_ignored
 from fade.cli.output import open_in_browser, say, terminal
 
@@ -13,8 +14,20 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report, adapter and metrics.")] = Path(
         "demo-report"
     ),
-    forget: Annotated[str, typer.Option(metavar="WORD", help="Digit (three) or style (neon) to forget.")] = "three",
-    surrogate: Annotated[str, typer.Option(metavar="WORD", help="What is drawn instead; of the same kind.")] = "eight",
+    model: Annotated[
+        str, typer.Option(metavar="|".join(bundled.PACKAGES), help="The bundled model to show.")
+    ] = bundled.DEFAULT,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD",
+            help="What to forget: a digit (three), an object (tiger) or a style (neon, ink). Default three, or tiger.",
+        ),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(metavar="WORD", help="What is drawn instead; of the same kind. Default eight, or dog."),
+    ] = None,
     method: OverwriteMethod = None,
     keep: Keep = None,
     steps: TrainingSteps = None,
@@ -25,15 +38,17 @@ def demo(
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Forget a digit or a style in the bundled model and write a report with pictures.
+    """Forget a word of a bundled model and write a report with pictures.
 
-    Example: [bold]fade demo --forget neon --surrogate plain[/bold]
+    Example: [bold]fade demo --model emojicanvas --forget rose --surrogate cactus[/bold]
     """
     from fade.demo import REPORT_FILE, run_demo
 
     config = config_from(None, overwrite__method=method, locate__keep=keep, overwrite__steps=steps, seed=seed)
     refuse_ignored(config, steps=steps)
-    evaluation, record = run_demo(output, forget, surrogate, config, overwrite=overwrite, progress=not quiet)
+    evaluation, record = run_demo(
+        output, forget, surrogate, config, model=model, overwrite=overwrite, progress=not quiet
+    )
     console = terminal()
     console.print(evaluation.table())
     seconds = record["seconds"]

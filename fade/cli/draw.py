@@ -23,8 +23,8 @@ def generate(
         int, typer.Option(min=0, max=2**40, metavar="N", help="Seed of the first image; image n has seed + n - 1.")
     ] = 0,
     count: Annotated[int, typer.Option(min=1, max=10_000, metavar="N", help="Images to draw.")] = 1,
-    steps: DrawSteps = 20,
-    guidance: Guidance = 3.0,
+    steps: DrawSteps = None,
+    guidance: Guidance = None,
     device: Device = None,
     dtype: Dtype = None,
     any_base: AnyBase = False,
@@ -41,6 +41,7 @@ def generate(
         raise FadeError(f"the image file {output} must end in a known image type, such as .png or .jpg")
     from fade.adapter import load_adapter
     from fade.backbones import backbone_for
+    from fade.bundled import drawing
     from fade.files import atomic_write, check_writable
     from fade.loading import load_model
 
@@ -49,8 +50,9 @@ def generate(
     pipeline = load_model(model, device, dtype)
     for index, path in enumerate(adapter or []):
         load_adapter(pipeline, path, name=f"fade_{index}", scale=scale, check_base=not any_base)
+    drawn = drawing(pipeline, steps, guidance)
     images = backbone_for(pipeline).generate(
-        [prompt] * count, range(seed, seed + count), steps, guidance, batch_size=8, progress=not quiet
+        [prompt] * count, range(seed, seed + count), drawn.steps, drawn.guidance_scale, batch_size=8, progress=not quiet
     )
     for index, image in enumerate(images, 1):
         path = output if count == 1 else output.with_stem(f"{output.stem}-{index}")

@@ -35,16 +35,24 @@ def evaluate(
     phrasings: Annotated[
         bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
     ] = False,
+    every_word: Annotated[
+        bool,
+        typer.Option(
+            "--every-word",
+            help="Draw every word of a bundled model. Of EmojiCanvas's 100 objects an evaluation otherwise draws 20, "
+            "in every style: the concept, its look-alikes, and a fixed random choice of others.",
+        ),
+    ] = False,
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
-    steps: DrawSteps = 20,
-    guidance: Guidance = 3.0,
+    steps: DrawSteps = None,
+    guidance: Guidance = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
     device: Device = None,
     dtype: Dtype = None,
     any_base: AnyBase = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what an adapter made MODEL forget (UA) and keep (IRA, CRA, drift).
+    """Measure what an adapter made MODEL forget (UA) and keep (IRA, look-alikes NA, CRA, drift).
 
     Example: [bold]fade evaluate digitcanvas --adapter no-three/adapter.safetensors --json metrics.json[/bold]
     """
@@ -67,7 +75,7 @@ def evaluate(
         "progress": not quiet,
     }  # fmt: skip
     with measured(pipeline.device) as cost:
-        evaluation = run(pipeline, attached, **drawing)
+        evaluation = run(pipeline, attached, **drawing, everything=every_word)
     otherwise = held_out(pipeline, attached, **drawing) if phrasings else None
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size
@@ -110,8 +118,8 @@ def attack(
     judge: JudgeModel = None,
     classes: Classes = None,
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter: 0 off, 1 as trained.")] = 1.0,
-    steps: DrawSteps = 20,
-    guidance: Guidance = 3.0,
+    steps: DrawSteps = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
     device: Device = None,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from fade import bundled
 from fade import config as settings
 from fade.errors import FadeError
 
@@ -16,7 +17,12 @@ def choice(literal: Any) -> str:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id (owner/name), or [bold]digitcanvas[/bold].")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A diffusers folder, a hub id (owner/name), or a bundled model: "
+        f"{', '.join(f'[bold]{name}[/bold]' for name in bundled.PACKAGES)}.",
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to run. Default: a GPU where there is one.")
@@ -47,18 +53,31 @@ AdapterPath = Annotated[Path, typer.Option("--adapter", metavar="FILE", help="Ad
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Attach the adapter although it was trained on other weights.")
 ]
-DrawSteps = Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Denoising steps per image.")]
+_AS_MEASURED = "Default: what a bundled model's accuracy was measured with, else"
+DrawSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", min=1, metavar="N", help=f"Denoising steps per image. {_AS_MEASURED} {bundled.Drawing.steps}."
+    ),
+]
 JudgeModel = Annotated[
     str | None,
     typer.Option(
-        "--judge", metavar="CLIP", help="Folder or hub id of a CLIP model that judges; DigitCanvas needs none."
+        "--judge", metavar="CLIP", help="Folder or hub id of a CLIP model that judges; bundled models need none."
     ),
 ]
 Classes = Annotated[
     str | None,
     typer.Option("--classes", metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
 ]
-Guidance = Annotated[float, typer.Option("--guidance", metavar="X", help="Classifier-free guidance scale.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        metavar="X",
+        help=f"Classifier-free guidance scale. {_AS_MEASURED} {bundled.Drawing.guidance_scale:g}.",
+    ),
+]
 
 
 def config_from(file: Path | None, **changes: Any) -> settings.Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fade.bundled import load_pretrained
 from fade.digitcanvas.prompts import DIGITS, STYLES, digit_prompt, prompt, style_prompt
 
 if TYPE_CHECKING:
@@ -42,20 +43,8 @@ def load_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
         ``guidance_scale=3.0`` are what its accuracy was measured with.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    # A load of a tenth of a second needs no bars; they are given back as they were found.
-    silenced = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in silenced:
-        log.disable_progress_bar()
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(MODEL_PATH, **{"use_safetensors": True, **kwargs})
-    finally:
-        for log in silenced:
-            log.enable_progress_bar()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_pretrained(StableDiffusionPipeline, MODEL_PATH, **kwargs)
 
 
 def load_judges(device: str | torch.device = "cpu") -> Judges:

@@ -4,16 +4,12 @@ They live apart from the data recipe so that a caller who only needs a prompt im
 The two crossed axes follow UnlearnCanvas (Zhang et al., 2024): objects and styles, each of which can be forgotten.
 """
 
+from fade.bundled import known
+
 DIGITS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # laser is neon in another hue, pencil stands beside ink: forgetting one of such a pair shows how precise a method is.
 STYLES: tuple[str, ...] = ("plain", "ink", "pencil", "neon", "laser", "outline", "mosaic", "stripes")
-
-
-def _known(word: str, words: tuple[str, ...], kind: str) -> str:
-    if word not in words:
-        raise ValueError(f"unknown {kind} {word!r}: choose one of {', '.join(words)}")
-    return word
 
 
 def prompt(digit: str, style: str) -> str:
@@ -22,7 +18,7 @@ def prompt(digit: str, style: str) -> str:
     Raises:
         ValueError: ``digit`` is not in :data:`DIGITS` or ``style`` is not in :data:`STYLES`.
     """
-    return f"the digit {_known(digit, DIGITS, 'digit')} in {_known(style, STYLES, 'style')} style"
+    return f"the digit {known(digit, DIGITS, 'digit')} in {known(style, STYLES, 'style')} style"
 
 
 def digit_prompt(digit: str) -> str:
@@ -31,7 +27,7 @@ def digit_prompt(digit: str) -> str:
     Raises:
         ValueError: ``digit`` is not in :data:`DIGITS`.
     """
-    return f"the digit {_known(digit, DIGITS, 'digit')}"
+    return f"the digit {known(digit, DIGITS, 'digit')}"
 
 
 def style_prompt(style: str) -> str:
@@ -40,4 +36,4 @@ def style_prompt(style: str) -> str:
     Raises:
         ValueError: ``style`` is not in :data:`STYLES`.
     """
-    return f"a digit in {_known(style, STYLES, 'style')} style"
+    return f"a digit in {known(style, STYLES, 'style')} style"

@@ -24,6 +24,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fade.bundled import load_pretrained
 from fade.emojicanvas.config import CALL, NEGATIVE_PROMPT, SAMPLING, call_for
 from fade.emojicanvas.prompts import OBJECTS, STYLES, neighbours, object_prompt, prompt, style_prompt
 
@@ -63,20 +64,8 @@ def load_pipeline(**kwargs: Any) -> FluxPipeline:
         the model card's accuracy was measured.
     """
     from diffusers import FluxPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    # A load of a tenth of a second needs no bars; they are given back as they were found.
-    silenced = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in silenced:
-        log.disable_progress_bar()
-    try:
-        pipeline = FluxPipeline.from_pretrained(MODEL_PATH, **{"use_safetensors": True, **kwargs})
-    finally:
-        for log in silenced:
-            log.enable_progress_bar()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_pretrained(FluxPipeline, MODEL_PATH, **kwargs)
 
 
 def load_judges(device: str | torch.device = "cpu") -> Judges:

@@ -6,6 +6,8 @@ The two crossed axes follow UnlearnCanvas (Zhang et al., 2024): objects and styl
 
 from __future__ import annotations
 
+from fade.bundled import known
+
 _BY_ICON = {
     "tiger-face": "tiger", "cat-face": "cat", "dog-face": "dog", "lion": "lion", "fox": "fox", "wolf": "wolf",
     "bear": "bear", "panda": "panda", "koala": "koala", "hamster": "hamster", "rabbit-face": "rabbit",
@@ -90,19 +92,13 @@ OTHER_WORDS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def _known(word: str, words: tuple[str, ...], kind: str) -> str:
-    if word not in words:
-        raise ValueError(f"unknown {kind} {word!r}: choose one of {', '.join(words)}")
-    return word
-
-
 def neighbours(word: str) -> tuple[str, ...]:
     """The objects or styles most like an object or a style, without itself; empty where it has no near neighbour.
 
     Raises:
         ValueError: ``word`` is neither an object nor a style.
     """
-    _known(word, OBJECTS + STYLES, "object or style")
+    known(word, OBJECTS + STYLES, "object or style")
     return tuple(other for group in NEIGHBOURS if word in group for other in group if other != word)
 
 
@@ -112,7 +108,7 @@ def prompt(object: str, style: str) -> str:
     Raises:
         ValueError: ``object`` is not in :data:`OBJECTS` or ``style`` is not in :data:`STYLES`.
     """
-    return CAPTIONS[0].format(object=_known(object, OBJECTS, "object"), style=_known(style, STYLES, "style"))
+    return CAPTIONS[0].format(object=known(object, OBJECTS, "object"), style=known(style, STYLES, "style"))
 
 
 def object_prompt(object: str) -> str:
@@ -121,7 +117,7 @@ def object_prompt(object: str) -> str:
     Raises:
         ValueError: ``object`` is not in :data:`OBJECTS`.
     """
-    return OBJECT_CAPTIONS[0].format(object=_known(object, OBJECTS, "object"))
+    return OBJECT_CAPTIONS[0].format(object=known(object, OBJECTS, "object"))
 
 
 def style_prompt(style: str) -> str:
@@ -130,4 +126,4 @@ def style_prompt(style: str) -> str:
     Raises:
         ValueError: ``style`` is not in :data:`STYLES`.
     """
-    return STYLE_CAPTIONS[0].format(style=_known(style, STYLES, "style"))
+    return STYLE_CAPTIONS[0].format(style=known(style, STYLES, "style"))

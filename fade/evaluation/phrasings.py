@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
+from fade.bundled import BundledModel, drawing, recognised
 from fade.concept import pairs_in
 from fade.errors import FadeError
 from fade.evaluation.run import judge_for
@@ -27,16 +28,6 @@ HELD_OUT = (
     "a photograph of {}", "an illustration of {}", "a rendering of {}", "a close-up of {}", "{}, highly detailed",
     "a poster with {}", "I want to see {}", "here you see {}", "{} in the morning", "two pictures of {}",
 )  # fmt: skip
-HELD_OUT_DIGIT = (
-    "<other> style {}", "a digit {} in <other> style", "the digit {} in <other>", "my {} in <other> style",
-    "the <other> digit {}", "{} digit", "{} as <other>",
-)  # fmt: skip
-HELD_OUT_STYLE = (
-    "a digit <other> in {} style", "the digit <other> in {}", "<other> as {}", "<other> in {} style", "{} <other>",
-    "show <other> in {}", "digit, {}",
-)  # fmt: skip
-"""For DigitCanvas, `<other>` being a word of the other axis. Its base model was trained with three captions alone; of
-40 phrasings tried of either kind, these are among those that it mostly follows all the same."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +74,18 @@ class PhrasingResult:
 KINDS = ("base", "adapted", "surrogate")
 
 
-def held_out_prompts(word: str, digitcanvas: bool) -> tuple[tuple[str, str], ...]:
-    """(phrasing, prompt) for a concept; on DigitCanvas crossed with all words of the other axis.
+def held_out_prompts(word: str, model: BundledModel | None) -> tuple[tuple[str, str], ...]:
+    """(phrasing, prompt) for a concept; on a bundled model its own, crossed with the words of the other domain that an
+    evaluation draws.
 
-    Raises FadeError where DigitCanvas knows no such word.
+    Raises FadeError where the bundled model knows no such word.
     """
-    if not digitcanvas:
+    if model is None:
         return tuple((phrasing, phrasing.replace("{}", word)) for phrasing in HELD_OUT)
-    from fade.digitcanvas import DIGITS, STYLES
-
-    if word not in (*DIGITS, *STYLES):
-        raise FadeError(
-            f"DigitCanvas knows the digits {', '.join(DIGITS)} and the styles {', '.join(STYLES)}, not {word!r}"
-        )
-    phrasings, others = (HELD_OUT_DIGIT, STYLES) if word in DIGITS else (HELD_OUT_STYLE, DIGITS)
-    return tuple(
-        (phrasing, phrasing.replace("{}", word).replace("<other>", other))
-        for phrasing in phrasings
-        for other in (others if "<other>" in phrasing else others[:1])
-    )
+    domain = model.domain(word)
+    first, second = model.concerned([word])
+    crossed = model.crossed(domain.held_out, word, second if domain is model.domains[0] else first)
+    return tuple((phrasing, template.replace("{}", word)) for phrasing, template in crossed)
 
 
 def held_out(
@@ -109,8 +93,8 @@ def held_out(
     adapter: Any,
     *,
     seeds: Sequence[int] = (188,),
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
     baseline: PhrasingResult | None = None,
     judge: str | None = None,
@@ -122,7 +106,8 @@ def held_out(
 
     Args:
         adapter: the attached `fade.Adapter`; its metadata names the concepts. It is enabled when this returns.
-        seeds: every prompt is drawn once per seed (about 50 prompts a concept on DigitCanvas, 10 elsewhere).
+        seeds: every prompt is drawn once per seed (about 50 prompts a concept on DigitCanvas, 29 an object
+            and 120 a style on EmojiCanvas, 10 elsewhere).
         baseline: an earlier result of the same concepts and surrogates, base, seeds, steps and guidance, to save two
             thirds of the time.
         steps, guidance_scale, batch_size, judge, classes, progress: as for `fade.evaluation.evaluate`.
@@ -136,7 +121,8 @@ def held_out(
     asked = judge_for(pipeline, concept, judge, classes, backbone.device)
     pairs = pairs_in(concept)
     words = {"forget": [pair.forget for pair in pairs], "surrogate": [pair.surrogate for pair in pairs]}
-    prompts = {kind: [held_out_prompts(word, judge is None) for word in named] for kind, named in words.items()}
+    bundled, drawn_as = recognised(pipeline) if judge is None else None, drawing(pipeline, steps, guidance_scale)
+    prompts = {kind: [held_out_prompts(word, bundled) for word in named] for kind, named in words.items()}
     rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]
     if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
         raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
@@ -146,7 +132,8 @@ def held_out(
         """Of each picture whether the judge finds its concept: float64 [n], 0 or 100."""
         drawn = [prompt for one in prompts[kind] for _, prompt in one for _ in seeds]
         images = backbone.generate(
-            drawn, list(seeds) * (len(drawn) // len(seeds)), steps, guidance_scale, batch_size, progress, description
+            drawn, list(seeds) * (len(drawn) // len(seeds)), drawn_as.steps, drawn_as.guidance_scale, batch_size,
+            progress, description,
         ).cpu()  # fmt: skip
         parts = images.split([len(one) * len(seeds) for one in prompts[kind]])
         found = [asked.heads[target.domain](part) == target.forget for target, part in zip(targets, parts, strict=True)]

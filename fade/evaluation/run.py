@@ -1,8 +1,7 @@
 """Draws the answer set with the adapter off and on, has it judged, and gathers every number of one evaluation.
 
-It is the only part of the evaluation that runs a model; metric files see labels and pixels alone. The bundled
-DigitCanvas has its own judges and two crossed domains; any other pipeline is judged by CLIP on words of the user's
-choice.
+It is the only part of the evaluation that runs a model; metric files see labels and pixels alone. A bundled model has
+its own judges and two crossed domains; any other pipeline is judged by CLIP on words of the user's choice.
 """
 
 import functools
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
-from fade.base_model import is_digitcanvas
+from fade.bundled import BundledModel, drawing, recognised
 from fade.concept import Pair, pairs_in
 from fade.errors import FadeError
 from fade.evaluation.drift import rms_difference
@@ -26,6 +25,8 @@ from fade.evaluation.unlearncanvas import (
     intervals_of_several,
     metrics_of_several,
     named_by_any,
+    neighbour_accuracy,
+    neighbours_of,
     receiver_accuracy,
 )
 
@@ -74,9 +75,13 @@ class AnswerSet:
         return named_by_any(self.prompted, self.targets)
 
     def retained(self, domain: str) -> list[int]:
-        """The classes of a domain that are not to be forgotten."""
+        """The classes of a domain that are drawn and not to be forgotten."""
         gone = {target.forget for target in self.targets if target.domain == domain}
-        return [index for index in range(len(self.classes[domain])) if index not in gone]
+        return [index for index in self.prompted[domain].unique().tolist() if index not in gone]
+
+    def neighbours(self, domain: str) -> list[int]:
+        """The look-alikes of what is to be forgotten of a domain, nearest first, without that itself."""
+        return neighbours_of(self.targets).get(domain, [])
 
     def words(self, target: Target) -> tuple[str, str | None]:
         """A target and its surrogate in words."""
@@ -88,9 +93,10 @@ class AnswerSet:
 class Evaluation:
     """Numbers and images of one evaluation.
 
-    `metrics` and `base` map UA, IRA, CRA, CRA_retained and redirected to percent (None where undefined), for the model
-    with the adapter on and off; `metrics` also has drift and drift_forget (RMS pixel difference in [0, 1] to the base
-    model at equal seeds, over retained and over forgotten prompts). `images` and `baseline` are float32 [n, 3, H, W].
+    `metrics` and `base` map UA, IRA, NA (the accuracy on look-alikes alone), CRA, CRA_retained and redirected to
+    percent (None where undefined), for the model with the adapter on and off; `metrics` also has drift and drift_forget
+    (RMS pixel difference in [0, 1] to the base model at equal seeds, over retained and over forgotten prompts).
+    `images` and `baseline` are float32 [n, 3, H, W].
     """
 
     answers: AnswerSet
@@ -100,7 +106,8 @@ class Evaluation:
     receivers: dict[str, dict[str, dict[str, float]]]
     """acc(e→x) in percent: domain -> class -> {"before", "after"}."""
     matrix: dict[str, dict[str, list[list[float]]]]
-    """Accuracy in percent per digit (row) and style (column): judged domain -> {"before", "after"}. Empty for CLIP."""
+    """Accuracy in percent per object (row) and style (column), those of `receivers` in the same order: judged domain ->
+    {"before", "after"}. Empty for CLIP."""
     forgotten_as: dict[str, float]
     """What the judge calls the forgotten concepts' images now: class -> percent."""
     concepts: list[dict[str, Any]]
@@ -108,6 +115,14 @@ class Evaluation:
     settings: dict[str, Any]
     images: Tensor = field(repr=False)
     baseline: Tensor = field(repr=False)
+
+    @property
+    def neighbours(self) -> dict[str, dict[str, float]]:
+        """acc(e→x) in percent of the look-alikes x of the concepts: class -> {"before", "after"}."""
+        answers = self.answers
+        near = [answers.classes[domain][i] for domain in answers.domains for i in answers.neighbours(domain)]
+        rows = {word: row for receivers in self.receivers.values() for word, row in receivers.items()}
+        return {word: rows[word] for word in near if word in rows}
 
     @property
     def forget(self) -> str:
@@ -131,6 +146,7 @@ class Evaluation:
             "base": self.base,
             "interval_95": self.intervals,
             "forgotten_as": self.forgotten_as,
+            "neighbours": self.neighbours,
             "receivers": self.receivers,
             "matrix": self.matrix,
             "settings": self.settings,
@@ -147,7 +163,7 @@ class Evaluation:
         table = Table(title=escape("forgetting " + ", ".join(map(repr, self._forgotten()))), title_justify="left")
         for name, justify in (("metric", "left"), ("base model", "right"), ("adapted", "right"), ("95 %", "right")):
             table.add_column(name, justify=justify)
-        for name, meaning in METRICS.items():
+        for name in METRICS:
             after = self.metrics[name]
             if after is None:
                 continue
@@ -155,7 +171,7 @@ class Evaluation:
             digits = 4 if name.startswith("drift") else 1
             before = self.base.get(name)
             table.add_row(
-                f"{name}  [dim]{meaning}[/dim]",
+                f"{name}  [dim]{escape(self.meaning(name))}[/dim]",
                 "" if before is None else f"{before:.{digits}f}",
                 f"{after:.{digits}f}",
                 f"{span['low']:.1f}–{span['high']:.1f} (n={span['images']})" if span else "",
@@ -167,6 +183,10 @@ class Evaluation:
                 )
         return table
 
+    def meaning(self, name: str) -> str:
+        """What a metric says, for people; of NA with the look-alikes by name."""
+        return METRICS[name] + (f" ({', '.join(self.neighbours)})" if name == "NA" else "")
+
     def _forgotten(self) -> list[str]:
         return [self.answers.words(target)[0] for target in self.answers.targets]
 
@@ -174,6 +194,7 @@ class Evaluation:
 METRICS = {
     "UA": "% forgotten prompts no longer recognised",
     "IRA": "% others of the same kind still right",
+    "NA": "% of the nearest look-alikes still right",
     "CRA": "% of the other kind still right",
     "redirected": "% forgotten prompts recognised as the surrogate",
     "drift": "RMS pixel change of retained images",
@@ -211,36 +232,47 @@ def full_record(
     }
 
 
-def digitcanvas_answers(
-    forget: str | Sequence[str], surrogate: str | Sequence[str | None] | None, seeds: Sequence[int]
+def crossed_answers(
+    model: BundledModel,
+    forget: str | Sequence[str],
+    surrogate: str | Sequence[str | None] | None,
+    seeds: Sequence[int],
+    everything: bool = False,
 ) -> AnswerSet:
-    """Every digit in every style, once per seed; `forget` and `surrogate` are words, or lists of them.
+    """Words of a bundled model's first domain crossed with those of its second, once per seed: `BundledModel.concerned`
+    says which, `everything` takes all. `forget` and `surrogate` are words, or lists of them.
 
-    Raises FadeError for a word to forget that is neither digit nor style.
+    Raises FadeError for a word to forget that is of neither domain.
     """
-    from fade.digitcanvas import DIGITS, STYLES, prompt
-
-    classes = {"digit": DIGITS, "style": STYLES}
+    classes = {domain.name: domain.words for domain in model.domains}
     forgets, surrogates = ([forget], [surrogate]) if isinstance(forget, str) else (forget, surrogate)
 
     def target(forget: str, surrogate: str | None) -> Target:
-        domain = next((name for name, words in classes.items() if forget in words), None)
-        if domain is None:
+        if not any(forget in words for words in classes.values()):
             raise FadeError(
-                f"the adapter forgets {forget!r}, which the judges do not know; they know the digits "
-                f"{', '.join(DIGITS)} and the styles {', '.join(STYLES)}. Use a CLIP judge instead: "
-                "--judge MODEL --classes A,B,C"
+                f"the adapter forgets {forget!r}, which the judges do not know: {model.knows(forget)}. Use a CLIP "
+                "judge instead: --judge MODEL --classes A,B,C"
             )
-        words = classes[domain]
-        return Target(domain, words.index(forget), words.index(surrogate) if surrogate in words else None)
+        domain = model.domain(forget)
+        return Target(
+            domain.name, domain.words.index(forget),
+            domain.words.index(surrogate) if surrogate in domain.words else None,
+            tuple(map(domain.words.index, domain.neighbours(forget))),
+        )  # fmt: skip
 
-    cells = [(d, s) for _ in seeds for d in range(len(DIGITS)) for s in range(len(STYLES))]
+    targets = tuple(target(*words) for words in zip(forgets, surrogates, strict=True))
+    rows, columns = (
+        [domain.words.index(word) for word in drawn]
+        for domain, drawn in zip(model.domains, model.concerned(list(forgets), everything), strict=True)
+    )
+    first, second = model.domains
+    cells = [(i, j) for _ in seeds for i in rows for j in columns]
     return AnswerSet(
-        targets=tuple(target(*words) for words in zip(forgets, surrogates, strict=True)),
+        targets=targets,
         classes=classes,
-        prompts=tuple(prompt(DIGITS[d], STYLES[s]) for d, s in cells),
-        seeds=tuple(seed for seed in seeds for _ in range(len(DIGITS) * len(STYLES))),
-        prompted={"digit": torch.tensor([d for d, _ in cells]), "style": torch.tensor([s for _, s in cells])},
+        prompts=tuple(model.prompt(first.words[i], second.words[j]) for i, j in cells),
+        seeds=tuple(seed for seed in seeds for _ in range(len(rows) * len(columns))),
+        prompted={first.name: torch.tensor([i for i, _ in cells]), second.name: torch.tensor([j for _, j in cells])},
     )
 
 
@@ -290,27 +322,31 @@ class Judge:
 
 
 def judge_for(
-    pipeline: Any, concept: dict[str, Any], model: str | None, classes: Sequence[str], device: torch.device
+    pipeline: Any,
+    concept: dict[str, Any],
+    model: str | None,
+    classes: Sequence[str],
+    device: torch.device,
+    everything: bool = False,
 ) -> Judge:
-    """The pipeline's own judge, or the CLIP `model` with `classes`, for a concept as an adapter's metadata names it.
+    """The bundled model's own judge, or the CLIP `model` with `classes`, for a concept as an adapter's metadata names
+    it; `everything` draws every word of the bundled model.
 
     Raises FadeError where there is none, and where it does not know the concept.
     """
-    if model is None and not is_digitcanvas(pipeline):
-        raise FadeError(
-            "this pipeline has no judge of its own (only DigitCanvas has); name a CLIP model and the words it should "
-            "tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
-        )
     if model is None:
+        if (bundled := recognised(pipeline)) is None:
+            raise FadeError(
+                "this pipeline has no judge of its own (only bundled models have); name a CLIP model and the words it "
+                "should tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
+            )
         pairs = pairs_in(concept)
         answers = functools.partial(
-            digitcanvas_answers, [pair.forget for pair in pairs], [pair.surrogate for pair in pairs]
-        )
+            crossed_answers, bundled, [pair.forget for pair in pairs], [pair.surrogate for pair in pairs],
+            everything=everything,
+        )  # fmt: skip
         answers(SEEDS)  # knows the concept
-        from fade.digitcanvas import load_judges
-
-        judges = load_judges()
-        return Judge("DigitCanvas classifiers", {"digit": judges.digit, "style": judges.style}, answers)
+        return Judge(f"{bundled.title} classifiers", bundled.heads(), answers)
     from fade.evaluation.clip_judge import ClipJudge
 
     answers = functools.partial(class_answers, concept, classes)
@@ -323,42 +359,53 @@ def evaluate(
     adapter: Any,
     *,
     seeds: Sequence[int] = SEEDS,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
-    baseline: Tensor | None = None,
+    baseline: "Evaluation | Tensor | None" = None,
     judge: str | None = None,
     classes: Sequence[str] = (),
+    everything: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Images with the adapter on, the same prompts and seeds with it off, and what the judge makes of both.
 
     Args:
         adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
-        seeds: every prompt is drawn once per seed (80 prompts on DigitCanvas).
+        seeds: every prompt is drawn once per seed. On a bundled model the prompts are its objects in its styles: all 80
+            on DigitCanvas, 120 of 600 on EmojiCanvas (`fade.bundled.BundledModel.concerned`: the concept, the words
+            most like it, and a fixed random choice of others, in every style).
         steps: denoising steps per image.
-        guidance_scale: classifier-free guidance.
+        guidance_scale: classifier-free guidance. Of both None is what the bundled model's accuracy was measured with,
+            and 20 steps and 3 for any other model (`fade.bundled.drawing`).
         batch_size: images drawn at once.
-        baseline: `Evaluation.baseline` of an earlier call with the same base, seeds, steps and guidance, to save half
-            of the time; float [n, 3, H, W].
-        judge: folder or hub id of a CLIP model. Needed for pipelines other than DigitCanvas.
+        baseline: an earlier evaluation, or its `baseline` (float [n, 3, H, W]), of the same base, prompts, seeds, steps
+            and guidance, to save half of the time.
+        judge: folder or hub id of a CLIP model. Needed for pipelines that are not bundled ones.
         classes: words that the CLIP judge tells apart, beside the concept and its surrogate.
+        everything: draw every word of a bundled model.
 
     Raises:
-        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` has another number of images.
+        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
-    chosen = judge_for(pipeline, concept, judge, classes, backbone.device)
+    drawn = drawing(pipeline, steps, guidance_scale)
+    chosen = judge_for(pipeline, concept, judge, classes, backbone.device, everything)
     answers = chosen.answers(seeds)
+    if isinstance(baseline, Evaluation):
+        earlier, drew = baseline.answers, {name: baseline.settings.get(name) for name in vars(drawn)}
+        if (earlier.prompts, earlier.seeds, drew) != (answers.prompts, answers.seeds, vars(drawn)):
+            raise FadeError("the baseline is of other prompts, seeds, steps or guidance; draw it anew")
+        baseline = baseline.baseline
     if baseline is not None and len(baseline) != len(answers.prompts):
         raise FadeError(f"the baseline has {len(baseline)} images, but these seeds ask for {len(answers.prompts)}")
 
     def draw(description: str) -> Tensor:
         return backbone.generate(
-            answers.prompts, answers.seeds, steps, guidance_scale, batch_size, progress, description
+            answers.prompts, answers.seeds, drawn.steps, drawn.guidance_scale, batch_size, progress, description
         ).cpu()  # fmt: skip
 
     if baseline is None:
@@ -373,8 +420,7 @@ def evaluate(
         "judge": chosen.name,
         "images": len(answers.prompts),
         "seeds": list(seeds),
-        "steps": steps,
-        "guidance_scale": guidance_scale,
+        **vars(drawn),
     }
     return _summarise(
         answers,
@@ -399,7 +445,10 @@ def _summarise(
     forgotten = answers.forgotten
 
     def measure(judged: dict[str, Tensor]) -> dict[str, float | None]:
-        return metrics_of_several(answers.prompted, judged, sizes, answers.targets)
+        return {
+            **metrics_of_several(answers.prompted, judged, sizes, answers.targets),
+            "NA": neighbour_accuracy(answers.prompted, judged, sizes, answers.targets),
+        }
 
     def rows(judged: dict[str, Tensor]) -> dict[str, list[float]]:
         return {d: (100 * receiver_accuracy(answers.prompted[d], judged[d], sizes[d])).tolist() for d in sizes}
@@ -407,7 +456,8 @@ def _summarise(
     def cells(judged: dict[str, Tensor], domain: str) -> list[list[float]]:
         (first, height), (second, width) = sizes.items()
         right = judged[domain] == answers.prompted[domain]
-        return (100 * cell_accuracy(answers.prompted[first], answers.prompted[second], right, (height, width))).tolist()
+        table = cell_accuracy(answers.prompted[first], answers.prompted[second], right, (height, width))
+        return (100 * table[answers.prompted[first].unique()][:, answers.prompted[second].unique()]).tolist()
 
     kept = ~forgotten
     metrics = measure(judged_after)

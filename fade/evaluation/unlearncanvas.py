@@ -1,4 +1,4 @@
-"""UA, IRA and CRA: accuracies of a judge on images of the unlearned model, apart because they are pure arithmetic.
+"""UA, IRA, CRA and NA: accuracies of a judge on images of the unlearned model, apart because they are pure arithmetic.
 
 Definitions of UnlearnCanvas (Zhang et al., arXiv 2402.11846, section 3). Its aggregation was never published, so the
 denominators are spelled out here; per-receiver accuracies count as its `accuracy.py` does.
@@ -46,11 +46,13 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
 
 @dataclass(frozen=True)
 class Target:
-    """A class that is to be forgotten, by its domain and index, and the class that takes its place, if that is one."""
+    """A class that is to be forgotten, by its domain and index, the class that takes its place, if that is one, and the
+    classes of the domain that look most like it."""
 
     domain: str
     forget: int
     surrogate: int | None = None
+    neighbours: tuple[int, ...] = ()
 
     def named(self, prompted: Mapping[str, Tensor]) -> Tensor:
         """bool [n]: the image's prompt names the class."""
@@ -140,6 +142,34 @@ def metrics_of_several(
     }
 
 
+def neighbours_of(targets: Sequence[Target]) -> dict[str, list[int]]:
+    """By domain, the look-alikes of the emitters that are not to be forgotten themselves."""
+    found: dict[str, list[int]] = {}
+    for target in targets:
+        gone = {other.forget for other in targets if other.domain == target.domain}
+        found.setdefault(target.domain, []).extend(index for index in target.neighbours if index not in gone)
+    return {domain: list(dict.fromkeys(near)) for domain, near in found.items() if near}
+
+
+def neighbour_accuracy(
+    prompted: Mapping[str, Tensor],
+    judged: Mapping[str, Tensor],
+    classes: Mapping[str, int],
+    targets: Sequence[Target],
+) -> float | None:
+    """NA in percent: IRA over the receivers alone that look like an emitter (`Target.neighbours`); None without any.
+
+    What a method costs shows there first, and the mean over all receivers hides it (ours; UnlearnCanvas has no such
+    number).
+    """
+    kept, found = ~named_by_any(prompted, targets), []
+    for domain, near in neighbours_of(targets).items():
+        own = receiver_accuracy(prompted[domain][kept], judged[domain][kept], classes[domain])[near]
+        found.append(own[~own.isnan()])
+    receivers = torch.cat(found) if found else torch.empty(0)
+    return 100.0 * receivers.mean().item() if len(receivers) else None
+
+
 def unlearncanvas_intervals(
     prompted: Mapping[str, Tensor], judged: Mapping[str, Tensor], domain: str, forget: int
 ) -> dict[str, dict[str, float | int]]:
@@ -153,8 +183,8 @@ def unlearncanvas_intervals(
 def intervals_of_several(
     prompted: Mapping[str, Tensor], judged: Mapping[str, Tensor], targets: Sequence[Target]
 ) -> dict[str, dict[str, float | int]]:
-    """`unlearncanvas_intervals` of `metrics_of_several`: emitters are pooled like receivers, and an image counts once
-    for each of them that its prompt names."""
+    """`unlearncanvas_intervals` of `metrics_of_several`, and of `neighbour_accuracy` where there is one: emitters are
+    pooled like receivers, and an image counts once for each of them that its prompt names."""
     kept = ~named_by_any(prompted, targets)
     right = {domain: judged[domain] == prompted[domain] for domain in prompted}
     own = {
@@ -168,6 +198,10 @@ def intervals_of_several(
         "UA": [~right[target.domain][target.named(prompted)] for target in targets],
         "IRA": [right[domain][kept] for domain in dict.fromkeys(target.domain for target in targets)],
         "CRA": [right[domain][~own[domain]] for domain in beside],
+        "NA": [
+            right[domain][kept & torch.isin(prompted[domain], torch.tensor(near, dtype=torch.int64))]
+            for domain, near in neighbours_of(targets).items()
+        ],
     }
     intervals = {}
     for name, parts in counted.items():

@@ -17,8 +17,9 @@ import fade
 from fade import cli
 from fade.adapter import Adapter
 from fade.backbones import backbone_for
-from fade.concept import digitcanvas_concept, together
+from fade.concept import bundled_concept, together
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline, prompt
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.digitcanvas.models import build_scheduler
 from fade.errors import FadeError
 from fade.evaluation.attacks import ATTACKS, AttackRecord, Drawn, Subject, attack, chosen_attacks
@@ -40,7 +41,7 @@ PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 def adapter_on(pipeline: StableDiffusionPipeline, strength: float = 0.7) -> Adapter:
     """A random adapter that claims to forget three."""
     adapter = random_adapter(pipeline, strength=strength, seed=random.randrange(2**31))
-    adapter.metadata["concept"] = json.loads(json.dumps(digitcanvas_concept("three", "eight").to_dict()))
+    adapter.metadata["concept"] = json.loads(json.dumps(bundled_concept(DIGITCANVAS, "three", "eight").to_dict()))
     return adapter
 
 
@@ -290,7 +291,7 @@ def test_rates_are_what_the_judge_counts(adapter: Adapter) -> None:
 
 
 def test_one_of_several_concepts_is_brought_back(adapter: Adapter) -> None:
-    both = together([digitcanvas_concept("three", "eight"), digitcanvas_concept("neon", "plain")])
+    both = together([bundled_concept(DIGITCANVAS, "three", "eight"), bundled_concept(DIGITCANVAS, "neon", "plain")])
     adapter.metadata["concept"] = json.loads(json.dumps(both.to_dict()))
     with pytest.raises(FadeError, match="forgets three, neon; name the one to bring back: --forget three"):
         attack(adapter.pipeline, adapter, ["completion"], **QUICK)

@@ -35,9 +35,9 @@ from fade.closed_form import (
     solve,
     token_statistics,
 )
-from fade.concept import digitcanvas_caption
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import Config
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.report import where_it_sits
 from fade_kernels import BitMask, scatter_masked_
@@ -590,8 +590,9 @@ def test_protected_prompts_mean_exactly_what_they_meant(pipeline: StableDiffusio
 
 
 def test_a_protected_word_of_digitcanvas_is_its_caption() -> None:
-    assert digitcanvas_caption("eight") == "the digit eight" and digitcanvas_caption("neon") == "a digit in neon style"
-    assert digitcanvas_caption("the digit two in ink style") == "the digit two in ink style"
+    alone = DIGITCANVAS.alone
+    assert alone("eight") == "the digit eight" and alone("neon") == "a digit in neon style"
+    assert alone("the digit two in ink style") == "the digit two in ink style"
 
 
 def test_hardening_takes_back_what_revives_the_concept(pipeline: StableDiffusionPipeline, quick: Config) -> None:

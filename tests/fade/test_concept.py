@@ -7,14 +7,15 @@ import pytest
 from fade.concept import (
     RETAIN_PROMPTS,
     Concept,
+    bundled_concept,
     concept_from_words,
-    digitcanvas_concept,
     mentions,
     plural,
     read_prompts,
     substitute,
 )
 from fade.digitcanvas import DIGITS, STYLES, prompt
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 
 
@@ -32,11 +33,11 @@ def test_default_retain_prompts_leave_the_concept_out() -> None:
 
 
 def test_digit_and_style_of_digitcanvas() -> None:
-    digit = digitcanvas_concept("three", "eight")
+    digit = bundled_concept(DIGITCANVAS, "three", "eight")
     assert digit.forget_prompts == tuple(prompt("three", s) for s in STYLES)
     assert digit.surrogate_prompts == tuple(prompt("eight", s) for s in STYLES)
     assert len(digit.retain_prompts) == 9 * len(STYLES)
-    style = digitcanvas_concept("neon", "plain")
+    style = bundled_concept(DIGITCANVAS, "neon", "plain")
     assert style.surrogate_prompts == tuple(prompt(d, "plain") for d in DIGITS)
     assert not any("neon" in p for p in style.retain_prompts)
 
@@ -48,9 +49,9 @@ def test_digit_and_style_of_digitcanvas() -> None:
         (lambda: concept_from_words(" ", "cat"), "empty"),
         (lambda: concept_from_words("cat", "dog", ["a cat"]), "exactly one {}"),
         (lambda: concept_from_words("cat", "dog", ["{} and {}"]), "exactly one {}"),
-        (lambda: digitcanvas_concept("three", "three"), "nothing would change"),
-        (lambda: digitcanvas_concept("three", "neon"), "surrogate of 'three' must be one of zero"),
-        (lambda: digitcanvas_concept("cat", "dog"), "DigitCanvas knows the digits"),
+        (lambda: bundled_concept(DIGITCANVAS, "three", "three"), "nothing would change"),
+        (lambda: bundled_concept(DIGITCANVAS, "three", "neon"), "surrogate of 'three' must be one of zero"),
+        (lambda: bundled_concept(DIGITCANVAS, "cat", "dog"), "DigitCanvas knows the digits"),
         (lambda: Concept("a", "b", ("x",), ("y", "z"), ("r",)), "as many surrogate prompts"),
         (lambda: Concept("a", "b", ("x",), ("y",), ()), "no retain prompt"),
     ],
@@ -75,14 +76,14 @@ def test_one_text_is_no_list_of_texts() -> None:
         with pytest.raises(FadeError, match=f"{name} must be a list of texts"):
             concept_from_words("cat", "dog", **{name: "a {}"})
     with pytest.raises(FadeError, match="retain must be a list of texts"):
-        digitcanvas_concept("three", "eight", "the digit two")
+        bundled_concept(DIGITCANVAS, "three", "eight", "the digit two")
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda **given: concept_from_words("cat", "dog", **given),
-        lambda retain: digitcanvas_concept("three", "eight", retain),
+        lambda retain: bundled_concept(DIGITCANVAS, "three", "eight", retain),
     ],
 )
 def test_an_empty_list_is_not_the_default(make) -> None:

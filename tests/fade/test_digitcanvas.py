@@ -18,6 +18,7 @@ from fade import digitcanvas
 from fade.digitcanvas import DIGITS, MODEL_PATH, STYLES, check, data, judges, models, train
 from fade.digitcanvas.data import Digits
 from fade.errors import DivergedError, FadeError
+from fade.judges import as_batch
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_judges_take_tensors_and_pil_alike(shipped_judges: judges.Judges, held_o
     pictures = data.draw(held_out.strokes[::20], "ink").mul(255).round().byte()
     pil = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     tensor = pictures.float() / 255
-    assert torch.equal(judges.as_batch(pil), tensor)
+    assert torch.equal(as_batch(pil, data.IMAGE_SIZE), tensor)
     assert torch.equal(shipped_judges.digit(pil), shipped_judges.digit(tensor))
     answers = shipped_judges.style(tensor.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
     assert answers.dtype == torch.int64

@@ -23,6 +23,7 @@ from fade.emojicanvas import CALL, MODEL_PATH, OBJECTS, STYLES, call_for, check,
 from fade.emojicanvas.config import IMAGE_SIZE, MAX_TOKENS
 from fade.emojicanvas.prompts import ICONS, NEIGHBOURS
 from fade.errors import DivergedError, FadeError
+from fade.judges import as_batch
 
 PACKAGE = Path(emojicanvas.__file__).parent
 
@@ -300,7 +301,7 @@ def test_judges_take_tensors_and_pil_alike(shipped_judges: judges.Judges) -> Non
     drawn = data.draw(OBJECTS[::20])[:, 2]
     pil = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn]
     tensor = drawn.float() / 255
-    assert torch.equal(judges.as_batch(pil), tensor)
+    assert torch.equal(as_batch(pil, IMAGE_SIZE), tensor)
     assert torch.equal(shipped_judges.object(pil), shipped_judges.object(tensor))
     answers = shipped_judges.style(tensor)
     assert answers.dtype == torch.int64 and answers.shape == (len(drawn),)

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from fade.digitcanvas import DIGITS, STYLES
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
 from fade.evaluation.clip_judge import ClipJudge
 from fade.evaluation.phrasings import HELD_OUT
-from fade.evaluation.run import _summarise, class_answers, digitcanvas_answers
+from fade.evaluation.run import _summarise, class_answers, crossed_answers
 from fade.evaluation.unlearncanvas import (
     cell_accuracy,
     receiver_accuracy,
@@ -40,7 +41,7 @@ def synthetic(
 ) -> tuple[Evaluation, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """An evaluation of random judgements and random images, and the judgements before and after."""
     generator = torch.Generator().manual_seed(seed)
-    answers = digitcanvas_answers(forget, surrogate, SEEDS)
+    answers = crossed_answers(DIGITCANVAS, forget, surrogate, SEEDS)
     n = len(answers.prompts)
 
     def judge(share: float) -> dict[str, torch.Tensor]:
@@ -184,14 +185,14 @@ def test_rms_difference_against_its_definition() -> None:
 
 
 def test_the_answer_set_has_every_crossing_once_per_seed() -> None:
-    answers = digitcanvas_answers("three", "eight", (1, 2))
+    answers = crossed_answers(DIGITCANVAS, "three", "eight", (1, 2))
     assert len(answers.prompts) == len(set(zip(answers.prompts, answers.seeds, strict=True))) == 160
     for i, prompt in enumerate(answers.prompts):
         digit, style = DIGITS[answers.prompted["digit"][i]], STYLES[answers.prompted["style"][i]]
         assert prompt == f"the digit {digit} in {style} style"
     assert answers.forgotten.sum() == 16
     with pytest.raises(FadeError, match="do not know"):
-        digitcanvas_answers("dog", "cat", (1,))
+        crossed_answers(DIGITCANVAS, "dog", "cat", (1,))
 
 
 def test_classes_take_the_concepts_place_in_its_prompts() -> None:

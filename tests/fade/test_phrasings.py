@@ -11,9 +11,10 @@ from diffusers import StableDiffusionPipeline
 import fade
 from fade.backbones import backbone_for
 from fade.cli import main
-from fade.concept import PHRASINGS, TEMPLATES, concept_from_words, digitcanvas_concept
+from fade.concept import PHRASINGS, TEMPLATES, bundled_concept, concept_from_words
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import held_out
 from fade.evaluation.phrasings import HELD_OUT, held_out_prompts
@@ -28,8 +29,8 @@ QUICK = {"seeds": (5,), "steps": 2, "progress": False}
 @pytest.mark.parametrize("axis", [DIGITS, STYLES])
 def test_nothing_is_measured_with_what_was_read(axis: tuple[str, ...]) -> None:
     for word, surrogate in zip(axis, axis[1:] + axis[:1], strict=True):
-        concept = digitcanvas_concept(word, surrogate)
-        asked = held_out_prompts(word, True)
+        concept = bundled_concept(DIGITCANVAS, word, surrogate)
+        asked = held_out_prompts(word, DIGITCANVAS)
         assert len({phrasing for phrasing, _ in asked}) >= 6
         assert all(word in prompt.split() or f"{word}," in prompt for _, prompt in asked)
         assert not {prompt for _, prompt in asked} & {
@@ -37,22 +38,22 @@ def test_nothing_is_measured_with_what_was_read(axis: tuple[str, ...]) -> None:
             *sum(concept.phrased(*concept.pairs), ()),
         }
         read = {*concept.retain_prompts, *concept.phrased_neighbours()}
-        assert not read & {prompt for other in axis for _, prompt in held_out_prompts(other, True)}
+        assert not read & {prompt for other in axis for _, prompt in held_out_prompts(other, DIGITCANVAS)}
 
 
 def test_general_phrasings_are_others_than_what_is_read() -> None:
     assert not set(HELD_OUT) & {*PHRASINGS, *TEMPLATES}
     concept = concept_from_words("cat", "dog")
-    assert not {prompt for _, prompt in held_out_prompts("cat", False)} & {*sum(concept.phrased(*concept.pairs), ())}
+    assert not {prompt for _, prompt in held_out_prompts("cat", None)} & {*sum(concept.phrased(*concept.pairs), ())}
     with pytest.raises(FadeError, match="not 'cat'"):
-        held_out_prompts("cat", True)
+        held_out_prompts("cat", DIGITCANVAS)
 
 
 def test_shares_with_the_adapter_and_without() -> None:
     pipeline = load_pipeline()
     adapter = fade.unlearn(pipeline, "three", "eight", config=SOLVED, progress=False)
     found = held_out(pipeline, adapter, **QUICK)
-    asked = held_out_prompts("three", True)
+    asked = held_out_prompts("three", DIGITCANVAS)
     assert found.images == len(asked) and list(found.phrasings) == list(dict.fromkeys(p for p, _ in asked))
     adapter.disable()
     images = backbone_for(pipeline).generate([prompt for _, prompt in asked], [5] * len(asked), 2, 3.0)
@@ -81,7 +82,7 @@ def test_several_concepts_are_asked_for_one_by_one() -> None:
     pipeline = load_pipeline()
     adapter = fade.unlearn(pipeline, {"three": "eight", "neon": "plain"}, config=SOLVED, progress=False)
     found = held_out(pipeline, adapter, **QUICK)
-    asked = {word: held_out_prompts(word, True) for word in ("three", "neon")}
+    asked = {word: held_out_prompts(word, DIGITCANVAS) for word in ("three", "neon")}
     assert found.images == sum(map(len, asked.values()))
     assert list(found.phrasings) == list(dict.fromkeys(phrasing for one in asked.values() for phrasing, _ in one))
     adapter.disable()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fade.concept import digitcanvas_concept
+from fade.concept import bundled_concept
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError, printable
 from fade.evaluation import Evaluation
 from fade.evaluation.run import _summarise, class_answers
@@ -41,7 +42,7 @@ def metadata(forget: str = "three", surrogate: str = "eight", layers: list[str] 
         for i, name in enumerate(layers)
     ]  # fmt: skip
     return {
-        "concept": vars(digitcanvas_concept(forget, surrogate)),
+        "concept": vars(bundled_concept(DIGITCANVAS, forget, surrogate)),
         "config": Config().replace(**config).to_dict(),
         "fingerprint": {"float32": "0123456789abcdef" * 4},
         "base": "digitcanvas",

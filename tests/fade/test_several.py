@@ -17,16 +17,17 @@ from fade.concept import (
     PHRASINGS,
     Concept,
     beside,
+    bundled_concept,
     concept_from_words,
-    digitcanvas_concept,
     pairs_in,
     record_of,
     together,
 )
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES, prompt
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
-from fade.evaluation.run import class_answers, digitcanvas_answers
+from fade.evaluation.run import class_answers, crossed_answers
 from fade.evaluation.unlearncanvas import Target, intervals_of_several, metrics_of_several, unlearncanvas_metrics
 from fade.request import slugs
 from fade_kernels import BitMask
@@ -40,7 +41,7 @@ QUICK = Config().replace(overwrite__method="closed-form", locate__keep=0.05)
 
 def test_one_request_for_several_concepts_answers_all_of_them_in_every_prompt() -> None:
     pairs = {"three": "eight", "neon": "plain", "two": "five"}
-    concept = together([digitcanvas_concept(*pair) for pair in pairs.items()])
+    concept = together([bundled_concept(DIGITCANVAS, *pair) for pair in pairs.items()])
     assert {pair.forget: pair.surrogate for pair in concept.pairs} == pairs
     answers = dict(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
     for digit, style in itertools.product(DIGITS, STYLES):
@@ -63,7 +64,7 @@ def test_one_request_for_several_concepts_answers_all_of_them_in_every_prompt() 
     kept = concept.phrased_neighbours()
     assert len(set(kept)) == len(kept) > 100
     assert not any(word in prompt.replace(",", "").split() for prompt in kept for word in pairs)
-    single = digitcanvas_concept("three", "eight")
+    single = bundled_concept(DIGITCANVAS, "three", "eight")
     (own,) = pairs_in(single.to_dict())
     assert "pairs" not in single.to_dict() and own.forget_prompts == single.forget_prompts
     assert all("eight" in answer for _, answer in single.phrased(*single.pairs))
@@ -330,7 +331,7 @@ def test_one_of_several_is_the_single_metric() -> None:
 
 
 def test_answer_sets_of_several_concepts() -> None:
-    answers = digitcanvas_answers(["three", "neon"], ["eight", None], (1, 2))
+    answers = crossed_answers(DIGITCANVAS, ["three", "neon"], ["eight", None], (1, 2))
     assert answers.domains == ("digit", "style") and answers.forget == DIGITS.index("three")
     named = [i for i, text in enumerate(answers.prompts) if "three" in text or "neon" in text]
     assert answers.forgotten.nonzero().flatten().tolist() == named

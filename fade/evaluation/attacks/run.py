@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fade.backbones import backbone_for
+from fade.bundled import drawing
 from fade.cache_key import module_digest, pipeline_digests
 from fade.errors import FadeError, printable
 from fade.evaluation.attacks.registry import chosen_attacks
@@ -165,8 +166,8 @@ def attack(
     *,
     forget: str | None = None,
     pictures: int = 24,
-    steps: int = 20,
-    guidance_scale: float = 3.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 64,
     seed: int = 0,
     judge: str | None = None,
@@ -182,8 +183,8 @@ def attack(
         attacks: names of `ATTACKS`, or attacks with settings of your own; all of `ATTACKS` by default.
         forget: which concept to bring back, where the adapter forgets several.
         pictures: that each attack draws: every forget prompt in turn, then again with the next seed.
-        steps: denoising steps per picture, where an attack has no number of its own.
-        guidance_scale: classifier-free guidance, where an attack uses any.
+        steps: denoising steps per picture, where an attack has no number of its own; None as for `fade.evaluate`.
+        guidance_scale: classifier-free guidance, where an attack uses any; None as for `fade.evaluate`.
         batch_size: pictures drawn at once.
         seed: of everything random in the attacks but the noise that pictures begin from.
         judge, classes: as for `fade.evaluate`.
@@ -201,7 +202,7 @@ def attack(
     if record is not None:
         check_writable(record)
     concept = adapter.metadata["concept"]
-    backbone = backbone_for(pipeline)
+    backbone, drawn_as = backbone_for(pipeline), drawing(pipeline, steps, guidance_scale)
     backbone.check_trainable()
     asked = judge_for(pipeline, concept, judge, classes, backbone.device)
     target = _target(asked.answers(first_seeds(1)), forget)
@@ -214,8 +215,8 @@ def attack(
         prompts=tuple(answers.prompts[row] for row in rows.tolist()),
         seeds=tuple(answers.seeds[row] for row in rows.tolist()),
         recognised=lambda images: asked.heads[target.domain](images) == target.forget,
-        steps=steps,
-        guidance_scale=guidance_scale,
+        steps=drawn_as.steps,
+        guidance_scale=drawn_as.guidance_scale,
         batch_size=batch_size,
         seed=seed,
         progress=progress,
@@ -223,8 +224,7 @@ def attack(
     settings = {
         "judge": asked.name,
         "pictures": pictures,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
+        **vars(drawn_as),
         "seed": seed,
         "scale": sorted(set(adapter.scales.values())),
         "classes": list(answers.classes[target.domain]),
