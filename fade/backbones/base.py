@@ -108,7 +108,7 @@ class Backbone(ABC):
         checkpointing is on and would train on other answers than the denoiser gives."""
         if not self.family.checkpointing and getattr(self.denoiser, "is_gradient_checkpointing", False):
             raise FadeError(
-                f"with gradient checkpointing {type(self.denoiser).__name__} answers otherwise than without, so that "
+                f"with gradient checkpointing {type(self.denoiser).__name__} does not answer as without, so that "
                 f"training would be off; call pipeline.{self.family.component}.disable_gradient_checkpointing() first"
             )
 
@@ -305,7 +305,7 @@ class Backbone(ABC):
         latents = []
         size = 1 if self.family.one_by_one else batch_size
         starts = range(0, len(row), size)
-        with self._quiet(), self.without_encoders():
+        with self._quiet(), self.without_encoders(), self.family.guided(self, guidance_scale):
             for start in track(processes.own(starts), description, progress):
                 rows = row[start : start + size]
                 generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + size]]

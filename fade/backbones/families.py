@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fade.backbones import flux2, hidream, kandinsky5
+from fade.backbones import flux2, hidream, hunyuan_image, kandinsky5
 from fade.backbones.base import MOST_PIXELS
 from fade.backbones.flow import grid_ids, pack, rounded, unpack
 from fade.base_model import own_modules
@@ -102,6 +103,8 @@ class Family:
         unpack_result: (backbone, what the pipeline returns as latents, side in pixels) -> latents [n, C, h, w].
         negative: what guidance leads away from; None: the empty prompt.
         guidance: the guidance scale that people draw with, or a function of the backbone; 1 is none.
+        guided: (backbone, guidance scale) -> a context in which the pipeline draws at that scale, where not its call is
+            told the scale (`call`) but one of its parts has it.
         shift: of a `flow` scheduler's dynamic shift, (backbone, image tokens) -> μ; None: linear in the tokens, as the
             scheduler's config says.
         told_share: the denoiser of a `flow` is told which share u of the way to noise it is at, not the σ that the
@@ -116,7 +119,8 @@ class Family:
         refuse: raises FadeError for a denoiser of the class that is another model.
         foreign: by name, pipelines made of parts as the family's, but for another model, and what to say of them.
         checkpointing: whether gradient checkpointing leaves the denoiser's answer as it is.
-        one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding would change them.
+        one_by_one: prompts are encoded, and pictures drawn, one at a time, because padding or what else is in the batch
+            would change them.
     """
 
     name: str
@@ -138,6 +142,7 @@ class Family:
     unpack_result: Callable[[Backbone, Any, int], Tensor] = lambda backbone, latents, side: latents
     negative: Callable[[Backbone], Conditioning] | None = None
     guidance: float | Callable[[Backbone], float] = 3.0
+    guided: Callable[[Backbone, float], AbstractContextManager[None]] = lambda backbone, guidance: nullcontext()
     shift: Callable[[Backbone, int], float] | None = None
     told_share: bool = False
     multiple: Callable[[Backbone], int] = lambda backbone: backbone.pipeline.vae_scale_factor
@@ -678,6 +683,13 @@ def _targets_qwen(backbone: Backbone) -> tuple[str, ...]:
     )
 
 
+_QWEN_SEGMENT = Segment(
+    "tokenizer",
+    text=lambda pipeline, prompt: pipeline.prompt_template_encode.format(prompt),
+    skip=lambda pipeline: pipeline.prompt_template_encode_start_idx,
+)
+"""A prompt in Qwen's chat template, of which the text encoder's output leaves out the beginning."""
+
 _QWEN_EDITS = (
     "edits pictures or draws layers, so a prompt alone draws nothing: unlearn on the text-to-image model and load the "
     "adapter here with check_base=False"
@@ -718,13 +730,7 @@ QWEN_IMAGE = Family(
         "prompt": Reader(
             _named("txt_in"),
             lambda backbone, conditioning: backbone.denoiser.txt_norm(conditioning["prompt_embeds"]),
-            (
-                Segment(
-                    "tokenizer",
-                    text=lambda pipeline, prompt: pipeline.prompt_template_encode.format(prompt),
-                    skip=lambda pipeline: pipeline.prompt_template_encode_start_idx,
-                ),
-            ),
+            (_QWEN_SEGMENT,),
         )
     },
     refuse=_refuse_other_qwen,
@@ -1177,6 +1183,38 @@ KANDINSKY5 = Family(
 )  # fmt: skip
 
 
+# --- HunyuanImage 2.1 ------------------------------------------------------------------------------------------------
+
+HUNYUAN_IMAGE = Family(
+    name="HunyuanImage 2.1",
+    kind="flow",
+    pipeline="HunyuanImagePipeline",
+    denoiser="HunyuanImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"),
+    since="0.36",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=hunyuan_image.encode,
+    call=lambda backbone, conditioning, negative, guidance: {
+        **conditioning,
+        **{f"negative_{name}": value for name, value in negative.items()},
+    },
+    forward=hunyuan_image.forward,
+    guidance=hunyuan_image.guidance,
+    guided=hunyuan_image.guided,
+    resolution=_default_side,
+    targets=JOINT_PROJECTIONS,
+    # Not the embedder of quoted texts (`context_embedder_2`): most prompts quote none, and a concept is more than a
+    # text that is to be written.
+    readers={
+        "prompt": Reader(_named("context_embedder.proj_in"), _prompt, (_QWEN_SEGMENT,), mask="prompt_embeds_mask"),
+        "pooled": Reader(_named("context_embedder.time_text_embed.text_embedder.linear_1"), hunyuan_image.pooled, ()),
+    },
+    refuse=hunyuan_image.refuse,
+    checkpointing=False,  # diffusers' own function for it does not take the arguments that this denoiser gives it
+    one_by_one=True,  # one quoted text in a batch has the pipeline guide all of it otherwise
+)
+
+
 FAMILIES: tuple[Family, ...] = (
     SDXL,
     STABLE_DIFFUSION,
@@ -1194,5 +1232,6 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2,
     HIDREAM,
     KANDINSKY5,
+    HUNYUAN_IMAGE,
 )
 """Where pipelines of two families share the denoiser's class, the one with more parts, or with `classes`, first."""

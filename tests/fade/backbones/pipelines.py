@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AdaptiveProjectedMixGuidance,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -29,6 +31,8 @@ from diffusers import (
     FluxTransformer2DModel,
     HiDreamImagePipeline,
     HiDreamImageTransformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Lumina2Pipeline,
@@ -287,13 +291,14 @@ def chroma() -> ChromaPipeline:
     return pipeline
 
 
-def qwen2_vl(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+def qwen2_vl(width: int = 16, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(VOCABULARY), "hidden_size": width, "intermediate_size": 2 * width,
-                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+                "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+                "rope_parameters": rope,
                 "pad_token_id": 0, "bos_token_id": VOCABULARY["<s>"], "eos_token_id": VOCABULARY["</s>"],
             },
             vision_config={
@@ -508,4 +513,29 @@ def kandinsky5() -> Kandinsky5T2IPipeline:
     )  # fmt: skip
     pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "the painting of {} in two", 3
     pipeline.vae_scale_factor_spatial, pipeline.resolutions = 2, [(16, 16), (8, 32)]
+    return pipeline
+
+
+@family("HunyuanImage 2.1")
+def hunyuan_image() -> HunyuanImagePipeline:
+    """Of the first text encoder the layer two before the last is read."""
+    pipeline = HunyuanImagePipeline(
+        scheduler=flow_scheduler(shift=5.0),
+        vae=AutoencoderKLHunyuanImage(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+            spatial_compression_ratio=2, sample_size=16, scaling_factor=0.75,
+        ),
+        text_encoder=qwen2_vl(layers=3), tokenizer=word_tokenizer(1024, begin=False), text_encoder_2=t5(),
+        tokenizer_2=word_tokenizer(16, begin=False),
+        transformer=HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
+            num_single_layers=2, num_refiner_layers=2, mlp_ratio=2.0, text_embed_dim=16, text_embed_2_dim=32,
+            rope_axes_dim=(8, 8),
+        ),
+        guider=AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+        ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=3.5, adaptive_projected_guidance_start_step=38),
+    )  # fmt: skip
+    begin = pipeline.prompt_template_encode.split("{}")[0]
+    pipeline.prompt_template_encode_start_idx = len(pipeline.tokenizer.tokenize(begin))
+    pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length, pipeline.default_sample_size = 32, 16, 8
     return pipeline

@@ -1,7 +1,8 @@
 """What only some families have: padding in front of a prompt, templates around it, fixed sizes, routed experts, latents
-that are patches."""
+that are patches, guidance by a part of the pipeline."""
 
 import copy
+import itertools
 
 import diffusers
 import pytest
@@ -20,6 +21,7 @@ PADDING = (VOCABULARY["<pad>"], VOCABULARY["</s>"])
 CAUSAL = {
     "Z-Image": ("prompt",), "CogView4": ("prompt",), "FLUX.2": ("prompt",), "FLUX.2 klein": ("prompt",),
     "HiDream-I1": ("llama.0", "llama.1"), "Kandinsky 5": ("prompt",),
+    "HunyuanImage 2.1": ("prompt",),
 }  # fmt: skip
 """Readers of what a language model makes of a prompt, which knows of a token and those before it."""
 
@@ -138,3 +140,41 @@ def test_times_that_are_shares_are_noised_as_the_scheduler_shifts_them() -> None
     assert (there - start).abs().max() > 0.1
     back = backbone.ode(there, prompts, 40, invert=True)
     assert (back - start).norm() < 0.1 * (there - start).norm()
+
+
+QUOTED = 'a red car and "cat"'
+
+
+def test_a_picture_does_not_depend_on_a_quoted_text_beside_it() -> None:
+    """HunyuanImage 2.1 guides a batch with a quoted text by another guider."""
+    pipeline = build("HunyuanImage 2.1")
+    pipeline.ocr_guider = pipeline.ocr_guider.new(adaptive_projected_guidance_start_step=0)
+    backbone = backbone_for(pipeline)
+    prompts = ["a cat", QUOTED]
+    together = backbone.sample_latents(prompts, [0, 1], steps=3)
+    for index, prompt in enumerate(prompts):
+        alone = backbone.sample_latents([prompt], [index], steps=3)
+        torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            theirs = pipeline(
+                prompt=[prompt], num_inference_steps=3, height=16, width=16, output_type="latent",
+                generator=[torch.Generator().manual_seed(index)],
+            )[0]  # fmt: skip
+        torch.testing.assert_close(alone, theirs, rtol=1e-4, atol=1e-5)
+    unquoted = backbone.sample_latents([QUOTED.replace('"', "")], [1], steps=3)
+    assert (unquoted[0] - together[1]).abs().max() > 1e-3
+
+
+def test_the_guiders_of_a_pipeline_stay_as_they_are() -> None:
+    pipeline = build("HunyuanImage 2.1")
+    guiders = pipeline.guider, pipeline.ocr_guider
+    backbone = backbone_for(pipeline)
+    assert backbone.guidance == 3.5
+    guided = [backbone.sample_latents(["a cat"], [0], steps=2, guidance_scale=scale) for scale in (1.0, 3.5, 5.0)]
+    assert all((one - other).abs().max() > 1e-3 for one, other in itertools.pairwise(guided))
+    assert (pipeline.guider, pipeline.ocr_guider) == guiders and pipeline.guider.guidance_scale == 3.5
+    pipeline.guider = pipeline.ocr_guider = None
+    assert backbone.guidance == 1.0
+    torch.testing.assert_close(backbone.sample_latents(["a cat"], [0], steps=2), guided[0])
+    torch.testing.assert_close(backbone.sample_latents(["a cat"], [0], steps=2, guidance_scale=5.0), guided[2])
+    assert pipeline.guider is pipeline.ocr_guider is None

@@ -1,0 +1,84 @@
+"""HunyuanImage 2.1: a second text encoder for quoted texts, a guidance scale that parts of the pipeline have."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fade.conditioning import Conditioning, Rows
+from fade.errors import FadeError
+
+if TYPE_CHECKING:
+    from fade.backbones.base import Backbone
+
+NAMES = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+"""What the pipeline encodes a prompt to; its call takes each by the same name."""
+
+
+def encode(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Rows]:
+    return dict(zip(NAMES, pipeline.encode_prompt(prompts, device, len(prompts)), strict=True))
+
+
+def forward(backbone: Backbone, noised: Tensor, times: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+    return {
+        "hidden_states": noised,
+        "timestep": (1000 * times).to(noised.device, noised.dtype),
+        "encoder_hidden_states": conditioning["prompt_embeds"],
+        "encoder_attention_mask": conditioning["prompt_embeds_mask"],
+        "encoder_hidden_states_2": conditioning["prompt_embeds_2"],
+        "encoder_attention_mask_2": conditioning["prompt_embeds_mask_2"],
+    }
+
+
+def pooled(backbone: Backbone, conditioning: Conditioning) -> Tensor:
+    """The mean of a prompt's tokens, as the denoiser takes it."""
+    embeddings, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"][..., None].float()
+    return ((embeddings * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).to(embeddings.dtype)
+
+
+def guidance(backbone: Backbone) -> float:
+    """The scale of the pipeline's guider; without one it draws without guidance."""
+    guider = backbone.pipeline.guider
+    return 1.0 if guider is None or not guider._enabled else guider.guidance_scale
+
+
+@contextlib.contextmanager
+def guided(backbone: Backbone, scale: float) -> Iterator[None]:
+    """The pipeline with copies of its guiders that have this scale. The one for prompts with quoted texts may be
+    missing: such prompts are guided by the other then."""
+    from diffusers import AdaptiveProjectedMixGuidance
+
+    pipeline = backbone.pipeline
+    before = pipeline.guider, pipeline.ocr_guider
+    guider = pipeline.guider or AdaptiveProjectedMixGuidance()
+    for_quotes = pipeline.ocr_guider or guider
+    try:
+        pipeline.guider, pipeline.ocr_guider = _at(scale, guider), _at(scale, for_quotes)
+        yield
+    finally:
+        pipeline.guider, pipeline.ocr_guider = before
+
+
+def _at(scale: float, guider: Any) -> Any:
+    guider = copy.copy(guider)
+    guider.guidance_scale = scale
+    if scale == 1:
+        guider.disable()
+    else:
+        guider.enable()
+    return guider
+
+
+def refuse(backbone: Backbone) -> None:
+    """Raises FadeError for the model that was distilled to few steps."""
+    if backbone.denoiser.config.use_meanflow or backbone.denoiser.config.guidance_embeds:
+        raise FadeError(
+            "this is the distilled HunyuanImage 2.1, which predicts the mean velocity between two times (MeanFlow) "
+            "instead of the velocity trained here: unlearn on the model that it was distilled from and load the "
+            "adapter here with check_base=False"
+        )
