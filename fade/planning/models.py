@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fade import bundled
 from fade.backbones import Backbone, backbone_for
 from fade.errors import FadeError
 from fade.files import atomic_write
@@ -62,15 +63,11 @@ def describe(model: str) -> Description:
 
     Raises FadeError listing the shipped names for one that is unknown, and for a folder without configurations.
     """
-    from fade.digitcanvas import MODEL_PATH as DIGITCANVAS
-    from fade.emojicanvas import MODEL_PATH as EMOJICANVAS
-
-    bundled = {"digitcanvas": DIGITCANVAS, "emojicanvas": EMOJICANVAS}
     path = Path(model).expanduser()
     if path.exists():
         return _of_folder(path.resolve().name, path)
-    if model.lower() in bundled:
-        return _of_folder(model.lower(), bundled[model.lower()])
+    if (name := model.lower()) in bundled.PACKAGES:
+        return _of_folder(name, bundled.model(name).path)
     known = shipped()
     if model.lower() in known:
         return _of_file(known[model.lower()])
@@ -78,7 +75,7 @@ def describe(model: str) -> Description:
         if model in json.loads(file.read_text(encoding="utf-8"))["hub"]:
             return _of_file(file)
     raise FadeError(
-        f"there is no model {model!r} to plan: give a diffusers folder, {' or '.join(bundled)}, or one of those whose "
+        f"there is no model {model!r} to plan: give a diffusers folder, {' or '.join(bundled.PACKAGES)}, or one of those whose "
         f"configurations are known: {', '.join(known)}"
     )
 
