@@ -139,7 +139,7 @@ def same(ours: Located, theirs: Located) -> bool:
     [
         ("Qwen-Image", "distillation", "element", False),
         ("Stable Diffusion 1.x/2.x", "contrast", "element", True),
-        ("FLUX.1", "contrast", "element", False),  # whose layers have regions
+        ("FLUX.2 klein", "denoising", "element", False),  # whose layers have regions
         ("PixArt-Sigma", "random", "element", False),
         ("PixArt-Sigma", "denoising", "tile", False),
         ("PixArt-Sigma", "denoising", "channel", False),
