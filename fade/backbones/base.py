@@ -1,7 +1,7 @@
 """What the two stages need of a pipeline, whatever its family: prompts encoded, pictures encoded and decoded, latents
 noised, the denoiser asked, latents drawn by the pipeline itself.
 
-`ddpm.py` and `flow.py` say what a time is and how it noises; `families.py` says what differs from family to family.
+`ddpm.py` and `flow.py` say what a time is and how it noises; `families/` says what differs from family to family.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from fade.backbones import Backbone, backbone_for
-from fade.backbones.flux2 import STEPS
+from fade.backbones.families.flux2 import STEPS
 from fade.errors import FadeError
 
 from .pipelines import build

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fade.backbones.families.descriptor import JOINT_PROJECTIONS, Family, Reader
+from fade.backbones.families.qwen_image import SEGMENT
+from fade.backbones.families.shared import default_side, named, prompt_states
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
 
@@ -82,3 +85,33 @@ def refuse(backbone: Backbone) -> None:
             "instead of the velocity trained here: unlearn on the model that it was distilled from and load the "
             "adapter here with check_base=False"
         )
+
+
+HUNYUAN_IMAGE = Family(
+    name="HunyuanImage 2.1",
+    kind="flow",
+    pipeline="HunyuanImagePipeline",
+    denoiser="HunyuanImageTransformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"),
+    since="0.36",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=encode,
+    call=lambda backbone, conditioning, negative, guidance: {
+        **conditioning,
+        **{f"negative_{name}": value for name, value in negative.items()},
+    },
+    forward=forward,
+    guidance=guidance,
+    guided=guided,
+    resolution=default_side,
+    targets=JOINT_PROJECTIONS,
+    # Not the embedder of quoted texts (`context_embedder_2`): most prompts quote none, and a concept is more than a
+    # text that is to be written.
+    readers={
+        "prompt": Reader(named("context_embedder.proj_in"), prompt_states, (SEGMENT,), mask="prompt_embeds_mask"),
+        "pooled": Reader(named("context_embedder.time_text_embed.text_embedder.linear_1"), pooled, ()),
+    },
+    refuse=refuse,
+    checkpointing=False,  # diffusers' own function for it does not take the arguments that this denoiser gives it
+    one_by_one=True,  # one quoted text in a batch has the pipeline guide all of it otherwise
+)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fade.backbones.families.descriptor import Family, Reader, Segment
+from fade.backbones.families.shared import named, pooled_states
 from fade.base_model import own_modules
 from fade.conditioning import Conditioning, Rows
 
@@ -99,3 +101,55 @@ def _routed(self: nn.Module, x: Tensor, experts: Tensor, weights: Tensor) -> Ten
             tokens = rows // self.num_activated_experts
             total = total.index_add(0, tokens, (expert(x[tokens]) * weights[rows]).to(total.dtype))
     return total
+
+
+def readers(backbone: Backbone) -> dict[str, Reader]:
+    """T5, the pooled states of both CLIPs, and each layer of Llama that is read: the closed form solves for each apart,
+    and holds some matrices of the width of its states for each."""
+
+    def of_layer(layer: int, projections: tuple[str, ...]) -> Reader:
+        return Reader(
+            named(*projections),
+            lambda backbone, conditioning: conditioning["prompt_embeds_llama3"][:, layer],
+            (Segment("tokenizer_4", padded_before=padded_before("tokenizer_4")),),
+        )
+
+    last = len(backbone.denoiser.caption_projection) - 1
+    return {
+        "prompt": Reader(
+            named(f"caption_projection.{last}.linear"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_t5"],
+            (Segment("tokenizer_3"),),
+        ),
+        "pooled": Reader(named("p_embedder.pooled_embedder.linear_1"), pooled_states, ()),
+        **{f"llama.{layer}": of_layer(layer, names) for layer, names in llama_layers(backbone).items()},
+    }
+
+
+HIDREAM = Family(
+    name="HiDream-I1",
+    kind="flow",
+    pipeline="HiDreamImagePipeline",
+    denoiser="HiDreamImageTransformer2DModel",
+    parts=(
+        "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3",
+        "tokenizer_3", "text_encoder_4", "tokenizer_4", "transformer",
+    ),
+    since="0.34",
+    encoders=(
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+        "text_encoder_4", "tokenizer_4",
+    ),
+    encode=encode,
+    call=call,
+    forward=forward,
+    output=lambda backbone, output, noised: -output[0],
+    guidance=5.0,
+    shift=shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    sides=side,
+    resolution=lambda backbone: side(backbone)[0],
+    targets=("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t"),
+    readers=readers,
+    prepare=let_gradients_through_experts,
+)  # fmt: skip

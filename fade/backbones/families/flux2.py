@@ -3,11 +3,14 @@ columns; prompts are the states of several layers of a language model, side by s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fade.backbones.families.descriptor import Family, Reader, Segment, Vae
+from fade.backbones.families.shared import named, prompt_states
 from fade.backbones.flow import pack, rounded, unpack
 from fade.conditioning import Conditioning, Rows
 
@@ -134,3 +137,50 @@ def padded_before(pipeline: Any) -> int:
     """Padding is where the tokenizer, or the processor's tokenizer, puts it."""
     tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
     return TEXT_LENGTH if tokenizer.padding_side == "left" else 1
+
+
+FLUX2 = Family(
+    name="FLUX.2",
+    kind="flow",
+    pipeline="Flux2Pipeline",
+    denoiser="Flux2Transformer2DModel",
+    parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
+    since="0.36",
+    encode=encode,
+    call=call_dev,
+    forward=forward,
+    output=output,
+    unpack_result=unpack_result,
+    guidance=4.0,
+    shift=shift,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor,
+    resolution=lambda backbone: backbone.pipeline.vae.config.sample_size,
+    vae=Vae(normalise=normalise, denormalise=denormalise),
+    targets=targets,
+    readers={
+        "prompt": Reader(
+            named("context_embedder"),
+            prompt_states,
+            (Segment("tokenizer", tokens=tokens_dev, padded_before=padded_before),),
+        )
+    },
+)
+
+
+FLUX2_KLEIN = dataclasses.replace(
+    FLUX2,
+    name="FLUX.2 klein",
+    pipeline="Flux2KleinPipeline",
+    classes={"text_encoder": "Qwen3ForCausalLM"},
+    kept=("is_distilled",),
+    since="0.37",
+    call=call_klein,
+    guidance=guidance_klein,
+    readers={
+        "prompt": Reader(
+            named("context_embedder"),
+            prompt_states,
+            (Segment("tokenizer", text=text_klein, padded_before=padded_before),),
+        )
+    },
+)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fade.backbones.families.descriptor import Family, Reader, Segment
+from fade.backbones.families.shared import SCALED, named, stacked
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
 
@@ -27,10 +29,6 @@ def text(pipeline: Any, prompt: str) -> str:
     from diffusers.pipelines.kandinsky5.pipeline_kandinsky_t2i import prompt_clean
 
     return pipeline.prompt_template.format(prompt_clean(prompt))
-
-
-def stacked(rows: Rows) -> Tensor:
-    return rows if isinstance(rows, Tensor) else torch.stack(rows)
 
 
 def call(backbone: Backbone, conditioning: Conditioning, negative: Conditioning, guidance: float) -> dict[str, Any]:
@@ -78,3 +76,40 @@ def refuse(backbone: Backbone) -> None:
             "this Kandinsky 5 needs a picture beside the prompt (visual_cond=True), so a prompt alone draws nothing: "
             "unlearn on the text-to-image model"
         )
+
+
+KANDINSKY5 = Family(
+    name="Kandinsky 5",
+    kind="flow",
+    pipeline="Kandinsky5T2IPipeline",
+    denoiser="Kandinsky5Transformer3DModel",
+    parts=("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler"),
+    classes={"vae": "AutoencoderKL"},  # not a video's
+    since="0.36",
+    encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    encode=encode,
+    call=call,
+    forward=forward,
+    output=lambda backbone, output, noised: channels_first(output),
+    unpack_result=lambda backbone, latents, side: channels_first(latents),
+    guidance=3.5,
+    multiple=lambda backbone: 2 * backbone.pipeline.vae_scale_factor_spatial,
+    sides=sides,
+    resolution=lambda backbone: sides(backbone)[0],
+    vae=SCALED,
+    targets=("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
+    readers={
+        "prompt": Reader(
+            named("text_embeddings.in_layer"),
+            lambda backbone, conditioning: stacked(conditioning["prompt_embeds_qwen"]),
+            (Segment("tokenizer", text=text, skip=lambda pipeline: pipeline.prompt_template_encode_start_idx),),
+        ),
+        "pooled": Reader(
+            named("pooled_text_embeddings.in_layer"),
+            lambda backbone, conditioning: conditioning["prompt_embeds_clip"][:, None],
+            (),
+        ),
+    },
+    refuse=refuse,
+    one_by_one=True,
+)
