@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUANTISED := $(VENV)/quantised
+QUANTISED_TESTS := tests/fade/test_quantised.py
 EXTENSION := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: demo test asan lint bench setup clean
@@ -27,8 +29,16 @@ demo: $(READY)
 
 # A process for each core, each with one thread: threads that wait for one another cost more than they bring on tensors
 # as small as the tests'.
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+test: $(READY) $(QUANTISED)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --ignore $(QUANTISED_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest -q -n auto $(QUANTISED_TESTS)
+
+# The libraries of quantised bases lie apart and are there for their own tests alone: diffusers and PEFT import whatever
+# of them they find, three seconds in every process.
+$(QUANTISED)/.ready: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(QUANTISED) \
+		"bitsandbytes>=0.49" "torchao>=0.17" "gguf>=0.17" "optimum-quanto>=0.2.7"
+	@touch $@
 
 # In a folder of its own, with copies of what it runs, so that nothing takes the ordinary extension for this one or the
 # other way round. libstdc++ is loaded first, too, or the sanitizer does not find what throws exceptions.
