@@ -35,7 +35,9 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
     once. `host` is what host memory has for accumulators, None: enough."""
     room = budget - (CUDA_CONTEXT if run.on_gpu else 0)
     column = run.column(dtype)
-    over = {phase for phase, peaks in column.peaks.items() if peaks[mode(False)] > room}
+    data = run.config.data
+    unread = {"encode pictures"} if data.forget_images is None and data.retain_images is None else set()
+    over = {phase for phase, peaks in column.peaks.items() if phase not in unread and peaks[mode(False)] > room}
     if not over:
         return Advice(dtype, budget, True, (), {})
     changes: list[str] = []
