@@ -134,6 +134,8 @@ def _unlearn(
         layers = target_layers(backbone.denoiser, config.locate.targets)
         regions = target_regions(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
+        if config.gradient_checkpointing:
+            backbone.check_checkpointing()
         if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
                 "the closed form changes layers that read the prompt alone, and there is none among the targets; "
@@ -162,6 +164,8 @@ def _unlearn(
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
         for module in _modules(pipeline):
             resources.enter_context(evaluation_mode(module))
+        if config.gradient_checkpointing:
+            resources.enter_context(backbone.gradient_checkpointing())
         return _run(backbone, concept, config, layers, regions, digests, folder, name, progress)
 
 

@@ -1,5 +1,5 @@
-"""What the text encoders of a family make of a prompt, as shapes: known from configurations alone, without a tokenizer's
-files or a weight.
+"""What the text encoders of a family make of a prompt, as shapes: known from configurations alone, without a
+tokenizer's files or a weight.
 
 Apart from the descriptors because only planning asks, and no weights are there to ask instead. A test compares every
 family's with what its encoders return.

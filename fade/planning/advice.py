@@ -53,6 +53,7 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
             found, checkpointed = _trained(run, dtype, left)
             settings |= found
             if checkpointed:
+                settings["gradient_checkpointing"] = True
                 changes.append("gradient checkpointing (--gradient-checkpointing)")
             if found:
                 changes.append(
@@ -63,8 +64,9 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
         if "locate" in over:
             found, told, checkpointed = _located(run, dtype, left, host if host is not None else 2**63)
             settings |= found
-            if checkpointed and not any("checkpointing" in change for change in changes):
-                changes.insert(0, "gradient checkpointing (--gradient-checkpointing)")
+            if checkpointed and "gradient_checkpointing" not in settings:
+                settings["gradient_checkpointing"] = True
+                changes.append("gradient checkpointing (--gradient-checkpointing)")
             changes += told
     except _Blocked as blocked:
         return Advice(dtype, budget, False, tuple(changes), settings, str(blocked))

@@ -96,7 +96,7 @@ class Passes:
                 slices = {name: region.slices for name, region in regions.items()}
                 return GradientMagnitude(_within(self.backbone.denoiser, layers), regions=slices)
 
-            with self._checkpointing(checkpointing):
+            with self.backbone.gradient_checkpointing() if checkpointing else contextlib.nullcontext():
                 return self._measure(count, watched, differentiated=checkpointing and stage == "locate")
 
         return self._once((stage, count, checkpointing), run)
@@ -131,17 +131,6 @@ class Passes:
                     F.mse_loss(predicted.float(), taught.float()).backward()
         timeline.end()
         return peak(unrolled(timeline, runs))
-
-    @contextlib.contextmanager
-    def _checkpointing(self, on: bool) -> Iterator[None]:
-        denoiser = self.backbone.denoiser
-        if on:
-            denoiser.enable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            if on:
-                denoiser.disable_gradient_checkpointing()
 
 
 def resident(module: nn.Module) -> list[Tensor]:
