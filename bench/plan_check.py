@@ -73,14 +73,20 @@ def sdxl_shaped(folder: Path, device: str = "cpu") -> Any:
     whole, own = describe("sdxl"), load_pipeline()
     parts = {name: (library, cls, dict(config)) for name, (library, cls, config) in whole.parts.items()}
     parts["unet"][2].update(
-        block_out_channels=[128, 256, 512], attention_head_dim=[2, 4, 8], cross_attention_dim=512,
+        block_out_channels=[128, 256, 512],
+        attention_head_dim=[2, 4, 8],
+        cross_attention_dim=512,
         projection_class_embeddings_input_dim=6 * 256 + 256,
     )
     parts["vae"][2].update(block_out_channels=[32, 32, 32, 32])
     for name in ("text_encoder", "text_encoder_2"):
         parts[name][2].update(
-            vocab_size=len(own.tokenizer), hidden_size=256, projection_dim=256, intermediate_size=512,
-            num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(own.tokenizer),
+            hidden_size=256,
+            projection_dim=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
             max_position_embeddings=own.text_encoder.config.max_position_embeddings,
         )
     tokenizers = {"model_max_length": own.tokenizer.model_max_length}
@@ -111,8 +117,13 @@ def run_case(name: str, device: str) -> dict[str, Any]:
 
     def run(pipeline: Any, config: fade.Config) -> Any:
         return fade.unlearn(
-            pipeline, "three", "eight", templates=["a {}", "a handwritten {}"], retain=["a two", "a four"],
-            config=config, progress=False,
+            pipeline,
+            "three",
+            "eight",
+            templates=["a {}", "a handwritten {}"],
+            retain=["a two", "a four"],
+            config=config,
+            progress=False,
         )
 
     # Everything that either method imports, with no model left afterwards.
@@ -160,11 +171,11 @@ def main() -> None:
             ratio = bytes_of["planned"] / bytes_of["measured"]
             rows.append({"case": name, "stage": stage, **bytes_of, "ratio": round(ratio, 3)})
             print(json.dumps(rows[-1]), flush=True)
-    table = [
-        [f"{row['case']}: {row['stage']}", *(f"{row[kind] / 1e6:.1f}" for kind in ("planned", "measured")), row["ratio"]]
-        for row in rows
-    ]
-    print_table(["case", "planned MB", "measured MB", "ratio"], [[str(cell) for cell in row] for row in table])
+    table = []
+    for row in rows:
+        sizes = [f"{row[kind] / 1e6:.1f}" for kind in ("planned", "measured")]
+        table.append([f"{row['case']}: {row['stage']}", *sizes, str(row["ratio"])])
+    print_table(["case", "planned MB", "measured MB", "ratio"], table)
     write_json(arguments.output, {"environment": environment(), "tolerance": TOLERANCE, "rows": rows})
     far = [row for row in rows if row["measured"] >= LEAST and abs(row["ratio"] - 1) > TOLERANCE]
     if far:

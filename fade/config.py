@@ -246,6 +246,9 @@ class Config:
     locate: LocateConfig = field(default_factory=LocateConfig)
     overwrite: OverwriteConfig = field(default_factory=OverwriteConfig)
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
+    gradient_checkpointing: bool = False
+    """Compute the denoiser's activations again in the backward pass instead of keeping them: about a third more time
+    for much less memory (`fade plan` says how much)."""
     seed: int = 0
     """Seeds sampling, noise, timesteps and the adapter's initial values."""
 

@@ -143,6 +143,8 @@ def _unlearn(
         layers = target_layers(backbone.denoiser, config.locate.targets)
         regions = target_regions(backbone.denoiser, config.locate.targets)
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
+        if config.gradient_checkpointing:
+            backbone.check_checkpointing()
         if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
                 "the closed form changes layers that read the prompt alone, and there is none among the targets; "
@@ -179,6 +181,8 @@ def _unlearn(
             folder = resources.enter_context(open_run_folder(path, request, backbone, overwrite, resume))
         for module in _modules(pipeline):
             resources.enter_context(evaluation_mode(module))
+        if config.gradient_checkpointing:
+            resources.enter_context(backbone.gradient_checkpointing())
         return _run(backbone, concept, config, layers, regions, digests, folder, name, progress)
 
 
@@ -304,6 +308,9 @@ def _run(
                     pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
                     retain, latents = list(concept.retain_prompts), None
                     if config.needs_latents:
+                        if config.data.forget_images is None and not (folder and folder.resumed):
+                            # Before anything is drawn for prompts that say nothing.
+                            _refuse_unread(_encoded(backbone, pairs), pairs)
                         latents = prepare_latents(
                             backbone, concept, config.data, config.seed, next(iter(digests.values())),
                             folder and folder.latents_file, progress,
@@ -591,10 +598,25 @@ def _encode(
 ) -> EncodedPrompts:
     """Every prompt of the run, encoded once, or as an interrupted run kept them. Raises FadeError where a concept does
     not reach the text encoder."""
-    prompts = sorted({*(prompt for pair in pairs for prompt in pair), *retain})
+    prompts = _names(pairs, retain)
     encoded = None if folder is None else folder.prompts_before(prompts, backbone)
     if encoded is None:
-        encoded = EncodedPrompts(prompts, backbone.encode_prompts(prompts))
+        encoded = _encoded(backbone, pairs, retain)
+    _refuse_unread(encoded, pairs)
+    return encoded
+
+
+def _names(pairs: Sequence[tuple[str, str]], retain: Sequence[str]) -> list[str]:
+    return sorted({*(prompt for pair in pairs for prompt in pair), *retain})
+
+
+def _encoded(backbone: Backbone, pairs: Sequence[tuple[str, str]], retain: Sequence[str] = ()) -> EncodedPrompts:
+    prompts = _names(pairs, retain)
+    return EncodedPrompts(prompts, backbone.encode_prompts(prompts))
+
+
+def _refuse_unread(encoded: EncodedPrompts, pairs: Sequence[tuple[str, str]]) -> None:
+    """Raises FadeError where a concept does not reach the text encoder."""
     for forget, surrogate in set(pairs):
         if encoded[forget].equal(encoded[surrogate]):
             shown = forget if len(forget) <= 60 else f"{forget[:60]}…"
@@ -602,7 +624,6 @@ def _encode(
                 f"the text encoder reads the prompt {shown!r} and its surrogate as the same; if they are longer than "
                 "the tokens it takes, shorten the template so that the concept is among them"
             )
-    return encoded
 
 
 @contextlib.contextmanager

@@ -112,6 +112,27 @@ class Backbone(ABC):
                 f"training would be off; call pipeline.{self.family.component}.disable_gradient_checkpointing() first"
             )
 
+    def check_checkpointing(self) -> None:
+        """Raises FadeError where gradient checkpointing would change the denoiser's answer, or is not there."""
+        if not self.family.checkpointing or not getattr(self.denoiser, "_supports_gradient_checkpointing", False):
+            raise FadeError(
+                f"{self.family.name} cannot be trained with gradient checkpointing, with which "
+                f"{type(self.denoiser).__name__} answers otherwise or not at all; leave it out"
+            )
+
+    @contextlib.contextmanager
+    def gradient_checkpointing(self) -> Iterator[None]:
+        """Gradient checkpointing on meanwhile. Raises FadeError as `check_checkpointing`."""
+        self.check_checkpointing()
+        if self.denoiser.is_gradient_checkpointing:
+            yield
+            return
+        self.denoiser.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.denoiser.disable_gradient_checkpointing()
+
     # --- sizes -------------------------------------------------------------------------------------------------------
 
     @property

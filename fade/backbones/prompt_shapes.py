@@ -1,5 +1,5 @@
-"""What the text encoders of a family make of a prompt, as shapes: known from configurations alone, without a tokenizer's
-files or a weight.
+"""What the text encoders of a family make of a prompt, as shapes: known from configurations alone, without a
+tokenizer's files or a weight.
 
 Apart from the descriptors because only planning asks, and no weights are there to ask instead. A test compares every
 family's with what its encoders return.
@@ -24,7 +24,7 @@ WORDS = 64
 """Tokens of a prompt that keeps its own length, with what the pipeline puts around it."""
 
 MASKS = ("prompt_attention_mask",)
-"""Tensors that hold no numbers but which tokens are words; they take as many bytes as integers do."""
+"""Tensors that say which tokens are words: integers, but of one family numbers, which its denoiser multiplies."""
 
 
 def _clip_length(backbone: Backbone) -> int:
@@ -93,6 +93,7 @@ PROMPT_SHAPES: Mapping[str, Callable[[Backbone], dict[str, Shape]]] = {
 """By family, each tensor of a conditioning without its first dimension, the prompt's."""
 
 READS_LENGTHS = ("Lumina 2",)
+NUMBERS_AS_MASKS = ("Chroma",)
 
 ASKED_TWICE = ("Qwen-Image", "FLUX.1", "FLUX.2 klein", "Kandinsky 5")
 """Families whose pipelines, guided, ask the denoiser twice in turn, and not once about a batch of both."""
@@ -112,7 +113,8 @@ def on_meta(backbone: Backbone, count: int) -> Conditioning:
         if name in MASKS:
             # One family's denoiser reads from the mask how long a text is.
             where = "cpu" if backbone.family.name in READS_LENGTHS else "meta"
-            tensors[name] = torch.ones(count, *shape, dtype=torch.int64, device=where)
+            kind = backbone.dtype if backbone.family.name in NUMBERS_AS_MASKS else torch.int64
+            tensors[name] = torch.ones(count, *shape, dtype=kind, device=where)
         elif backbone.family.name in OWN_LENGTHS and len(shape) > 1:
             tensors[name] = tuple(torch.empty(shape, dtype=backbone.dtype, device="meta") for _ in range(count))
         else:

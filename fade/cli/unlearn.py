@@ -179,6 +179,10 @@ def unlearn(
             f"stochastically rounded weight. Default {OVERWRITE.training_mode}.",
         ),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory for more time: fade plan MODEL says how much."),
+    ] = False,
     seed: Seed = None,
     config: Annotated[
         Path | None,
@@ -220,6 +224,7 @@ def unlearn(
         overwrite__training_mode=training_mode,
         closed_form__protect=protect or None,
         closed_form__hardening=hardening,
+        gradient_checkpointing=gradient_checkpointing or None,
         seed=seed,
     )
     refuse_ignored(

@@ -35,7 +35,9 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
     once. `host` is what host memory has for accumulators, None: enough."""
     room = budget - (CUDA_CONTEXT if run.on_gpu else 0)
     column = run.column(dtype)
-    over = {phase for phase, peaks in column.peaks.items() if peaks[mode(False)] > room}
+    data = run.config.data
+    unread = {"encode pictures"} if data.forget_images is None and data.retain_images is None else set()
+    over = {phase for phase, peaks in column.peaks.items() if phase not in unread and peaks[mode(False)] > room}
     if not over:
         return Advice(dtype, budget, True, (), {})
     changes: list[str] = []
@@ -51,6 +53,7 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
             found, checkpointed = _trained(run, dtype, left)
             settings |= found
             if checkpointed:
+                settings["gradient_checkpointing"] = True
                 changes.append("gradient checkpointing (--gradient-checkpointing)")
             if found:
                 changes.append(
@@ -61,8 +64,9 @@ def advise(run: Run, dtype: Dtype, budget: int, host: int | None = None) -> Advi
         if "locate" in over:
             found, told, checkpointed = _located(run, dtype, left, host if host is not None else 2**63)
             settings |= found
-            if checkpointed and not any("checkpointing" in change for change in changes):
-                changes.insert(0, "gradient checkpointing (--gradient-checkpointing)")
+            if checkpointed and "gradient_checkpointing" not in settings:
+                settings["gradient_checkpointing"] = True
+                changes.append("gradient checkpointing (--gradient-checkpointing)")
             changes += told
     except _Blocked as blocked:
         return Advice(dtype, budget, False, tuple(changes), settings, str(blocked))

@@ -141,7 +141,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 def _kept_wide(module: nn.Module) -> tuple[str, ...]:
     """What stays in float32 where the rest is in bfloat16: diffusers keeps all that a class names, transformers in
     float16 only, unless it is named strictly."""
-    name = "_keep_in_fp32_modules_strict" if type(module).__module__.startswith("transformers") else "_keep_in_fp32_modules"
+    of_transformers = type(module).__module__.startswith("transformers")
+    name = "_keep_in_fp32_modules_strict" if of_transformers else "_keep_in_fp32_modules"
     return tuple(getattr(module, name, None) or ())
 
 
@@ -240,8 +241,8 @@ class Run:
 
     @cached_property
     def systems(self) -> tuple[int, int, int]:
-        """Bytes of the closed form's equations (`fade.closed_form.NormalEquations`, float64), and the most that choosing
-        entries and that solving takes beside them. Zeros where nothing is solved."""
+        """Bytes of the closed form's equations (`fade.closed_form.NormalEquations`, float64), and the most that
+        choosing entries and that solving takes beside them. Zeros where nothing is solved."""
         if not self.config.uses_closed_form:
             return 0, 0, 0
         entries: dict[tuple[str, int], int] = {}
@@ -293,15 +294,12 @@ class Run:
     def drawn_at_once(self) -> int:
         """Latents in a pass of the denoiser while latents are sampled, those without a prompt (guidance) included."""
         data, family = self.config.data, self.model.backbone.family
-        if family.one_by_one:
-            count = 1
-        else:
-            count = min(data.batch_size, max(data.forget_samples, data.retain_samples))
+        count = 1 if family.one_by_one else min(data.batch_size, max(data.forget_samples, data.retain_samples))
         once = self.model.backbone.tells_guidance or family.name in ASKED_TWICE
         return count if once else 2 * count
 
     def step_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
-        """Activations of a training step, or of the teacher's pass over several steps' latents where that takes more."""
+        """Activations of a training step, or of the teacher's pass over several steps' latents if that takes more."""
         passes, count = self.model.passes(dtype), self.step_latents
         student = passes.student("overwrite", count, checkpointing, self.layers, self.regions, self.adapter)
         return max(student, passes.frozen(count * (TEACHER_BATCHES if self.config.overwrite.pool else 1)))

@@ -96,7 +96,7 @@ class Passes:
                 slices = {name: region.slices for name, region in regions.items()}
                 return GradientMagnitude(_within(self.backbone.denoiser, layers), regions=slices)
 
-            with self._checkpointing(checkpointing):
+            with self.backbone.gradient_checkpointing() if checkpointing else contextlib.nullcontext():
                 return self._measure(count, watched, differentiated=checkpointing and stage == "locate")
 
         return self._once((stage, count, checkpointing), run)
@@ -111,7 +111,7 @@ class Passes:
         noised = torch.empty(count, *self.latent, dtype=backbone.dtype, device="meta")
         times, taught = backbone.times(torch.zeros(count)).to("meta"), torch.empty_like(noised)
         prompts = on_meta(backbone, count)
-        there = [*tensors(denoiser), noised, times, taught, *prompts.tensors().values()]
+        there = [*resident(denoiser), noised, times, taught, *prompts.tensors().values()]
         if differentiated:  # as `fade.saliency` has it under checkpointing
             for tensor in (noised, *prompts.tensors().values()):
                 tensor.requires_grad_(tensor.is_floating_point())
@@ -132,16 +132,15 @@ class Passes:
         timeline.end()
         return peak(unrolled(timeline, runs))
 
-    @contextlib.contextmanager
-    def _checkpointing(self, on: bool) -> Iterator[None]:
-        denoiser = self.backbone.denoiser
-        if on:
-            denoiser.enable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            if on:
-                denoiser.disable_gradient_checkpointing()
+
+def resident(module: nn.Module) -> list[Tensor]:
+    """What a module holds: parameters, buffers, and tables of positions that some keep beside them."""
+    found = list(tensors(module))
+    for part in module.modules():
+        for value in vars(part).values():
+            values = value if isinstance(value, list | tuple) else (value,)
+            found += [one for one in values if isinstance(one, Tensor)]
+    return found
 
 
 def _within(denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

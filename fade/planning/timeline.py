@@ -91,9 +91,7 @@ def _called_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
                 _results.clear()
             _results[key] = tuple(one if one is None else (one.shape, one.stride(), one.dtype) for one in outputs)
         return result
-    outputs = tuple(
-        one if one is None else torch.empty_strided(*one[:2], dtype=one[2], device="meta") for one in known
-    )
+    outputs = tuple(one if one is None else torch.empty_strided(*one[:2], dtype=one[2], device="meta") for one in known)
     return outputs if len(schema.returns) > 1 else outputs[0]
 
 

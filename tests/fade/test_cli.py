@@ -29,7 +29,7 @@ from fade.loading import load_model
 from .adapters import random_adapter
 from .conftest import denoise, same_bits, weights
 
-COMMANDS = ("demo", "unlearn", "generate", "evaluate", "attack", "merge", "export", "inspect", "env")
+COMMANDS = ("demo", "unlearn", "generate", "evaluate", "attack", "merge", "export", "inspect", "plan", "env")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer
 
 import fade
 import fade.run_folder
+from fade.backbones import Backbone
 from fade.config import Config
 from fade.errors import FadeError
 from fade.files import read_tensors, write_tensors
@@ -496,3 +497,29 @@ def test_the_working_directory_may_change(
     resume("out", resume=False)
     assert names(tmp_path / "out") == RESULT
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_resumed_run_encodes_no_prompt_again(
+    interrupted: Path,
+    resume: Callable[..., fade.Adapter],
+    whole: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "prompts.safetensors" in names(interrupted)
+
+    def encoded(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Backbone, "encode_prompts", encoded)
+    resume(interrupted)
+    assert same_bits(load_file(interrupted / "adapter.safetensors"), whole)
+    assert "prompts.safetensors" not in names(interrupted)
+
+
+def test_damaged_prompts_are_encoded_again(
+    interrupted: Path, resume: Callable[..., fade.Adapter], whole: dict[str, torch.Tensor]
+) -> None:
+    (interrupted / "prompts.safetensors").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="prompts of the interrupted run are encoded again: "):
+        resume(interrupted)
+    assert same_bits(load_file(interrupted / "adapter.safetensors"), whole)

@@ -499,6 +499,9 @@ class Processor:
     def __call__(self, text: list[str], images: None = None, videos: None = None, **how: Any) -> Any:
         return self.tokenizer(text, **how)
 
+    def decode(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids)
+
 
 @family("Kandinsky 5")
 def kandinsky5() -> Kandinsky5T2IPipeline:

@@ -277,6 +277,44 @@ def test_checkpointing_that_changes_the_answer_is_refused_for_training(backbone:
     backbone.check_trainable()
 
 
+def test_latents_are_drawn_without_text_encoders_when_prompts_are_encoded(backbone: Backbone) -> None:
+    """As on a GPU, where they leave meanwhile."""
+    pipeline = backbone.pipeline
+    encoded, negative = backbone.encode_prompts(PROMPTS), backbone.negative()
+    drawn = backbone.sample_latents(encoded, [0, 1], steps=2)
+    config, parts = dict(pipeline.config), dict(pipeline.components)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(backbone), "negative", lambda self: negative)
+        with backbone._hidden(name for name in parts if name.startswith("text_encoder")):
+            assert torch.equal(backbone.sample_latents(encoded, [0, 1], steps=2), drawn)
+    assert dict(pipeline.config) == config and pipeline.components == parts
+
+
+def test_sides_that_latents_cannot_have_are_refused_before_anything_is_drawn(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = backbone.side(None)
+    for wrong in (own + 1, 3, 100_000):
+        with pytest.raises(FadeError, match=f"not (of )?{wrong}"):
+            backbone.side(wrong)
+    monkeypatch.setattr(type(backbone.pipeline), "__call__", lambda *_, **__: pytest.fail("drawn"))
+    config = Config().replace(data__resolution=own + 1, overwrite__method="distillation")
+    with pytest.raises(FadeError, match=f"not (of )?{own + 1}"):
+        fade.unlearn(backbone.pipeline, "van gogh", "cat", config=config, progress=False)
+
+
+def test_a_concept_behind_what_the_encoder_reads_is_refused_before_anything_is_drawn(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(backbone.pipeline), "__call__", lambda *_, **__: pytest.fail("drawn"))
+    template = " ".join(["house"] * 1100) + " {}"
+    with pytest.raises(FadeError, match="reads the prompt .* and its surrogate as the same"):
+        fade.unlearn(
+            backbone.pipeline, "van", "gogh", templates=[template], retain=["a cat"],
+            config=Config().replace(overwrite__method="distillation"), progress=False,
+        )  # fmt: skip
+
+
 LIMITED = ["Stable Diffusion 3/3.5", "AuraFlow"]
 
 
