@@ -11,8 +11,8 @@ one for the retain set). In the order of preference, where
 - `groups`  layers are measured group after group, in the model's order, each through the same batches, noise and
             timesteps. Between groups the host holds what may still be selected (`fade_kernels.GroupedSelection`).
 
-The result is the same, bit for bit where a pass over the same numbers gives the same bits. Beside the accumulators a plan counts what one backward pass takes, one layer's
-gradient, and the masks, a bit for each weight.
+The result is the same, bit for bit where a pass over the same numbers gives the same bits. Beside the accumulators a
+plan counts what one backward pass takes, one layer's gradient, and the masks, a bit for each weight.
 """
 
 from collections.abc import Mapping

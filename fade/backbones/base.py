@@ -178,11 +178,9 @@ class Backbone(ABC):
     @property
     def prompts_at_once(self) -> int:
         """How many prompts are encoded together at most."""
-        from fade.backbones.prompt_shapes import prompt_shapes
-
         if self.family.one_by_one:
             return 1
-        longest = max((shape[-2] for shape in prompt_shapes(self).values() if len(shape) > 1), default=1)
+        longest = max((shape[-2] for shape in self.family.prompt_shapes(self).values() if len(shape) > 1), default=1)
         return max(1, MOST_TOKENS_AT_ONCE // longest)
 
     def _text_device(self) -> torch.device:

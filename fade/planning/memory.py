@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
-from fade.backbones.prompt_shapes import ASKED_TWICE, prompt_shapes
 from fade.base_model import target_layers, target_regions
 from fade.config import Config
 from fade.distillation import TEACHER_BATCHES
@@ -118,7 +117,8 @@ class Model:
         """Bytes that encoding a batch of prompts takes beyond the encoders."""
         if dtype not in self._encoding:
             count, found = min(PROMPTS, self.backbone.prompts_at_once), [0]
-            lengths = [shape[-2] for shape in prompt_shapes(self.backbone).values() if len(shape) > 1]
+            shapes = self.backbone.family.prompt_shapes(self.backbone).values()
+            lengths = [shape[-2] for shape in shapes if len(shape) > 1]
             for name, encoder in self.encoders.items():
                 cast(encoder, DTYPES[dtype])
                 number = name.removeprefix("text_encoder").removeprefix("_")
@@ -262,7 +262,7 @@ class Run:
         denoiser = stored(model.backbone.denoiser, DTYPES[dtype], dtype == "nf4")
         encoders = sum(stored(part, DTYPES[dtype]) for part in model.encoders.values())
         vae, wide_vae = (stored(model.parts["vae"], kind) for kind in (DTYPES[dtype], torch.float32))
-        prompts = PROMPTS * itemsize * sum(map(math.prod, prompt_shapes(model.backbone).values()))
+        prompts = PROMPTS * itemsize * sum(map(math.prod, model.backbone.family.prompt_shapes(model.backbone).values()))
         one = math.prod(model.latent) * itemsize
         latents = one * (config.data.forget_samples + config.data.retain_samples) if config.needs_latents else 0
 
@@ -283,7 +283,7 @@ class Run:
             phases["locate"][mode(on)] = resident + self.locate_bytes(dtype, on) if possible else None
             phases["overwrite"][mode(on)] = resident + self.overwrite_bytes(dtype, on) if possible else None
         if dtype != "nf4":
-            largest = max(layer.weight.numel() for layer in self.layers.values())
+            largest = max(math.prod(matrix_shape(layer)) for layer in self.layers.values())
             kept = 2 * itemsize * self.kept  # what was there before, and what was written
             phases["merge"] = _both(
                 denoiser + encoders + vae + self.mask_bytes + self.adapter_bytes + kept + itemsize * largest
@@ -295,7 +295,7 @@ class Run:
         """Latents in a pass of the denoiser while latents are sampled, those without a prompt (guidance) included."""
         data, family = self.config.data, self.model.backbone.family
         count = 1 if family.one_by_one else min(data.batch_size, max(data.forget_samples, data.retain_samples))
-        once = self.model.backbone.tells_guidance or family.name in ASKED_TWICE
+        once = self.model.backbone.tells_guidance or family.asked_twice
         return count if once else 2 * count
 
     def step_bytes(self, dtype: Dtype, checkpointing: bool) -> int:

@@ -75,8 +75,8 @@ def describe(model: str) -> Description:
         if model in json.loads(file.read_text(encoding="utf-8"))["hub"]:
             return _of_file(file)
     raise FadeError(
-        f"there is no model {model!r} to plan: give a diffusers folder, {' or '.join(bundled.PACKAGES)}, or one of those whose "
-        f"configurations are known: {', '.join(known)}"
+        f"there is no model {model!r} to plan: give a diffusers folder, {' or '.join(bundled.PACKAGES)}, or one of "
+        f"those whose configurations are known: {', '.join(known)}"
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fade.backbones import Backbone
 from fade.backbones.parts import tensors
-from fade.backbones.prompt_shapes import on_meta
+from fade.conditioning import Conditioning, Rows
 from fade.planning.timeline import Timeline, fused_attention, marked, peak, shortened, unrolled
 from fade.regions import Region
 from fade_kernels import GradientMagnitude
@@ -33,6 +33,21 @@ class AdapterShapes:
     @property
     def numbers(self) -> int:
         return sum(map(sum, self.trained.values()))
+
+
+def prompts_on_meta(backbone: Backbone, count: int) -> Conditioning:
+    """Prompts as the denoiser reads them, without numbers."""
+    rows: dict[str, Rows] = {}
+    family = backbone.family
+    for name, shape in family.prompt_shapes(backbone).items():
+        if "mask" in name:
+            where = "cpu" if family.reads_lengths else "meta"
+            rows[name] = torch.ones(count, *shape, dtype=torch.int64, device=where)
+        elif family.own_lengths and len(shape) > 1:
+            rows[name] = tuple(torch.empty(shape, dtype=backbone.dtype, device="meta") for _ in range(count))
+        else:
+            rows[name] = torch.empty(count, *shape, dtype=backbone.dtype, device="meta")
+    return Conditioning(rows)
 
 
 class _Masked(torch.autograd.Function):
@@ -110,7 +125,7 @@ class Passes:
         backbone, denoiser = self.backbone, self.backbone.denoiser
         noised = torch.empty(count, *self.latent, dtype=backbone.dtype, device="meta")
         times, taught = backbone.times(torch.zeros(count)).to("meta"), torch.empty_like(noised)
-        prompts = on_meta(backbone, count)
+        prompts = prompts_on_meta(backbone, count)
         there = [*resident(denoiser), noised, times, taught, *prompts.tensors().values()]
         if differentiated:  # as `fade.saliency` has it under checkpointing
             for tensor in (noised, *prompts.tensors().values()):

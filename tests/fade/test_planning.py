@@ -1,10 +1,10 @@
 """Plans: what is counted on the meta device is what passes take, and what fits is known before anything is loaded."""
 
+import dataclasses
 import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ import fade
 from fade import cli
 from fade.adapter import attach, new_metadata
 from fade.backbones import FAMILIES, backbone_for
-from fade.backbones.prompt_shapes import PROMPT_SHAPES, prompt_shapes
 from fade.base_model import target_layers, target_regions
 from fade.concept import concept_from_words
 from fade.config import Config
@@ -101,7 +100,8 @@ def test_passes_take_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch)
     # With prompts of one length, which families that keep theirs are planned with.
     prompts = backbone.encode_prompts([" ".join(["cat"] * length)] * count)
     read = {key: tuple(value[0].shape) for key, value in prompts.items()}
-    monkeypatch.setitem(PROMPT_SHAPES, name, lambda backbone: read)
+    family = dataclasses.replace(planned.family, prompt_shapes=lambda backbone: read)
+    monkeypatch.setattr(planned, "family", family)
     for part in twin.components.values():
         if isinstance(part, nn.Module):
             _to_meta(part)
@@ -167,12 +167,12 @@ def test_prompts_have_the_shapes_that_encoders_give_them(name: str) -> None:
     encoded = backbone.encode_prompts(["a cat in the house"])
     found = {key: tuple(value[0].shape) for key, value in encoded.items()}
     own_length = {key for key, value in encoded.items() if not isinstance(value, torch.Tensor)}
-    for key, shape in prompt_shapes(backbone).items():
+    for key, shape in backbone.family.prompt_shapes(backbone).items():
         if key in own_length or backbone.family.one_by_one:
             assert shape[-1] == found[key][-1]
         elif key != "prompt_embeds_t5":  # which is cut to what a tokenizer takes
             assert shape == found[key]
-    assert prompt_shapes(backbone).keys() == found.keys()
+    assert backbone.family.prompt_shapes(backbone).keys() == found.keys()
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ AURAFLOW = Family(
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.30",
     encode=encode,
+    prompt_shapes=lambda backbone: {"prompt_embeds": (256, backbone.denoiser.config.joint_attention_dim)},
     call=call,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family, Reader, Segment
-from fade.backbones.families.shared import latent_side, named, prompt_states, stacked
+from fade.backbones.families.shared import USUAL_LENGTH, latent_side, named, prompt_states, stacked
 from fade.conditioning import Conditioning, Rows
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ COGVIEW4 = Family(
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.33",
     encode=encode,
+    prompt_shapes=lambda backbone: {"prompt_embeds": (USUAL_LENGTH, backbone.denoiser.config.text_embed_dim)},
+    own_lengths=True,
     call=lambda backbone, conditioning, negative, guidance: {
         "prompt_embeds": stacked(conditioning["prompt_embeds"]),
         "negative_prompt_embeds": stacked(negative["prompt_embeds"]),

@@ -81,6 +81,11 @@ class Family:
         since: the first release of diffusers that has it.
         encoders: parts that encoding a prompt needs.
         encode: (pipeline, prompts, device) -> the conditioning's tensors.
+        prompt_shapes: the same tensors' shapes without the first dimension, from configurations alone: what planning
+            knows of a prompt. A name with `mask` in it is of integers.
+        own_lengths: prompts keep their own lengths, so that rows are tensors of their own; reads_lengths: the denoiser
+            reads from the mask how long each is.
+        asked_twice: guided, the pipeline asks the denoiser twice in turn, not once about a batch of both.
         call: (backbone, conditioning, negative, guidance scale) -> the pipeline's arguments for them.
         forward: (backbone, noised latents, times, conditioning) -> the denoiser's arguments (of a `ddpm` denoiser but
             the first two).
@@ -115,6 +120,7 @@ class Family:
     parts: tuple[str, ...]
     since: str
     encode: Callable[[Any, list[str], torch.device], Mapping[str, Rows]]
+    prompt_shapes: Callable[[Backbone], dict[str, tuple[int, ...]]]
     call: Callable[[Backbone, Conditioning, Conditioning, float], dict[str, Any]]
     forward: Callable[[Backbone, Tensor, Tensor, Conditioning], dict[str, Any]]
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
@@ -142,6 +148,9 @@ class Family:
     foreign: Mapping[str, str] = field(default_factory=dict)
     checkpointing: bool = True
     one_by_one: bool = False
+    own_lengths: bool = False
+    reads_lengths: bool = False
+    asked_twice: bool = False
 
     def draws(self, cls: type) -> bool:
         """Whether pipelines of this class draw from a prompt alone with a model of the family."""

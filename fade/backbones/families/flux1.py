@@ -68,6 +68,14 @@ FLUX1 = Family(
     since="0.30",
     encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     encode=encode,
+    prompt_shapes=lambda backbone: {
+        "prompt_embeds": (
+            min(512, backbone.pipeline.tokenizer_2.model_max_length),
+            backbone.denoiser.config.joint_attention_dim,
+        ),
+        "pooled_prompt_embeds": (backbone.denoiser.config.pooled_projection_dim,),
+    },
+    asked_twice=True,
     call=call,
     forward=forward,
     output=unpacked,

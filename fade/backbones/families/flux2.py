@@ -147,6 +147,7 @@ FLUX2 = Family(
     parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
     since="0.36",
     encode=encode,
+    prompt_shapes=lambda backbone: {"prompt_embeds": (TEXT_LENGTH, backbone.denoiser.config.joint_attention_dim)},
     call=call_dev,
     forward=forward,
     output=output,
@@ -170,6 +171,7 @@ FLUX2 = Family(
 FLUX2_KLEIN = dataclasses.replace(
     FLUX2,
     name="FLUX.2 klein",
+    asked_twice=True,
     pipeline="Flux2KleinPipeline",
     classes={"text_encoder": "Qwen3ForCausalLM"},
     kept=("is_distilled",),

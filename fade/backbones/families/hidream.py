@@ -126,6 +126,16 @@ def readers(backbone: Backbone) -> dict[str, Reader]:
     }
 
 
+def prompt_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    config = backbone.denoiser.config
+    t5, llama = config.caption_channels
+    return {
+        "prompt_embeds_t5": (TEXT_LENGTH, t5),
+        "prompt_embeds_llama3": (1 + max(config.llama_layers), TEXT_LENGTH, llama),
+        "pooled_prompt_embeds": (config.text_emb_dim,),
+    }
+
+
 HIDREAM = Family(
     name="HiDream-I1",
     kind="flow",
@@ -141,6 +151,7 @@ HIDREAM = Family(
         "text_encoder_4", "tokenizer_4",
     ),
     encode=encode,
+    prompt_shapes=prompt_shapes,
     call=call,
     forward=forward,
     output=lambda backbone, output, noised: -output[0],

@@ -87,6 +87,17 @@ def refuse(backbone: Backbone) -> None:
         )
 
 
+def prompt_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    config, pipeline = backbone.denoiser.config, backbone.pipeline
+    lengths = pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length
+    return {
+        "prompt_embeds": (lengths[0], config.text_embed_dim),
+        "prompt_embeds_mask": (lengths[0],),
+        "prompt_embeds_2": (lengths[1], config.text_embed_2_dim),
+        "prompt_embeds_mask_2": (lengths[1],),
+    }
+
+
 HUNYUAN_IMAGE = Family(
     name="HunyuanImage 2.1",
     kind="flow",
@@ -96,6 +107,7 @@ HUNYUAN_IMAGE = Family(
     since="0.36",
     encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     encode=encode,
+    prompt_shapes=prompt_shapes,
     call=lambda backbone, conditioning, negative, guidance: {
         **conditioning,
         **{f"negative_{name}": value for name, value in negative.items()},

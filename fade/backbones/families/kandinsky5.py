@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family, Reader, Segment
-from fade.backbones.families.shared import SCALED, named, stacked
+from fade.backbones.families.shared import SCALED, USUAL_LENGTH, named, stacked
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
 
@@ -88,6 +88,12 @@ KANDINSKY5 = Family(
     since="0.36",
     encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     encode=encode,
+    prompt_shapes=lambda backbone: {
+        "prompt_embeds_qwen": (min(USUAL_LENGTH, TEXT_LENGTH), backbone.denoiser.config.in_text_dim),
+        "prompt_embeds_clip": (backbone.denoiser.config.in_text_dim2,),
+    },
+    own_lengths=True,
+    asked_twice=True,
     call=call,
     forward=forward,
     output=lambda backbone, output, noised: channels_first(output),

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family, Reader, Segment
-from fade.backbones.families.shared import call_with_negative, default_side, encode_as_called, encode_masked, named
+from fade.backbones.families.shared import (
+    call_with_negative,
+    default_side,
+    encode_as_called,
+    encode_masked,
+    masked_shapes,
+    named,
+)
 from fade.conditioning import Conditioning, Rows
 
 if TYPE_CHECKING:
@@ -35,6 +42,8 @@ LUMINA2 = Family(
     parts=("transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
     since="0.33",
     encode=encode_masked,
+    prompt_shapes=lambda backbone: masked_shapes(256, backbone.denoiser.config.cap_feat_dim),
+    reads_lengths=True,
     call=call_with_negative,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fade.backbones.families.descriptor import Family, Reader, Segment
-from fade.backbones.families.shared import call_unbinned, cleaned, cross_attention, encode_masked, latent_side
+from fade.backbones.families.shared import (
+    call_unbinned,
+    cleaned,
+    cross_attention,
+    encode_masked,
+    latent_side,
+    masked_shapes,
+)
 from fade.errors import FadeError
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ PIXART_SIGMA = Family(
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.28",
     encode=encode_masked,
+    prompt_shapes=lambda backbone: masked_shapes(300, backbone.denoiser.config.caption_channels),
     call=call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "encoder_hidden_states": conditioning["prompt_embeds"],

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fade.backbones.families.descriptor import JOINT_PROJECTIONS, Family, Reader, Segment, Vae
-from fade.backbones.families.shared import default_side, encode_as_called, named, unpacked, unpacked_result
+from fade.backbones.families.shared import (
+    USUAL_LENGTH,
+    default_side,
+    encode_as_called,
+    named,
+    unpacked,
+    unpacked_result,
+)
 from fade.backbones.flow import pack, rounded
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
@@ -84,6 +91,9 @@ QWEN_IMAGE = Family(
     parts=("scheduler", "vae", "text_encoder", "tokenizer", "transformer"),
     since="0.35",
     encode=encode,
+    prompt_shapes=lambda backbone: {"prompt_embeds": (USUAL_LENGTH, backbone.denoiser.config.joint_attention_dim)},
+    own_lengths=True,
+    asked_twice=True,
     call=call,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": pack(noised),

@@ -14,6 +14,7 @@ from fade.backbones.families.shared import (
     default_argument,
     encode_masked,
     latent_side,
+    masked_shapes,
 )
 from fade.conditioning import Conditioning
 from fade.errors import FadeError
@@ -61,6 +62,7 @@ SANA = Family(
     parts=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
     since="0.32",
     encode=encode_masked,
+    prompt_shapes=lambda backbone: masked_shapes(300, backbone.denoiser.config.caption_channels),
     call=call_unbinned,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,

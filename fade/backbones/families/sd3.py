@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fade.backbones.families.descriptor import JOINT_PROJECTIONS, Family, Reader, Segment
-from fade.backbones.families.shared import call_with_negative, latent_side, named, pooled_states, prompt_states
+from fade.backbones.families.shared import (
+    call_with_negative,
+    clip_length,
+    latent_side,
+    named,
+    pooled_states,
+    prompt_states,
+)
 from fade.conditioning import Rows
 
 if TYPE_CHECKING:
@@ -47,6 +54,10 @@ SD3 = Family(
     since="0.29",
     encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     encode=encode,
+    prompt_shapes=lambda backbone: {
+        "prompt_embeds": (clip_length(backbone) + 256, backbone.denoiser.config.joint_attention_dim),
+        "pooled_prompt_embeds": (backbone.denoiser.config.pooled_projection_dim,),
+    },
     call=call_with_negative,
     forward=lambda backbone, noised, times, conditioning: {
         "hidden_states": noised,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family
-from fade.backbones.families.shared import call_with_negative, latent_side
+from fade.backbones.families.shared import call_with_negative, clip_length, latent_side
 from fade.backbones.families.stable_diffusion import UNET_READER, refuse_other_inputs, told_guidance
 from fade.conditioning import Conditioning, Rows
 from fade.errors import FadeError
@@ -57,6 +57,14 @@ def refuse(backbone: Backbone) -> None:
     refuse_other_inputs(backbone, ("addition_embed_type", "text_time"))
 
 
+def prompt_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    config = backbone.denoiser.config
+    return {
+        "prompt_embeds": (clip_length(backbone), config.cross_attention_dim),
+        "pooled_prompt_embeds": (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,),
+    }
+
+
 SDXL = Family(
     name="Stable Diffusion XL",
     kind="ddpm",
@@ -67,6 +75,7 @@ SDXL = Family(
     since="0.18",
     encoders=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     encode=encode,
+    prompt_shapes=prompt_shapes,
     call=call_with_negative,
     forward=forward,
     negative=negative,

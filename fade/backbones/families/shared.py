@@ -25,6 +25,20 @@ SCALED = Vae(
 """The scale of the VAE's config alone, whatever else that says."""
 
 
+USUAL_LENGTH = 64
+"""Tokens that a prompt is planned with where it keeps its own length, with what the pipeline puts around it."""
+
+
+def clip_length(backbone: Backbone) -> int:
+    """Tokens of a prompt that CLIP reads."""
+    return backbone.pipeline.tokenizer.model_max_length
+
+
+def masked_shapes(length: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Of a prompt that is padded to a length, with its mask."""
+    return {"prompt_embeds": (length, width), "prompt_attention_mask": (length,)}
+
+
 def stacked(rows: Rows) -> Tensor:
     """Rows of one size as a tensor."""
     return rows if isinstance(rows, Tensor) else torch.stack(rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family, Reader
-from fade.backbones.families.shared import SCALED, cross_attention, latent_side
+from fade.backbones.families.shared import SCALED, clip_length, cross_attention, latent_side
 from fade.conditioning import Rows
 from fade.errors import FadeError
 
@@ -77,6 +77,9 @@ STABLE_DIFFUSION = Family(
     make={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     since="0.2",
     encode=encode,
+    prompt_shapes=lambda backbone: {
+        "prompt_embeds": (clip_length(backbone), backbone.denoiser.config.cross_attention_dim)
+    },
     call=lambda backbone, conditioning, negative, guidance: {
         "prompt_embeds": conditioning["prompt_embeds"],
         "negative_prompt_embeds": negative["prompt_embeds"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fade.backbones.families.descriptor import Family, Reader, Segment
-from fade.backbones.families.shared import named, stacked
+from fade.backbones.families.shared import USUAL_LENGTH, named, stacked
 from fade.conditioning import Conditioning, Rows
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ Z_IMAGE = Family(
     since="0.36",
     encode=encode,
     # The pipeline adds guidance_scale times the difference to the answer for the prompt, and nothing at 0.
+    prompt_shapes=lambda backbone: {"prompt_embeds": (USUAL_LENGTH, backbone.denoiser.config.cap_feat_dim)},
+    own_lengths=True,
     call=lambda backbone, conditioning, negative, guidance: {
         "prompt_embeds": list(conditioning["prompt_embeds"]),
         "negative_prompt_embeds": list(negative["prompt_embeds"]),
