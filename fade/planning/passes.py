@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 
 from fade.backbones import Backbone
 from fade.backbones.parts import tensors
@@ -139,6 +140,9 @@ class Passes:
             timeline = Timeline(there)
             resources.enter_context(marked(timeline, runs))
             resources.enter_context(fused_attention())
+            # A denoiser that sorts tokens by their mask (HunyuanImage) is planned with all of them as words and as
+            # padding: too many, never too few.
+            resources.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))
             resources.enter_context(torch.set_grad_enabled(watched is not None))
             with timeline:
                 predicted = backbone.predict(noised, times, prompts)

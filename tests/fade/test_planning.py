@@ -133,6 +133,9 @@ def test_passes_take_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch)
     passes = Passes(planned, latent)
     for stage, measured in (("locate", located), ("overwrite", trained)):
         found = passes.student(stage, count, False, own, regions, shapes)
+        if name == "HunyuanImage 2.1":  # whose tokens are planned twice, as words and as padding
+            assert measured <= found <= 1.5 * measured, stage
+            continue
         # Which experts random tokens go to is no even share.
         assert found == pytest.approx(measured, rel=0.25 if name == "HiDream-I1" else 0.15), stage
 
