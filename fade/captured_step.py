@@ -27,10 +27,10 @@ def why_not_captured(asked: str, backbone: Backbone, mode: ResolvedMode, prompts
     """Why the student's pass is not recorded, as far as can be told before; None where it is tried."""
     if asked == "off":
         return "switched off"
+    if processes.world() > 1:
+        return "several processes train together, and what they exchange with uses the GPU from threads of its own"
     if backbone.device.type != "cuda":
         return f"the denoiser is on the {backbone.device.type}"
-    if processes.world() > 1:
-        return "several processes train together, and one that is recorded must not exchange anything meanwhile"
     if is_managed(backbone.denoiser):
         return "hooks or quantisation decide where the denoiser's weights are"
     if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
