@@ -227,7 +227,7 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
     from fade import bundled
 
     objects, styles = bundled.model(study.model).domains
-    table = Table(title=f"mean over concepts and seeds (worst UA of a {objects.name} / a {styles.name})")
+    table = Table(title=f"mean over concepts and seeds (worst UA: {objects.name} / {styles.name})")
     columns = ["recipe", "keep", "runs", "UA", "worst", "IRA", "CRA", "drift", "kB"]
     based = bool(content["rows"]) and all("base" in row for row in content["rows"])
     columns += ["NA", "targets met"] * based

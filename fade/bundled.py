@@ -155,10 +155,11 @@ class BundledModel:
         """Whether a pipeline is this model, the bundled one or one trained again: its parts have the same sizes, and
         its small vocabulary has every word of both domains as whole tokens."""
         tokenizer = getattr(pipeline, "tokenizer", None)
-        parts = [(getattr(pipeline, part, None), name, value) for part, name, value in self.marks]
-        if tokenizer is None or any(part is None or part.config.get(name) != value for part, name, value in parts):
-            return False
-        if len(tokenizer) > 2048:
+        for part, name, value in self.marks:
+            config = getattr(getattr(pipeline, part, None), "config", None)
+            if getattr(config, name, None) != value:
+                return False
+        if tokenizer is None or len(tokenizer) > 2048:
             return False
         vocabulary = tokenizer.get_vocab()
         tokens = (token for domain in self.domains for word in domain.words for token in word.split())

@@ -298,6 +298,12 @@ def _tell_of_run(record: dict[str, Any], file: Path) -> None:
         f"(peak {memory['overwrite'] / 1e6:,.0f} MB)"
     )
     say(f"the edit sits in {where_it_sits(record['path'])}")
+    left = record.get("residual", {}).get("forget", 0.0)
+    if left > settings.ClosedFormConfig().left and "stopped_by" not in record:
+        say(
+            f"the solved edit leaves {100 * left:.0f} % of the wanted change undone; evaluate it, and where too much "
+            "is left train on with --method both, or raise --keep"
+        )
     if "stopped_by" in record:
         why = {"forgotten": ", until held-out noise said that the concept is forgotten"}.get(record["stopped_by"], "")
         if not why and "held_out_losses" in record:

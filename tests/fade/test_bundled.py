@@ -295,6 +295,21 @@ def test_it_is_judged_and_attacked_from_the_command_line(
     assert drawn.stat().st_size > 100
 
 
+@pytest.mark.parametrize(("words", "told"), [("tiger=dog", False), ("noto=twemoji", True)])
+def test_an_edit_that_leaves_much_undone_is_told(
+    words: str, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A style is in every token of a prompt, and no linear map takes it out of all."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[closed_form]\nphrasings = false\n")
+    asked = ["unlearn", "emojicanvas", "--forget", words, "--method", "closed-form", "--config", str(settings)]
+    assert cli.main([*asked, "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    left = json.loads((tmp_path / "out" / "run.json").read_text())["run"]["residual"]["forget"]
+    assert (left > Config().closed_form.left) is told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (f"leaves {100 * left:.0f} % of the wanted change undone" in printed) is told
+
+
 def test_a_baseline_of_other_prompts_is_refused(shown: tuple[Path, dict[str, Any]]) -> None:
     pipeline = emojicanvas.load_pipeline()
     adapter = fade.load_adapter(pipeline, shown[0] / "adapter.safetensors")
