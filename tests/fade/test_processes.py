@@ -169,8 +169,8 @@ def check_alike(alone: dict[str, Any], several: list[dict[str, Any]], changes: d
     ours, theirs = alone["run"], several[0]["run"]
     assert theirs["processes"] == len(several) and "processes" not in ours
     assert len(ours["losses"]["forget"]) == len(theirs["losses"]["forget"])
-    for half in ("forget", "retain"):
-        assert theirs["losses"][half] == pytest.approx(ours["losses"][half], rel=1e-4)
+    for half in ("forget", "retain"):  # as differences between predictions; of nothing learned they are rounding alone
+        np.testing.assert_allclose(np.sqrt(theirs["losses"][half]), np.sqrt(ours["losses"][half]), rtol=1e-4, atol=1e-5)
     assert ours.get("stopped_by") == theirs.get("stopped_by")
     assert "cuda_graph" not in theirs or theirs["cuda_graph"].startswith("several processes train together")
     assert not any(one["group left"] for one in several)
