@@ -79,12 +79,8 @@ def without_launches() -> list[int]:
 def gpu_paths_on_the_cpu() -> None:
     """The compositions of CUDA devices serve CPU tensors; what csrc/cuda computes for the gather path does nothing."""
     from fade_kernels import registration
-    from fade_kernels._ops import linear
 
     registration.register("CPU")
-    # A CPU's own kernels of these would take the place of the two operators that a GPU composes them of.
-    for operator in (linear.masked_lora_linear_backward, linear.masked_values_linear_backward):
-        registration._ops.implement(operator.__name__, operator, "CPU")
 
     def nothing(*args: Any) -> None:
         return None

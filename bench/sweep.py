@@ -335,6 +335,7 @@ STUDIES = {
             "distillation": {"overwrite__method": "distillation"},
             "both": {"overwrite__method": "both"},
             "closed form, channels": {"overwrite__method": "closed-form", "locate__granularity": "channel"},
+            "both, channels": {"overwrite__method": "both", "locate__granularity": "channel"},
         },
         pairs=ALL, seeds=(0, 1, 2), keeps=(0.01, 0.1, 0.005, 0.001), draw=draw_by_seconds, by_words=True,
         attacked=(0.01,),

@@ -205,7 +205,12 @@ def _values_delta(values: Tensor, mask_words: Tensor, columns: int, scale: Tenso
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., C] -> [T, C], also where a size is 0."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """[T, C] -> [..., C] with the leading dimensions of `like`."""
+    return rows if like.dim() == 2 else rows.reshape(*like.shape[:-1], rows.shape[1])
 
 
 def _hash_bits(bits: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
         linear.masked_lora_linear,
         linear.masked_lora_linear_input_gradient,
         linear.masked_lora_linear_factor_gradients,
+        linear.masked_lora_linear_backward,
         linear.masked_values_linear,
         linear.masked_values_linear_input_gradient,
         linear.masked_values_linear_gradient,
+        linear.masked_values_linear_backward,
         conv2d.masked_lora_conv2d,
         conv2d.masked_lora_conv2d_input_gradient,
         conv2d.masked_lora_conv2d_factor_gradients,
@@ -49,6 +51,9 @@ _unusable: set[tuple[str, torch.device]] = set()
 """Operators and devices: one GPU may be too old, or hold another's shared memory, where the next one is not."""
 
 
+_FP64 = torch.float64
+
+
 def _device(arguments: tuple[Any, ...]) -> torch.device:
     first = arguments[0]
     return (first[0] if isinstance(first, list) else first).device
@@ -58,9 +63,9 @@ def _wide(arguments: tuple[Any, ...]) -> bool:
     """fp64 is for definitions: nobody trains in it, and no matrix unit that Triton reaches computes it."""
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if argument.dtype is torch.float64 and argument.dim() > 0:  # scalars are read as what is needed
+            if argument.dtype is _FP64 and argument.dim() > 0:  # scalars are read as what is needed
                 return True
-        elif isinstance(argument, list) and _wide(tuple(argument)):
+        elif argument.__class__ is list and _wide(tuple(argument)):
             return True
     return False
 
@@ -83,7 +88,7 @@ def _cannot_run(error: Exception) -> bool:
 
 
 def _with_definition(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    definition = getattr(reference, name)
+    definition = getattr(reference, name, None) or getattr(_ops, name)
 
     def serve(*arguments: Any) -> Any:
         device = _device(arguments)

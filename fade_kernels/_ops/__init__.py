@@ -14,7 +14,12 @@ from fade_kernels._ops.gathered import (
     sampled_gradient,
 )
 from fade_kernels._ops.least_squares import masked_least_squares
-from fade_kernels._ops.linear import masked_lora_linear, masked_values_linear
+from fade_kernels._ops.linear import (
+    masked_lora_linear,
+    masked_lora_linear_backward,
+    masked_values_linear,
+    masked_values_linear_backward,
+)
 from fade_kernels._ops.masks import (
     gather_masked,
     mask_occupancy,
@@ -60,8 +65,10 @@ __all__ = [
     "masked_least_squares",
     "masked_lora_conv2d",
     "masked_lora_linear",
+    "masked_lora_linear_backward",
     "masked_values_conv2d",
     "masked_values_linear",
+    "masked_values_linear_backward",
     "pack_mask",
     "sampled_factor_gradients",
     "sampled_gradient",

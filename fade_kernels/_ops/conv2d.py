@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fade_kernels import reference
 from fade_kernels._ops.define import (
+    below,
     check_factors,
     check_floats,
     check_images,
@@ -186,13 +187,11 @@ def _backward_masked_lora_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor 
     grad_x = grad_a = grad_b = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fade_kernels.masked_lora_conv2d_input_gradient(
+            grad_x = below.masked_lora_conv2d_input_gradient(
                 grad_output, weight, *delta, x.shape, *ctx.window, ctx.seed, rounded
             )
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grad_a, grad_b = torch.ops.fade_kernels.masked_lora_conv2d_factor_gradients(
-                grad_output, x, *delta, *ctx.window
-            )
+            grad_a, grad_b = below.masked_lora_conv2d_factor_gradients(grad_output, x, *delta, *ctx.window)
         grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight)
     return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None, None, None, None, None
 
@@ -203,13 +202,11 @@ def _backward_masked_values_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tenso
     grad_x = grad_values = None
     with without_autocast(grad_output):
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fade_kernels.masked_values_conv2d_input_gradient(
+            grad_x = below.masked_values_conv2d_input_gradient(
                 grad_output, weight, *delta, x.shape, ctx.kernel_size, *ctx.window, ctx.seed, rounded
             )
         if ctx.needs_input_grad[3]:
-            grad_values = torch.ops.fade_kernels.masked_values_conv2d_gradient(
-                grad_output, x, *delta, ctx.kernel_size, *ctx.window
-            )
+            grad_values = below.masked_values_conv2d_gradient(grad_output, x, *delta, ctx.kernel_size, *ctx.window)
         grad_weight, grad_bias = _backward_frozen_conv2d(ctx, grad_output, x, weight)
     return grad_x, grad_weight, grad_bias, grad_values, None, None, None, None, None, None, None, None
 

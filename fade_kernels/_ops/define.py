@@ -55,17 +55,53 @@ def _signature(arguments: tuple[Any, ...], changing: int | None) -> _Signature:
     return tuple(parts)
 
 
+# Looked up once: chains of attributes cost more than these calls.
+_transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_modes, _profiled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_grad_enabled, _compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+
+
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
     return all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
 
 
 def _something_watches() -> bool:
     """Whether a transform or a tracer must see the operator itself: functorch, forward mode, torch.jit.trace."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    return forward_ad._current_level >= 0 or _transforms() or _tracing() is not None
+
+
+_composed: dict[str, dict[str, Callable[..., Any]]] = {}
+"""Kernels written in Python, by operator and device type (`implement`)."""
+
+
+def below_autograd(name: str) -> Callable[..., Any]:
+    """What calls an operator where autograd has done its part.
+
+    A kernel that is a composition in Python is called itself: the way through the dispatcher and back costs as much as
+    three small tensors. Not where something must see the operator: autograd, a tracer, a dispatch mode, a profiler.
+    """
+    operator = getattr(torch.ops.fade_kernels, name).default
+    composed = _composed.setdefault(name, {})
+
+    def call(*args: Any) -> Any:
+        kernel = composed.get(args[0].device.type) if composed else None
+        if kernel is None or _grad_enabled() or _compiling() or _modes() or _profiled() or _something_watches():
+            return operator(*args)
+        return kernel(*args)
+
+    return call
+
+
+class _Below:
+    """The operators as formulas for backward call them: `below.NAME` is `below_autograd(NAME)`."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        made = below_autograd(name)
+        setattr(self, name, made)
+        return made
+
+
+below = _Below()
 
 
 def _raise_version(operator: Any, written: list[int]) -> None:
@@ -105,14 +141,16 @@ class _Unpacked:
         return getattr(self._ctx, name)
 
 
-def _node(operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """What applies the operator as one node of autograd's graph."""
+def _node(
+    operator: Any, kernel: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What applies the operator, by `below_autograd`'s kernel, as one node of autograd's graph."""
 
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator(*args)
+                output = kernel(*args)
             setup_context(ctx, args, output)
             _hold_integers(ctx)
             return output
@@ -200,7 +238,7 @@ def define(
     torch.library.register_fake(qualified, checked_fake, lib=_LIBRARY)
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     written = [i for i, p in enumerate(parameters) if p.alias_info is not None and p.alias_info.is_write]
-    node = None
+    node, kernel = None, below_autograd(name)
     if written:
         _raise_version(operator, written)
     else:
@@ -208,7 +246,7 @@ def define(
             setup = setup_context
             if pack is not None:
                 setup = lambda ctx, inputs, output: setup_context(ctx, pack(inputs), output)  # noqa: E731
-            node = _node(operator, setup, backward)
+            node = _node(operator, kernel, setup, backward)
         _LIBRARY.impl(name, _autograd(operator, default, node), "Autograd", with_keyset=True)
 
     # None: always check, because the tensors of lists have a signature as long as the check.
@@ -241,7 +279,7 @@ def define(
             if needs_gradient and torch.is_grad_enabled():
                 return operator(*args) if node is None else node(*args)
             with torch._C._AutoDispatchBelowAutograd():
-                return operator(*args)
+                return kernel(*args)
         except RuntimeError as error:
             cause = cause_of(error, name, args)
             if cause is None:
@@ -258,7 +296,9 @@ def implement(name: str, kernel: Callable[..., Any], device: str) -> None:
 
     Like the functions of `define`, it takes a `Window` where the operator has stride, padding and dilation.
     """
-    _LIBRARY.impl(name, _with_window(kernel, getattr(torch.ops.fade_kernels, name).default), device)
+    kernel = _with_window(kernel, getattr(torch.ops.fade_kernels, name).default)
+    _LIBRARY.impl(name, kernel, device)
+    _composed.setdefault(name, {})[device.lower()] = kernel
 
 
 def no_output(*_: Any) -> None:

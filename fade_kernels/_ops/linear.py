@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fade_kernels import reference
 from fade_kernels._ops.define import (
+    below,
     check_factors,
     check_mask_words,
     check_one_product,
@@ -126,13 +126,14 @@ def masked_lora_linear_backward(
     rounded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The two operators in turn, for devices that have no kernel for both."""
-    delta, ops = (lora_a, lora_b, mask_words, scale, regime), torch.ops.fade_kernels
-    grad_x, grad_a, grad_b = (tensor.new_empty(0) for tensor in (grad_output, lora_a, lora_b))
+    delta = (lora_a, lora_b, mask_words, scale, regime)
     if need_input:
-        grad_x = ops.masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+        grad_x = below.masked_lora_linear_input_gradient(grad_output, weight, *delta, seed, rounded)
+    else:
+        grad_x = grad_output.new_empty(0)
     if need_factors:
-        grad_a, grad_b = ops.masked_lora_linear_factor_gradients(grad_output, x, *delta)
-    return grad_x, grad_a, grad_b
+        return grad_x, *below.masked_lora_linear_factor_gradients(grad_output, x, *delta)
+    return grad_x, lora_a.new_empty(0), lora_b.new_empty(0)
 
 
 def _setup_masked_lora_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,7 +155,7 @@ def _backward_masked_lora_linear(ctx: Any, grad_output: Tensor) -> tuple[Tensor 
     grad_x = grad_a = grad_b = None
     with without_autocast(grad_output):
         if need_input or need_factors:
-            grad_x, grad_a, grad_b = torch.ops.fade_kernels.masked_lora_linear_backward(
+            grad_x, grad_a, grad_b = below.masked_lora_linear_backward(
                 grad_output, x, weight, *delta, need_input, need_factors, ctx.seed, rounded
             )
         grad_weight, grad_bias = _backward_frozen_linear(ctx, grad_output, x)
@@ -295,14 +296,15 @@ def masked_values_linear_backward(
     rounded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two operators in turn, for devices that have no kernel for both."""
-    delta, ops = (values, mask_words, scale), torch.ops.fade_kernels
-    grad_x, grad_values = (tensor.new_empty(0) for tensor in (grad_output, values))
+    delta = (values, mask_words, scale)
     if need_input:
         columns = x.shape[-1]
-        grad_x = ops.masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+        grad_x = below.masked_values_linear_input_gradient(grad_output, weight, *delta, columns, regime, seed, rounded)
+    else:
+        grad_x = grad_output.new_empty(0)
     if need_values:
-        grad_values = ops.masked_values_linear_gradient(grad_output, x, *delta, regime)
-    return grad_x, grad_values
+        return grad_x, below.masked_values_linear_gradient(grad_output, x, *delta, regime)
+    return grad_x, values.new_empty(0)
 
 
 def _setup_masked_values_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -316,7 +318,7 @@ def _backward_masked_values_linear(ctx: Any, grad_output: Tensor) -> tuple[Tenso
     grad_x = grad_values = None
     with without_autocast(grad_output):
         if need_input or need_values:
-            grad_x, grad_values = torch.ops.fade_kernels.masked_values_linear_backward(
+            grad_x, grad_values = below.masked_values_linear_backward(
                 *(grad_output, x, weight, values, mask_words, scale, ctx.regime),
                 *(need_input, need_values, ctx.seed, rounded),
             )

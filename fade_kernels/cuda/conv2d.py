@@ -122,17 +122,17 @@ def masked_lora_conv2d(
     shape = (lora_b.shape[0], *lora_a.shape[1:])
     delta = (lora_a.flatten(1), lora_b.flatten(1), mask_words, scale)
     if _one_product(x, seed, rounded):
-        effective = lora_weight(x, _flat(weight), *delta, seed).reshape(shape) if rounded is None else rounded
+        effective = lora_weight(x.dtype, _flat(weight), *delta, seed).reshape(shape) if rounded is None else rounded
         y = F.conv2d(x, effective, bias, *window)
     elif _on_pixels(x, list(shape[2:]), window):
         y = _images(masked_lora_linear(pixels(x), _flat(weight), bias, *delta, REGIMES["auto"]), x)
     else:
         wide = x.float()
         if _one_convolution(wide):
-            effective = lora_weight(wide, _flat(weight), *delta).reshape(shape)
+            effective = lora_weight(wide.dtype, _flat(weight), *delta).reshape(shape)
             y = F.conv2d(wide, effective, None if bias is None else bias.float(), *window)
         else:
-            y = _conv2d(wide, weight, bias, lora_weight(wide, None, *delta).reshape(shape), mask_words, window)
+            y = _conv2d(wide, weight, bias, lora_weight(wide.dtype, None, *delta).reshape(shape), mask_words, window)
         y = y.to(x.dtype)
     return reference.in_layout_of(x, y)
 
@@ -155,7 +155,7 @@ def masked_lora_conv2d_input_gradient(
     if _one_product(grad_output, seed, rounded):
         effective = rounded
         if effective is None:
-            effective = lora_weight(grad_output, _flat(weight), *delta, seed).reshape(shape)
+            effective = lora_weight(grad_output.dtype, _flat(weight), *delta, seed).reshape(shape)
         dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
     elif _on_pixels(grad_output, list(shape[2:]), window):
         rows = masked_lora_linear_input_gradient(pixels(grad_output), _flat(weight), *delta, REGIMES["auto"])
@@ -163,10 +163,10 @@ def masked_lora_conv2d_input_gradient(
     else:
         wide = grad_output.float()
         if _one_convolution(wide):
-            effective = lora_weight(wide, _flat(weight), *delta).reshape(shape)
+            effective = lora_weight(wide.dtype, _flat(weight), *delta).reshape(shape)
             dx = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
         else:
-            added = lora_weight(wide, None, *delta).reshape(shape)
+            added = lora_weight(wide.dtype, None, *delta).reshape(shape)
             dx = _conv2d_input_gradient(wide, weight, added, mask_words, list(input_size), window)
         dx = dx.to(grad_output.dtype)
     return reference.in_layout_of(grad_output, dx)
@@ -211,17 +211,17 @@ def masked_values_conv2d(
     if _one_product(x, seed, rounded):
         effective = rounded
         if effective is None:
-            effective = values_weight(x, _flat(weight), *delta, columns, seed).reshape(shape)
+            effective = values_weight(x.dtype, _flat(weight), *delta, columns, seed).reshape(shape)
         y = F.conv2d(x, effective, bias, *window)
     elif _on_pixels(x, kernel_size, window):
         y = _images(masked_values_linear(pixels(x), _flat(weight), bias, *delta, REGIMES["auto"]), x)
     else:
         wide = x.float()
         if _one_convolution(wide):
-            effective = values_weight(wide, _flat(weight), *delta, columns).reshape(shape)
+            effective = values_weight(wide.dtype, _flat(weight), *delta, columns).reshape(shape)
             y = F.conv2d(wide, effective, None if bias is None else bias.float(), *window)
         else:
-            added = values_weight(wide, None, *delta, columns).reshape(shape)
+            added = values_weight(wide.dtype, None, *delta, columns).reshape(shape)
             y = _conv2d(wide, weight, bias, added, mask_words, window)
         y = y.to(x.dtype)
     return reference.in_layout_of(x, y)
@@ -246,7 +246,7 @@ def masked_values_conv2d_input_gradient(
     if _one_product(grad_output, seed, rounded):
         effective = rounded
         if effective is None:
-            effective = values_weight(grad_output, _flat(weight), *delta, columns, seed).reshape(shape)
+            effective = values_weight(grad_output.dtype, _flat(weight), *delta, columns, seed).reshape(shape)
         dx = torch.nn.grad.conv2d_input(input_size, effective, grad_output, *window)
     elif _on_pixels(grad_output, kernel_size, window):
         rows = pixels(grad_output)
@@ -255,10 +255,10 @@ def masked_values_conv2d_input_gradient(
     else:
         wide = grad_output.float()
         if _one_convolution(wide):
-            effective = values_weight(wide, _flat(weight), *delta, columns).reshape(shape)
+            effective = values_weight(wide.dtype, _flat(weight), *delta, columns).reshape(shape)
             dx = torch.nn.grad.conv2d_input(input_size, effective, wide, *window)
         else:
-            added = values_weight(wide, None, *delta, columns).reshape(shape)
+            added = values_weight(wide.dtype, None, *delta, columns).reshape(shape)
             dx = _conv2d_input_gradient(wide, weight, added, mask_words, list(input_size), window)
         dx = dx.to(grad_output.dtype)
     return reference.in_layout_of(grad_output, dx)

@@ -10,7 +10,7 @@ def on(scale: Tensor, like: Tensor) -> Tensor:
 
 
 def lora_weight(
-    like: Tensor,
+    dtype: torch.dtype,
     weight: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -18,15 +18,15 @@ def lora_weight(
     scale: Tensor,
     seed: int | None = None,
 ) -> Tensor:
-    """Scratch [N, K] with W + Delta, or Delta alone, in the dtype of `like`; with a seed rounded stochastically."""
+    """Scratch [N, K] with W + Delta, or Delta alone, in a dtype; with a seed rounded stochastically."""
     from fade_kernels.triton_kernels import effective_weight as merging
 
     delta = (lora_a, lora_b, mask_words, scale)
-    return merging.effective_weight(weight, *delta, dtype=like.dtype, stochastic=seed is not None, seed=seed or 0)
+    return merging.effective_weight(weight, *delta, dtype=dtype, stochastic=seed is not None, seed=seed or 0)
 
 
 def values_weight(
-    like: Tensor,
+    dtype: torch.dtype,
     weight: Tensor | None,
     values: Tensor,
     mask_words: Tensor,
@@ -37,7 +37,7 @@ def values_weight(
     """The same with the delta given by its values."""
     from fade_kernels.triton_kernels import effective_weight as merging
 
-    out = like.new_empty((mask_words.shape[0], columns))
+    out = torch.empty(mask_words.shape[0], columns, dtype=dtype, device=mask_words.device)
     delta = (values, mask_words, scale)
     merging.effective_weight_from_values(out, weight, *delta, stochastic=seed is not None, seed=seed or 0)
     return out

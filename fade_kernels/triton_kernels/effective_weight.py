@@ -377,7 +377,63 @@ def effective_weight(
     if layer.out.numel() == 0:
         return layer.result
     scale_argument = as_scale(scale)
-    base, rounded = layer.weight, stochastic and layer.out.dtype.itemsize == 2
+    launch = _launch_of(layer, scale_argument, stochastic and layer.out.dtype.itemsize == 2, tiling)
+    with on_device(layer.out):
+        launch(
+            layer.out,
+            layer.out if layer.weight is None else layer.weight,
+            layer.lora_a,
+            layer.lora_b,
+            layer.mask_words,
+            scale_argument,
+            seed % SEEDS,
+        )
+    return layer.result
+
+
+_launches: dict[Hashable, Launch] = {}
+
+
+class Ready(NamedTuple):
+    """The launch of calls alike: same sizes, strides and types, nothing to be copied or converted first."""
+
+    launch: Launch
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __call__(
+        self, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor, seed: int
+    ) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=lora_a.device)
+        with on_device(out):
+            self.launch(
+                out, out if weight is None else weight, lora_a, lora_b, mask_words, as_scale(scale), seed % SEEDS
+            )
+        return out
+
+
+def ready(
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    mask_words: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    stochastic: bool,
+) -> Ready | None:
+    """What makes W + Delta of a linear layer, or Delta alone, in new memory; None where something must be made of the
+    arguments first."""
+    plain = lora_a.dtype == lora_b.dtype and all(t.is_contiguous() for t in (lora_a, lora_b, mask_words))
+    if not plain or 0 in (*lora_a.shape, *lora_b.shape) or (weight is not None and weight.stride(1) != 1):
+        return None
+    out = torch.empty(lora_b.shape[0], lora_a.shape[1], dtype=dtype, device=lora_a.device)
+    layer = _Matrices(0, out, out, weight, lora_a, lora_b, mask_words, scale)
+    return Ready(_launch_of(layer, as_scale(scale), stochastic and dtype.itemsize == 2, None), tuple(out.shape), dtype)
+
+
+def _launch_of(layer: _Matrices, scale: Tensor | float, rounded: bool, tiling: Tiling | None) -> Launch:
+    """The launch for one layer of these types, sizes and strides."""
+    base = layer.weight
 
     def make() -> Launch:
         (n, k), blocks = layer.out.shape, (tiling or TILINGS[0]).blocks
@@ -389,34 +445,19 @@ def effective_weight(
                 "HAS_WEIGHT": base is not None,
                 "IN_PLACE": layer.in_place,
                 "STOCHASTIC": rounded,
-                "SCALE_POINTER": isinstance(scale_argument, Tensor),
+                "SCALE_POINTER": isinstance(scale, Tensor),
             },
             tiling or TILINGS[0],
         )
 
-    if tiling is None:
-        key = (
-            *(layer.out.shape, layer.out.stride(), layer.out.dtype, layer.lora_a.shape[0], layer.lora_a.dtype),
-            None if base is None else (base.stride(), base.dtype, layer.in_place),
-            *(rounded, scale_argument.__class__ is float),
-        )
-        launch = kept(_launches, key, make)
-    else:
-        launch = make()
-    with on_device(layer.out):
-        launch(
-            layer.out,
-            layer.out if base is None else base,
-            layer.lora_a,
-            layer.lora_b,
-            layer.mask_words,
-            scale_argument,
-            seed % SEEDS,
-        )
-    return layer.result
-
-
-_launches: dict[Hashable, Launch] = {}
+    if tiling is not None:
+        return make()
+    key = (
+        *(layer.out.shape, layer.out.stride(), layer.out.dtype, layer.lora_a.shape[0], layer.lora_a.dtype),
+        None if base is None else (base.stride(), base.dtype, layer.in_place),
+        *(rounded, scale.__class__ is float),
+    )
+    return kept(_launches, key, make)
 
 
 VALUES_TILINGS = (Tiling({"BN": 16, "BK": 128}, num_warps=4, num_stages=1),)

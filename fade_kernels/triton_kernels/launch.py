@@ -100,7 +100,7 @@ class Launch:
     looked up by the only things that may still differ: the device, and which pointers are multiples of 16.
     """
 
-    __slots__ = ("_compiled", "_grid", "_kernel", "_options", "_settled", "_sizes")
+    __slots__ = ("_compiled", "_grid", "_kernel", "_options", "_places", "_settled", "_sizes")
 
     def __init__(
         self, kernel: Any, grid: Sequence[int], sizes: Sequence[int], constants: Mapping[str, Any], tiling: Tiling
@@ -121,6 +121,7 @@ class Launch:
         self._options = {**constants, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
         self._settled = (*sizes, *(constants[name] for name in kernel.arg_names[-len(constants) :]))
         self._compiled: dict[Hashable, Any] = {}
+        self._places: list[int] | None = None  # of the arguments that are pointers
 
     def __call__(self, *pointers: Tensor | float) -> None:
         """Launches on the current stream.
@@ -133,26 +134,28 @@ class Launch:
             return
         active = driver.active
         device = active.get_current_device()
-        misaligned = 0
-        for place, pointer in enumerate(pointers):
-            if pointer.__class__ not in (float, int) and pointer.data_ptr() & 15:
-                misaligned |= 1 << place
+        if self._places is None:
+            self._places = [i for i, pointer in enumerate(pointers) if isinstance(pointer, Tensor)]
+        misaligned = tuple([i for i in self._places if pointers[i].data_ptr() & 15])
         compiled = self._compiled.get((device, misaligned))
         if compiled is None:
             compiled = self._kernel[self._grid](*pointers, *self._sizes, **self._options)
             self._compiled[device, misaligned] = compiled
             return
         stream, arguments = active.get_current_stream(device), (*pointers, *self._settled)
+        enter, leave, metadata = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if _hooked(enter) or _hooked(leave):  # a profiler's
+            metadata = compiled.launch_metadata(self._grid, stream, *arguments)
+        else:
+            enter = leave = None
         compiled.run(
-            *self._grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            compiled.launch_metadata(self._grid, stream, *arguments),
-            knobs.runtime.launch_enter_hook,
-            knobs.runtime.launch_exit_hook,
-            *arguments,
+            *self._grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments
         )
+
+
+def _hooked(hook: Any) -> bool:
+    """Whether anything is called there; from Triton 3.5 on the hook is a chain, which may be empty."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 MOST_KEPT = 4096

@@ -245,7 +245,7 @@ def masked_lora_factor_gradients(
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
     scale_argument = as_scale(scale)
 
-    def make() -> _Plan:
+    def make() -> Plan:
         return _plan(dy, x, lora_a, lora_b, scale_argument, splits, atomics, tiling, input_precision)
 
     if tiling is None:
@@ -257,22 +257,26 @@ def masked_lora_factor_gradients(
         plan = kept(_plans, key, make)
     else:
         plan = make()
+    if not atomics:
+        return plan(dy, x, lora_a, lora_b, mask_words, scale)
     with on_device(dy):
-        if atomics:
-            grad_a, grad_b = (torch.zeros(f.shape, dtype=torch.float32, device=dy.device) for f in (lora_a, lora_b))
-            plan.products(dy, x, lora_a, lora_b, mask_words, scale_argument, mask_words, grad_a, grad_b)
-            return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
-        occupied = torch.empty(plan.tiles, dtype=torch.int32, device=dy.device)
-        partial_a = torch.empty(plan.partial_a, dtype=torch.float32, device=dy.device)
-        partial_b = torch.empty(plan.partial_b, dtype=torch.float32, device=dy.device)
-        grad_a, grad_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
-        plan.products(dy, x, lora_a, lora_b, mask_words, scale_argument, occupied, partial_a, partial_b)
-        plan.reduction(partial_a, partial_b, occupied, grad_a, grad_b)
-    return grad_a, grad_b
+        grad_a, grad_b = (torch.zeros(f.shape, dtype=torch.float32, device=dy.device) for f in (lora_a, lora_b))
+        plan.products(dy, x, lora_a, lora_b, mask_words, scale_argument, mask_words, grad_a, grad_b)
+    return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
 
 
-class _Plan(NamedTuple):
-    """Both launches and the sizes of the workspace."""
+def ready(
+    dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor, input_precision: str
+) -> "Plan | None":
+    """What calls with arguments like these need no more than launch; None where something must be copied first."""
+    plain = dy.stride(1) == x.stride(1) == 1 and all(t.is_contiguous() for t in (lora_a, lora_b, mask_words))
+    if not plain or 0 in (*dy.shape, *lora_a.shape):
+        return None
+    return _plan(dy, x, lora_a, lora_b, as_scale(scale), None, False, None, input_precision)
+
+
+class Plan(NamedTuple):
+    """Both launches and the sizes of the workspace, for arguments alike: same sizes, strides and types."""
 
     products: Launch
     reduction: Launch
@@ -280,8 +284,22 @@ class _Plan(NamedTuple):
     partial_a: int
     partial_b: int
 
+    def __call__(
+        self, dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, mask_words: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dA and dB in the factors' dtypes."""
+        with on_device(dy):
+            device = dy.device
+            occupied = torch.empty(self.tiles, dtype=torch.int32, device=device)
+            partial_a = torch.empty(self.partial_a, dtype=torch.float32, device=device)
+            partial_b = torch.empty(self.partial_b, dtype=torch.float32, device=device)
+            grad_a, grad_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
+            self.products(dy, x, lora_a, lora_b, mask_words, as_scale(scale), occupied, partial_a, partial_b)
+            self.reduction(partial_a, partial_b, occupied, grad_a, grad_b)
+        return grad_a, grad_b
 
-_plans: dict[Hashable, _Plan] = {}
+
+_plans: dict[Hashable, Plan] = {}
 
 
 def _plan(
@@ -294,7 +312,7 @@ def _plan(
     atomics: bool,
     tiling: Tiling | None,
     input_precision: str,
-) -> _Plan:
+) -> Plan:
     """Launches for arguments of these types, sizes and strides."""
     (rows, n), (rank, k) = dy.shape, lora_a.shape
     tiling = tiling or TILINGS[arithmetic(dy.dtype, input_precision)][0]
@@ -319,7 +337,7 @@ def _plan(
         {"BN": tile_n, "BK": tile_k},
         Tiling(REDUCE_BLOCKS),
     )
-    return _Plan(
+    return Plan(
         Launch(masked_lora_factor_gradients_kernel, (tiles, split.count), sizes, constants, tiling),
         reduction,
         tiles,

@@ -176,7 +176,7 @@ def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_pre
     return candidates[0]
 
 
-_linear = LinearKernel(masked_lora_forward_kernel, "k", candidate_tilings, default_tiling)
+KERNEL = LinearKernel(masked_lora_forward_kernel, "k", candidate_tilings, default_tiling)
 
 
 def masked_lora_forward(
@@ -212,7 +212,7 @@ def masked_lora_forward(
     Raises:
         TypeError, ValueError: element types, ranks and precisions the kernel does not take.
     """
-    return _linear(out, x, weight, bias, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
+    return KERNEL(out, x, weight, bias, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
 
 
 def compile_cases() -> list[CompileCase]:

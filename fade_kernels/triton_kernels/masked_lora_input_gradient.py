@@ -181,7 +181,7 @@ def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_pre
     return candidates[0]
 
 
-_linear = LinearKernel(masked_lora_input_gradient_kernel, "n", candidate_tilings, default_tiling)
+KERNEL = LinearKernel(masked_lora_input_gradient_kernel, "n", candidate_tilings, default_tiling)
 
 
 def masked_lora_input_gradient(
@@ -215,7 +215,7 @@ def masked_lora_input_gradient(
     Raises:
         TypeError, ValueError: element types, ranks and precisions the kernel does not take.
     """
-    return _linear(out, dy, weight, None, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
+    return KERNEL(out, dy, weight, None, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
 
 
 def compile_cases() -> list[CompileCase]:

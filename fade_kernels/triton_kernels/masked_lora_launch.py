@@ -41,6 +41,10 @@ def with_unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
+def _unit_stride(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else with_unit_stride(matrix)
+
+
 def as_factors(lora_a: Tensor, lora_b: Tensor, along: str) -> tuple[Tensor, Tensor]:
     """Both factors in one dtype, with unit stride; factors of two dtypes become fp32.
 
@@ -116,6 +120,35 @@ class _Plan(NamedTuple):
     tile: tuple[int, int] | None
 
 
+class Ready(NamedTuple):
+    """A launch with the list of tiles of one mask, for whoever calls again with arguments alike: same sizes, strides
+    and types, nothing to be copied or converted first."""
+
+    launch: Launch
+    order: tuple[Tensor, Tensor] | None
+    columns: int
+    has_bias: bool
+    """Whether the kernel takes a bias."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        mask_words: Tensor,
+        scale: Tensor,
+    ) -> Tensor:
+        out = rows.new_empty((rows.shape[0], self.columns))
+        order = self.order or (mask_words, mask_words)
+        weight = rows if weight is None else weight  # pointers of absent arguments are never read
+        terms = (weight, rows if bias is None else bias) if self.has_bias else (weight,)
+        with on_device(rows):
+            self.launch(rows, *terms, lora_a, lora_b, mask_words, as_scale(scale), *order, out)
+        return out
+
+
 class LinearKernel:
     """One of the two kernels: what differs between them, and the launches that it has made."""
 
@@ -155,7 +188,7 @@ class LinearKernel:
         """
         if out is None:
             out = rows.new_empty((rows.shape[0], lora_b.shape[0] if self._along == "k" else lora_a.shape[1]))
-        weight = None if weight is None else with_unit_stride(weight)
+        weight = _unit_stride(weight)
         factors, words = as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words)
         scale_argument = as_scale(scale)
         arguments = _Arguments(
@@ -166,6 +199,37 @@ class LinearKernel:
             if out.numel() > 0:
                 self._launch(arguments, plan, tiling)
         return out
+
+    def ready(
+        self,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        mask_words: Tensor,
+        scale: Tensor,
+        input_precision: str,
+        skip_empty: bool,
+    ) -> Ready | None:
+        """What calls like this one need no more than launch; None where something must be made of the arguments first,
+        or where the mask's tiles are asked for first while a graph is captured."""
+        given = (rows, weight, lora_a, lora_b, mask_words)
+        taken = (*map(_unit_stride, given[:2]), *as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words))
+        columns = lora_b.shape[0] if self._along == "k" else lora_a.shape[1]
+        if 0 in (rows.shape[0], columns) or any(a is not b for a, b in zip(given, taken, strict=True)):
+            return None
+        out = rows.new_empty((rows.shape[0], columns))
+        arguments = _Arguments(
+            out, rows, weight, bias, lora_a, lora_b, mask_words, as_scale(scale), input_precision
+        )  # fmt: skip
+        with on_device(rows):
+            plan, order = self._plan(arguments, None, skip_empty), None
+            if plan.tile is not None:
+                order = tile_order(mask_words, lora_a.shape[1], *plan.tile, along=self._along)
+                if order is None:
+                    return None
+        return Ready(plan.launch, order, columns, self._along == "k")
 
     def _plan(self, arguments: _Arguments, tiling: Tiling | None, skip_empty: bool) -> _Plan:
         """The launch for arguments of these types, sizes and strides."""

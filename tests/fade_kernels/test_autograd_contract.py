@@ -451,6 +451,28 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_whoever_watches_sees_the_operators(problem: Problem, name: str) -> None:
+    """Compositions are called past the dispatcher, but not where a mode or a profiler asks what runs."""
+    operator = {"linear": "masked_lora_linear", "convolution": "masked_lora_conv2d"}[name]
+    leaves = [leaf.requires_grad_() for leaf in problem.leaves(name)]
+    call = problem.function(name)
+
+    def step() -> list[Tensor]:
+        return [y := call(*leaves), *torch.autograd.grad(y.sum(), leaves)]
+
+    alone = step()
+    with Operators() as ran:
+        watched = step()
+    assert ran.names.count(operator) == 1
+    assert any(gradient.startswith(operator) and gradient != operator for gradient in ran.names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        profiled = step()
+    assert f"fade_kernels::{operator}" in {event.name for event in profiler.events()}
+    for other in (watched, profiled):
+        assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
+
+
 def test_a_number_as_scale_costs_no_tensor_a_call(problem: Problem) -> None:
     x, a, b = problem.leaves("linear")
     call = problem.function("linear")

@@ -70,8 +70,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         effective_weight.effective_weights_kernel,
     )
     kept = (
-        masked_lora_forward._linear._plans,
-        masked_lora_input_gradient._linear._plans,
+        masked_lora_forward.KERNEL._plans,
+        masked_lora_input_gradient.KERNEL._plans,
         masked_lora_factor_gradients._plans,
         weight_gradient_magnitude._plans,
         effective_weight._launches,

@@ -353,6 +353,38 @@ def test_a_mask_that_changes_in_place_is_counted_again() -> None:
     assert (facts.density, facts.occupancy) == (1.0, 1.0)
 
 
+def test_how_a_call_runs_is_found_once_for_a_mask_and_a_kind(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, asked = Layer(torch.float16, 0.2, rng), []
+    choose = choices.choose_linear
+    monkeypatch.setattr(choices, "choose_linear", lambda *a: asked.append(a) or choose(*a))
+
+    def forward(x: Tensor, words: Tensor) -> Tensor:
+        return linear.masked_lora_linear(
+            x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, words, layer.scale, REGIMES["auto"]
+        )  # fmt: skip
+
+    words = layer.mask.words
+    first = forward(layer.x, words)
+    assert torch.equal(forward(layer.x.clone(), words), first)
+    assert len(asked) == 1
+    forward(layer.x[:1], words)  # another shape
+    forward(layer.x, words.clone())  # another mask
+    assert len(asked) == 3
+    words.zero_()
+    assert not torch.equal(forward(layer.x, words), first)  # the same memory, another mask
+    assert len(asked) == 4
+    monkeypatch.setattr(linear, "_MOST_KINDS", 2)
+    for tokens in range(1, 6):
+        forward(layer.x[0, :tokens], words)
+    assert len(mask_facts.kept_with(words)["forward"]) <= 2
+    monkeypatch.setattr(linear, "capturing", lambda tensor: True)
+    before = dict(mask_facts.kept_with(words)["forward"])
+    forward(layer.x[:2], words)
+    assert mask_facts.kept_with(words)["forward"] == before
+
+
 def test_choices_follow_the_thresholds() -> None:
     def choose(density: float, occupancy: float, tokens: int, dtype: torch.dtype, tf32: bool = False) -> str:
         facts = mask_facts.MaskFacts(0, density, occupancy)
