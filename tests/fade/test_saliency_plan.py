@@ -20,9 +20,10 @@ import fade
 import fade.saliency
 from fade.backbones import Backbone, backbone_for
 from fade.base_model import target_layers, target_regions
-from fade.concept import concept_from_words, digitcanvas_concept
+from fade.concept import bundled_concept, concept_from_words
 from fade.conditioning import EncodedPrompts
 from fade.config import Config, LocateConfig
+from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents
 from fade.loading import load_model
@@ -174,7 +175,7 @@ def test_groups_and_the_host_locate_what_one_pass_does(
 def test_groups_on_digitcanvas() -> None:
     backbone = backbone_for(load_model("digitcanvas"))
     layers = target_layers(backbone.denoiser, backbone.targets)
-    latents, prompts = prepared(backbone, digitcanvas_concept("three", "eight"), samples=4)
+    latents, prompts = prepared(backbone, bundled_concept(DIGITCANVAS, "three", "eight"), samples=4)
     config = LocateConfig(saliency="distillation", batch_size=4)
     budget = budget_for_groups(layers, config, measure_pass(backbone, layers, latents, prompts, config, 0))
     once = locate(backbone, layers, latents, prompts, config, 0)
