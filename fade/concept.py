@@ -39,6 +39,10 @@ RETAIN_PROMPTS = ("", *(manner.format(subject) for subject in _SUBJECTS for mann
 """Neutral prompts kept when the user names none: common subjects in common manners, and the empty prompt."""
 
 
+LOOK_ALIKES = 0.1
+"""Least share of a bundled model's retain prompts that are of the concept's look-alikes."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """One concept to forget and what takes its place, in words and in prompts that answer each other; `phrasings`,
@@ -168,7 +172,8 @@ def _check_templates(kind: str, templates: Sequence[str]) -> None:
 
 
 def bundled_concept(model: BundledModel, forget: str, surrogate: str, retain: Sequence[str] | None = None) -> Concept:
-    """A word of a bundled model: its crossings with the whole other domain; all other crossings are kept.
+    """A word of a bundled model: its crossings with the whole other domain; all other crossings are kept, those of its
+    look-alikes so many times over that they are `LOOK_ALIKES` of what is.
 
     Raises FadeError where concept and surrogate are not two words of one domain.
     """
@@ -176,13 +181,15 @@ def bundled_concept(model: BundledModel, forget: str, surrogate: str, retain: Se
     if surrogate not in domain.words:
         known = choices(surrogate, domain.words)
         raise FadeError(f"the surrogate of {forget!r} must be one of {known}, not {surrogate!r}")
-    others = tuple(prompt for prompt, words in model.all_prompts.items() if forget not in words)
+    others = {prompt: words for prompt, words in model.all_prompts.items() if forget not in words}
+    near = [prompt for prompt, words in others.items() if not set(domain.neighbours(forget)).isdisjoint(words)]
+    again = near * max(0, round(LOOK_ALIKES * len(others) / max(1, len(near))) - 1)
     return Concept(
         forget=forget,
         surrogate=surrogate,
         forget_prompts=model.prompts(forget),
         surrogate_prompts=model.prompts(surrogate),
-        retain_prompts=kept or others,
+        retain_prompts=kept or (*others, *again),
         phrasings=tuple(dict.fromkeys(template for _, template in model.crossed(domain.phrasings, forget))),
         neighbours=tuple(word for word in domain.words if word != forget),
         apart=tuple(word for word in domain.words if word != forget and mentions(word, forget)),

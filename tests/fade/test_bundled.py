@@ -159,6 +159,18 @@ def test_names_within_names_are_forgotten_beside_each_other() -> None:
     )
 
 
+def test_look_alikes_are_a_tenth_of_what_is_retained() -> None:
+    for word in ("fish", "guitar", "tiger", random.choice(STYLES)):
+        kept = bundled_concept(EMOJICANVAS, *_two(EMOJICANVAS.domain(word).words, word)).retain_prompts
+        near = EMOJICANVAS.domain(word).neighbours(word)
+        of_near = [prompt for prompt in kept if set(EMOJICANVAS.all_prompts[prompt]) & set(near)]
+        assert not near or 0.07 <= len(of_near) / len(kept) <= 0.25
+        assert {prompt for prompt, words in EMOJICANVAS.all_prompts.items() if word not in words} == set(kept)
+    for domain in DIGITCANVAS.domains:  # whose few words make up as much anyway
+        kept = bundled_concept(DIGITCANVAS, *_two(domain.words, random.choice(domain.words))).retain_prompts
+        assert len(set(kept)) == len(kept)
+
+
 # Metrics -------------------------------------------------------------------------------------------------------------
 
 
