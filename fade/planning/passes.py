@@ -43,7 +43,8 @@ def prompts_on_meta(backbone: Backbone, count: int) -> Conditioning:
     for name, shape in family.prompt_shapes(backbone).items():
         if "mask" in name:
             where = "cpu" if family.reads_lengths else "meta"
-            rows[name] = torch.ones(count, *shape, dtype=torch.int64, device=where)
+            kind = backbone.dtype if family.number_masks else torch.int64
+            rows[name] = torch.ones(count, *shape, dtype=kind, device=where)
         elif family.own_lengths and len(shape) > 1:
             rows[name] = tuple(torch.empty(shape, dtype=backbone.dtype, device="meta") for _ in range(count))
         else:

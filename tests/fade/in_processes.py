@@ -134,22 +134,26 @@ def failing(where: int, error: BaseException, exchanges: int) -> None:
             processes.sum_([torch.ones(3)])
 
 
-def interrupted(where: int) -> None:
-    """Ctrl-C reaches the process `where` while it waits for the others."""
+def interrupted(where: int, sent: str) -> None:
+    """Ctrl-C reaches the process `where` while it waits for the others, which come when it was `sent` (a file)."""
     import threading
     import time
 
     import torch
 
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        open(sent, "w").close()
+
     with processes.together():
         if processes.rank() == where:
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.2, interrupt).start()
         else:
-            time.sleep(0.6)
+            while not os.path.exists(sent):
+                time.sleep(0.02)
         tensor = torch.ones(3)
         processes.sum_([tensor])
         assert tensor.tolist() == [processes.world()] * 3
-        time.sleep(0.2)
         processes.sum_([tensor])
 
 

@@ -102,9 +102,10 @@ def test_an_error_on_one_ends_all(
             raise answers[1 - where]
 
 
-def test_an_interrupt_waits_for_the_exchange_that_it_comes_into(started: Processes) -> None:
+def test_an_interrupt_waits_for_the_exchange_that_it_comes_into(started: Processes, tmp_path: Path) -> None:
     for where in (0, 1):
-        assert [type(answer) for answer in started.run(jobs.interrupted, where)] == [KeyboardInterrupt] * 2
+        answers = started.run(jobs.interrupted, where, str(tmp_path / str(where)))
+        assert [type(answer) for answer in answers] == [KeyboardInterrupt] * 2
 
 
 def test_a_process_that_is_killed_is_missed_at_once() -> None:

@@ -133,7 +133,7 @@ class Fuzzer:
                 status = cli.main(["inspect", str(self.path), *(["--json"] if as_json else [])])
             else:
                 try:
-                    cli.inspect(self.path, as_json)
+                    cli.files.inspect(self.path, as_json)
                     status = 0
                 except FadeError as error:
                     status = cli._fail(str(error), 2)

@@ -54,6 +54,7 @@ CHROMA = Family(
     since="0.34",
     encode=encode,
     prompt_shapes=lambda backbone: masked_shapes(512, backbone.denoiser.config.joint_attention_dim),
+    number_masks=True,
     call=call_with_negative,
     forward=forward,
     output=unpacked,

@@ -82,7 +82,7 @@ class Family:
         encoders: parts that encoding a prompt needs.
         encode: (pipeline, prompts, device) -> the conditioning's tensors.
         prompt_shapes: the same tensors' shapes without the first dimension, from configurations alone: what planning
-            knows of a prompt. A name with `mask` in it is of integers.
+            knows of a prompt. A name with `mask` in it is of integers, or, with number_masks, of the model's dtype.
         own_lengths: prompts keep their own lengths, so that rows are tensors of their own; reads_lengths: the denoiser
             reads from the mask how long each is.
         asked_twice: guided, the pipeline asks the denoiser twice in turn, not once about a batch of both.
@@ -151,6 +151,7 @@ class Family:
     own_lengths: bool = False
     reads_lengths: bool = False
     asked_twice: bool = False
+    number_masks: bool = False
 
     def draws(self, cls: type) -> bool:
         """Whether pipelines of this class draw from a prompt alone with a model of the family."""
