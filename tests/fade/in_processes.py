@@ -145,6 +145,7 @@ def interrupted(where: int, sent: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         open(sent, "w").close()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits that it is ignored
     with processes.together():
         if processes.rank() == where:
             threading.Timer(0.2, interrupt).start()
