@@ -209,7 +209,7 @@ def _run_forward(
     rows = reference.as_rows(x)
     if rounded is not None:
         return reference.from_rows(F.linear(rows, rounded, bias), x)
-    kind = _kind(rows, weight, delta, scale, bias is None, regime, seed is None)
+    kind = _kind(rows, weight, delta, scale, None if bias is None else bias.stride(), regime, seed is None)
     find = partial(_forward, rows, weight, bias, delta, mask_words, scale, columns, regime, seed)
     run = _remembered(mask_words, "forward", kind, find)
     return reference.from_rows(run(rows, weight, bias, delta, mask_words, scale, seed), x)

@@ -188,7 +188,7 @@ class LinearKernel:
         """
         if out is None:
             out = rows.new_empty((rows.shape[0], lora_b.shape[0] if self._along == "k" else lora_a.shape[1]))
-        weight = _unit_stride(weight)
+        weight, bias = _unit_stride(weight), _unit_stride(bias)
         factors, words = as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words)
         scale_argument = as_scale(scale)
         arguments = _Arguments(
@@ -214,8 +214,8 @@ class LinearKernel:
     ) -> Ready | None:
         """What calls like this one need no more than launch; None where something must be made of the arguments first,
         or where the mask's tiles are asked for first while a graph is captured."""
-        given = (rows, weight, lora_a, lora_b, mask_words)
-        taken = (*map(_unit_stride, given[:2]), *as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words))
+        given = (rows, weight, bias, lora_a, lora_b, mask_words)
+        taken = (*map(_unit_stride, given[:3]), *as_factors(lora_a, lora_b, self._along), with_unit_stride(mask_words))
         columns = lora_b.shape[0] if self._along == "k" else lora_a.shape[1]
         if 0 in (rows.shape[0], columns) or any(a is not b for a, b in zip(given, taken, strict=True)):
             return None

@@ -353,6 +353,15 @@ def test_a_mask_that_changes_in_place_is_counted_again() -> None:
     assert (facts.density, facts.occupancy) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("regime", [REGIMES["tile"], REGIMES["gather"], REGIMES["whole"]])
+def test_a_bias_with_gaps(regime: int, rng: torch.Generator) -> None:
+    layer = Layer(torch.float16, 0.2, rng)
+    gaps = torch.randn(2 * len(layer.bias), generator=rng).half()[::2]
+    for bias in (layer.bias, gaps, layer.bias):  # what was found for one must not serve the other
+        arguments = (layer.x, layer.weight, bias, layer.lora_a, layer.lora_b, layer.mask.words, layer.scale, regime)
+        check("masked_lora_linear", arguments, torch.float16)
+
+
 def test_how_a_call_runs_is_found_once_for_a_mask_and_a_kind(
     rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
