@@ -362,6 +362,36 @@ def test_a_bias_with_gaps(regime: int, rng: torch.Generator) -> None:
         check("masked_lora_linear", arguments, torch.float16)
 
 
+@pytest.mark.parametrize("regime", [REGIMES["tile"], REGIMES["gather"], REGIMES["whole"]])
+def test_what_was_found_for_some_arguments_serves_no_others(regime: int, rng: torch.Generator) -> None:
+    """One mask, and after each call one thing in another layout or dtype, or as it was."""
+    layer = Layer(torch.float16, 0.2, rng)
+
+    def gaps(tensor: Tensor) -> Tensor:
+        wide = torch.randn(*tensor.shape[:-1], 2 * tensor.shape[-1], generator=rng).to(tensor.dtype)
+        return wide[..., ::2].copy_(tensor)
+
+    plain = {
+        "x": layer.x.flatten(0, 1), "dy": layer.dy.flatten(0, 1), "weight": layer.weight, "bias": layer.bias,
+        "a": layer.lora_a, "b": layer.lora_b, "scale": layer.scale,
+    }  # fmt: skip
+    others = [{name: gaps(plain[name])} for name in ("x", "dy", "weight", "bias", "a", "b")]
+    others += [{"a": layer.lora_a.float(), "b": layer.lora_b.float()}, {"scale": layer.scale.double()}]
+    others += [{"weight": None}, {"bias": None}, {"x": plain["x"][:5], "dy": plain["dy"][:5]}]
+    for change in (step for other in others for step in ({}, other)):
+        p = plain | change
+        delta = (p["a"], p["b"], layer.mask.words, p["scale"], regime)
+        check("masked_lora_linear", (p["x"], p["weight"], p["bias"], *delta), torch.float16)
+        check("masked_lora_linear_input_gradient", (p["dy"], p["weight"], *delta), torch.float16)
+        check("masked_lora_linear_factor_gradients", (p["dy"], p["x"], *delta), torch.float16)
+        both = linear.masked_lora_linear_backward(p["dy"], p["x"], p["weight"], *delta, True, True)
+        assert torch.equal(both[0], linear.masked_lora_linear_input_gradient(p["dy"], p["weight"], *delta))
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(both[1:], linear.masked_lora_linear_factor_gradients(p["dy"], p["x"], *delta), strict=True)
+        )
+
+
 def test_how_a_call_runs_is_found_once_for_a_mask_and_a_kind(
     rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
