@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def gpu_tests(limit: float, path: str = GPU_TESTS) -> Step:
     if not (ROOT / path).exists():
         return _step("absent", start, f"there is no {path}")
     command = [sys.executable, "-m", "pytest", path, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    code, output = _run(command, limit, {"FADE_TEST_DEVICES": "cuda"})
+    if find_spec("xdist") is not None:  # most of the time is Triton's compiler's
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    code, output = _run(command, limit, {"FADE_TEST_DEVICES": "cuda", "OMP_NUM_THREADS": "1"})
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
     if code is None:
         status = "unfinished"

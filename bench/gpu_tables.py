@@ -151,6 +151,8 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
             return roofline.gather(layer, RANK, mask.keep)
         if path in ONE_PRODUCT:
             return roofline.one_product(layer, RANK, occupancy(mask), chip, kept=path == KEPT)
+        if path == "library":
+            return roofline.from_library(layer, RANK)
         return roofline.fused(layer, RANK, occupancy(mask), chip)
 
     if provider.regime in EXACT:
@@ -158,7 +160,7 @@ def linear_cost(provider: Provider, layer: Linear, chip: Chip) -> Cost:
     # What would be chosen: a path for the products, and one for the factors' gradients.
     facts = MaskFacts(0, mask.keep, occupancy(mask))
     sizes = (layer.tokens, layer.out_features, layer.in_features)
-    gradients = choices.choose_factor_gradients(*sizes, facts)
+    gradients = choices.choose_factor_gradients(torch.bfloat16, *sizes, facts)
     if provider.regime == "auto":
         path = choices.choose_linear(torch.bfloat16, *sizes, facts, tf32=False)
     else:

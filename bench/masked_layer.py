@@ -127,6 +127,7 @@ class MaskedLayer:
         self.naive_mask = self.masks[self.first].reshape(self.weight.shape)
         if self.device.type == "cpu":
             self.naive_mask = self.naive_mask.to(dtype)
+        self.rounded = torch.empty_like(self.weight)  # what the one-product mode keeps through a training run
         self.peft: dict[torch.dtype, nn.Module] = {}
 
     def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,7 +141,8 @@ class MaskedLayer:
             rounding["rounding_seed"] = SEED
         elif regime == KEPT:
             layer = [[part] for part in (self.weight, *delta)]
-            rounding["rounded_weight"] = effective_weights(*layer, stochastic=True, seed=SEED)[0]
+            effective_weights(*layer, out=[self.rounded], stochastic=True, seed=SEED)
+            rounding["rounded_weight"] = self.rounded
         if isinstance(self.shape, Linear):
             return masked_lora_linear(self.x, self.weight, self.bias, *delta, **rounding)
         window = {"stride": self.shape.stride, "padding": self.shape.kernel // 2}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.shapes import Linear
+from fade_kernels.triton_kernels.split import split_rows
 
 BF16, FP32, INT32_PER_BIT = 2, 4, 1 / 8
 
@@ -264,17 +265,15 @@ def naive_masked(layer: Linear, rank: int, two_products: bool = True, mask_bytes
     return Cost(make + forward, base.backward + backward + gradients)
 
 
-TILE, STEP = 128, 64
+TILE, STEP, MOST_SPLITS = 128, 64, 32
 """Tiles of dY^T X, and rows of T a step, of the factors' gradients (`triton_kernels/masked_lora_factor_gradients`)."""
 
 
 def splits(layer: Linear, chip: Chip) -> int:
     """Ranges that T is divided into so that the tiles fill the chip (`triton_kernels/split.py`)."""
     t, n, k = _sizes(layer)
-    useful = -(-2 * chip.multiprocessors // (-(-n // TILE) * -(-k // TILE)))
-    steps = -(-t // STEP)
-    wanted = max(1, min(useful, t // (4 * STEP), 32, steps))
-    return -(-steps // -(-steps // wanted))
+    tiles = -(-n // TILE) * -(-k // TILE)
+    return split_rows(t, STEP, STEP, tiles, chip.multiprocessors, MOST_SPLITS).count
 
 
 def _factor_gradients(
@@ -396,6 +395,18 @@ def gather(layer: Linear, rank: int, density: float) -> Cost:
         (gemm("x Wᵀ", t, n, k, result=FP32), values, *added("y += x Dᵀ", k, n)),
         (gemm("dY W", t, k, n, result=FP32), values, *added("dX += dY D", n, k), sampled, summed, contracted),
     )
+
+
+def from_library(layer: Linear, rank: int) -> Cost:
+    """The factors' gradients from the library's dY^T X, read once for each of them while it is in the cache."""
+    t, n, k = _sizes(layer)
+    product = replace(gemm("dYᵀ X", n, k, t), of_factors=True)
+    gradient, result = BF16 * n * k, (BF16 + FP32) * rank * (n + k)
+    moved = 2 * (gradient + INT32_PER_BIT * n * k) + result
+    contracted = Kernel(
+        "dA, dB", 4.0 * n * k * rank, moved, ours=True, of_factors=True, warm=(gradient, gradient)
+    )  # fmt: skip
+    return Cost((), (product, contracted))
 
 
 def combined(products: Cost, gradients: Cost) -> Cost:

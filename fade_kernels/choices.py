@@ -34,6 +34,10 @@ class Thresholds(NamedTuple):
     sampled_density: float = 0.003
     """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
     tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
+    library_flops: float = 1e10
+    """From this much arithmetic in dY^T X on, the library's product and a pass over it overtake the occupied tiles."""
+    library_occupancy: float = 0.6
+    """From this share of occupied tiles on."""
     rounded_density: float = 0.2
     """Up to this density the noise of rounding W + Delta stochastically is small beside that of rounding y: rounding a
     share d of bf16 weights adds an error of 2.3e-3 sqrt(d) of y to the 1.7e-3 of y's own rounding, at 0.2 a sixth."""
@@ -76,12 +80,16 @@ def skips_empty_tiles(facts: MaskFacts) -> bool:
     return facts.occupancy < THRESHOLDS.skip_occupancy
 
 
-def choose_factor_gradients(tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
-    """`zero`: an empty mask. `gather`: the weight gradient at the mask's positions. `tile`: in its occupied tiles."""
+def choose_factor_gradients(dtype: torch.dtype, tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
+    """`zero`: an empty mask. `gather`: the weight gradient at the mask's positions. `tile`: in its occupied tiles.
+    `library`: all of it by the library's product, in bf16, which has the range of fp32."""
     if facts.density == 0.0:
         return "zero"
-    large = 2.0 * tokens * rows * columns >= THRESHOLDS.sampled_flops
-    return "gather" if large and _sparse_enough(facts, THRESHOLDS.sampled_density) else "tile"
+    flops = 2.0 * tokens * rows * columns
+    if flops >= THRESHOLDS.sampled_flops and _sparse_enough(facts, THRESHOLDS.sampled_density):
+        return "gather"
+    whole = flops >= THRESHOLDS.library_flops and facts.occupancy >= THRESHOLDS.library_occupancy
+    return "library" if whole and dtype == torch.bfloat16 else "tile"
 
 
 def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:

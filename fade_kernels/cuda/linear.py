@@ -239,7 +239,7 @@ def _factor_gradients(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, s
     path = {REGIMES["gather"]: "gather", REGIMES["tile"]: "tile", REGIMES["whole"]: "tile"}.get(regime)
     if path is None:
         facts = facts_for_choice(mask_words, columns)
-        path = choices.choose_factor_gradients(x.shape[0], dy.shape[1], columns, facts)
+        path = choices.choose_factor_gradients(x.dtype, x.shape[0], dy.shape[1], columns, facts)
     if path == "zero" or x.shape[0] == 0:
         return lambda dy, x, delta, *_: tuple(factor.new_zeros(factor.shape) for factor in delta)
     if path == "gather":
@@ -253,9 +253,18 @@ def _factor_gradients(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, s
             return tuple(grad.to(factor.dtype) for grad, factor in zip(grads, delta, strict=True))
 
         return sampled
+    if path == "library":
+        return _contracted
     plan = kernel.ready(dy, x, *delta, mask_words, scale, precision(x))
     call = plan or partial(kernel.masked_lora_factor_gradients, input_precision=precision(x))
     return lambda dy, x, delta, words, scale: call(dy, x, *delta, words, scale)
+
+
+def _contracted(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, scale: Tensor) -> Delta:
+    """dA, dB from the library's dY^T X."""
+    from fade_kernels.triton_kernels.masked_gradient_contraction import contract_masked_gradient
+
+    return contract_masked_gradient(dy.t() @ x, *delta, mask_words, scale)
 
 
 def _values_gradient(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, scale: Tensor, regime: int) -> Gradients:
@@ -264,7 +273,7 @@ def _values_gradient(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, sc
     sampled, count = regime == REGIMES["gather"], values.numel()
     if regime == REGIMES["auto"]:
         facts = facts_for_choice(mask_words, columns)
-        sampled = choices.choose_factor_gradients(x.shape[0], dy.shape[1], columns, facts) == "gather"
+        sampled = choices.choose_factor_gradients(x.dtype, x.shape[0], dy.shape[1], columns, facts) == "gather"
     by_row = mask_positions(mask_words, columns).by_row if sampled else None
 
     def run(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, scale: Tensor) -> Delta:

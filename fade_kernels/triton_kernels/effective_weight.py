@@ -532,6 +532,8 @@ class _Group(NamedTuple):
     table: Tensor
     nearest: Launch
     stochastic: Launch
+    scales: list[Tensor]
+    """To whose memory the table points: copies of those that were on the host."""
 
 
 @dataclass(frozen=True)
@@ -560,9 +562,7 @@ class LayerTable:
                 "take the copy of their addresses to the device: call once before the capture, with the same tensors "
                 "(results, weights, factors, masks and scales on the device)"
             )
-        matrices = [
-            layer._replace(scale=layer.scale.to(device=layer.out.device, dtype=torch.float32)) for layer in matrices
-        ]
+        matrices = _with_scales_on_device(matrices)
         groups: dict[tuple[Any, ...], list[_Matrices]] = {}
         for layer in matrices:
             if layer.out.numel() > 0:
@@ -595,8 +595,25 @@ class LayerTable:
                 )
                 for rounded in (False, True)
             )
-            built.append(_Group(torch.tensor(rows, dtype=torch.int64).to(device), nearest, stochastic))
+            table = torch.tensor(rows, dtype=torch.int64).to(device)
+            built.append(_Group(table, nearest, stochastic, [layer.scale for layer in members]))
         return cls(built, matrices, [layer.result for layer in matrices])
+
+
+def _with_scales_on_device(layers: list[_Matrices]) -> list[_Matrices]:
+    """The layers with scales that the kernel can read; those on the host go there in one copy for each device."""
+    numbers: dict[torch.device, list[float]] = {}
+    for layer in layers:
+        if layer.scale.device != layer.out.device:
+            numbers.setdefault(layer.out.device, []).append(float(layer.scale))
+    copied = {device: iter(torch.tensor(values).to(device)) for device, values in numbers.items()}
+    return [
+        layer._replace(
+            scale=layer.scale.to(torch.float32) if layer.scale.device == layer.out.device
+            else next(copied[layer.out.device])
+        )
+        for layer in layers
+    ]  # fmt: skip
 
 
 def _row(layer: _Matrices, first_tile: int) -> list[int]:
@@ -620,18 +637,31 @@ MOST_TABLES = 16
 
 
 def _key_of(layers: Sequence[Layer]) -> Hashable:
-    """Where and what the tensors are. A table holds no more, so that it is right for whatever tensors are there now."""
+    """Where and what the tensors are, and the value of a scale that is on the host and has been copied. A table holds
+    no more, so that it is right for whatever tensors are there now."""
     return tuple(
-        None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        None if tensor is None
+        else float(tensor) if tensor is layer.scale and _on_host(layer)
+        else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         for layer in layers
         for tensor in (layer.out, layer.weight, layer.lora_a, layer.lora_b, layer.mask_words, layer.scale)
-    )
+    )  # fmt: skip
+
+
+def _on_host(layer: Layer) -> bool:
+    """Whether its scale is on the host, though the layer is not."""
+    return layer.scale.device != layer.lora_a.device
 
 
 def _holds_no_copies(table: LayerTable, layers: Sequence[Layer]) -> bool:
     """Whether a table has the addresses of the layers' own tensors, and none of a copy that goes with this call."""
     names = ("out", "weight", "lora_a", "lora_b", "mask_words", "scale")
-    pairs = ((getattr(a, name), getattr(b, name)) for a, b in zip(layers, table.layers, strict=True) for name in names)
+    pairs = (
+        (getattr(a, name), getattr(b, name))
+        for a, b in zip(layers, table.layers, strict=True)
+        for name in names
+        if name != "scale" or not _on_host(a)
+    )
     return all(b is None or (a is not None and a.data_ptr() == b.data_ptr()) for a, b in pairs)
 
 

@@ -38,7 +38,7 @@ from fade_kernels.triton_kernels.launch import (
     kept,
     on_device,
 )
-from fade_kernels.triton_kernels.split import split_rows
+from fade_kernels.triton_kernels.split import multiprocessors, split_rows, together
 
 MOST_SPLITS = 32
 """More partial sums than this cost more to reduce than their programs save."""
@@ -319,7 +319,9 @@ def _plan(
     tile_n, tile_k, step = (tiling.blocks[size] for size in ("BN", "BK", "BT"))
     tiles_n, tiles_k = ceil_div(n, tile_n), ceil_div(k, tile_k)
     tiles = tiles_n * tiles_k
-    split = split_rows(rows, step, step, tiles, dy.device, MOST_SPLITS, splits)
+    split = split_rows(
+        rows, step, step, tiles, multiprocessors(dy.device), MOST_SPLITS, splits, side_by_side=together(tile_n * tile_k)
+    )  # fmt: skip
     constants = {
         "SCALE_POINTER": isinstance(scale, Tensor),
         "ATOMICS": atomics,

@@ -51,6 +51,7 @@ def masked_lora_forward_kernel(
     SKIP: tl.constexpr,
     SCALE_POINTER: tl.constexpr,
     RANK_STEPS: tl.constexpr,
+    APART: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     i_t, i_n = grouped_tile(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(N, BN), GROUP_T)
@@ -98,7 +99,7 @@ def masked_lora_forward_kernel(
         else:
             b_a = tl.load(lora_a + (o_a + o_k[None, :]), mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BR, BK]
             b_product = tl.dot(b_b, b_a, input_precision=INPUT_PRECISION)  # [BN, BR] @ [BR, BK] -> [BN, BK]
-        if HAS_WEIGHT:
+        if HAS_WEIGHT and not APART:
             b_weight = tl.load(p_weight + (o_weight + o_k[None, :]), mask=m_k[None, :], other=0.0)  # [BN, BK]
             # [BN, BK] @ [BK, BT] -> [BN, BT]
             b_acc = tl.dot(b_weight, b_x, b_acc, input_precision=INPUT_PRECISION)
@@ -108,16 +109,18 @@ def masked_lora_forward_kernel(
         # One tile ahead, so that the loads of the next step do not wait for their own address.
         i_k = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1)) if SKIP else i_k + 1
     b_acc += b_acc_delta
-    if SKIP and HAS_WEIGHT:
-        # The term of W alone, in the others.
-        for i_step in range(steps, TILES):
+    if HAS_WEIGHT and (SKIP or APART):
+        # The term of W alone, in the others; in all of them where the terms are summed apart.
+        for i_step in range(0 if APART else steps, TILES):
+            i_k = i_step if APART else i_k
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
             b_x = tl.load(p_x + (o_x + o_k[:, None]), mask=m_k[:, None], other=0.0)  # [BK, BT]
             b_weight = tl.load(p_weight + (o_weight + o_k[None, :]), mask=m_k[None, :], other=0.0)  # [BN, BK]
             # [BN, BK] @ [BK, BT] -> [BN, BT]
             b_acc = tl.dot(b_weight, b_x, b_acc, input_precision=INPUT_PRECISION)
-            i_k = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1))
+            if not APART:
+                i_k = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1))
     if HAS_BIAS:
         b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
 

@@ -45,6 +45,7 @@ def masked_lora_input_gradient_kernel(
     SKIP: tl.constexpr,
     SCALE_POINTER: tl.constexpr,
     RANK_STEPS: tl.constexpr,
+    APART: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     i_t, i_k = grouped_tile(tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(K, BK), GROUP_T)
@@ -94,7 +95,7 @@ def masked_lora_input_gradient_kernel(
         else:
             b_b = tl.load(p_b, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
             b_product = tl.dot(b_a, b_b, input_precision=INPUT_PRECISION)  # [BK, BR] @ [BR, BN] -> [BK, BN]
-        if HAS_WEIGHT:
+        if HAS_WEIGHT and not APART:
             p_weight = weight + first * stride_weight + o_weight
             b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
             # [BK, BN] @ [BN, BT] -> [BK, BT]
@@ -105,9 +106,10 @@ def masked_lora_input_gradient_kernel(
         # One tile ahead, so that the loads of the next step do not wait for their own address.
         i_n = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1)) if SKIP else i_n + 1
     b_acc += b_acc_delta
-    if SKIP and HAS_WEIGHT:
-        # The term of W alone, in the others.
-        for i_step in range(steps, TILES):
+    if HAS_WEIGHT and (SKIP or APART):
+        # The term of W alone, in the others; in all of them where the terms are summed apart.
+        for i_step in range(0 if APART else steps, TILES):
+            i_n = i_step if APART else i_n
             o_n = i_n * BN + tl.arange(0, BN)
             m_n = o_n < N
             b_dy = tl.load(p_dy + (o_dy + o_n[:, None]), mask=m_n[:, None], other=0.0)  # [BN, BT]
@@ -115,7 +117,8 @@ def masked_lora_input_gradient_kernel(
             b_weight = tl.load(p_weight, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
             # [BK, BN] @ [BN, BT] -> [BK, BT]
             b_acc = tl.dot(b_weight, b_dy, b_acc, input_precision=INPUT_PRECISION)
-            i_n = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1))
+            if not APART:
+                i_n = tl.load(p_order + tl.minimum(i_step + 1, TILES - 1))
 
     p_dx = dx + o_t.to(tl.int64)[None, :] * stride_dx + o_k[:, None]
     tl.store(p_dx, b_acc.to(dx.dtype.element_ty), mask=m_k[:, None] & m_t[None, :])

@@ -278,6 +278,7 @@ class LinearKernel:
             **({"HAS_BIAS": bias is not None} if forward else {}),
             "SKIP": skip,
             "SCALE_POINTER": isinstance(scale, Tensor),
+            "APART": tiling.blocks.get("APART", 0),
         }
         return _Plan(Launch(self._kernel, (tiles,), (T, N, K, R, *strides), constants, tiling), tile if skip else None)
 
@@ -340,6 +341,7 @@ def compile_cases_of(
                 "HAS_WEIGHT": form != "delta alone",
                 "SKIP": form != "full mask",
                 "SCALE_POINTER": True,
+                "APART": tiling.blocks.get("APART", 0),
             }
             signature = {
                 **{pointer: f"*{element}" for pointer in pointers},

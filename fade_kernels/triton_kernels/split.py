@@ -1,23 +1,22 @@
-"""How the rows of a contraction over T are divided over programs, where a layer alone has too few tiles for the device.
+"""How the rows of a contraction over T are divided over programs, where a layer's tiles alone do not fill the device.
 
 A 320 x 320 layer has 9 tiles of 128 x 128 for 132 multiprocessors. Splitting T multiplies the programs and the partial
-results, which have to be written, read and summed.
+results, which have to be written, read and summed. What counts are whole rounds of programs: 270 of them take twice as
+long as 261 where 264 run at a time.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from fade_kernels.triton_kernels.launch import ceil_div
-
 ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 or H200: what the interpreter, which has none, plans for."""
 
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""So many 128 x 128 tiles in registers fit into one: below it, splitting adds programs that run at the same time."""
+FILL = 4.0
+"""Steps of the loop that a program's begin and end take: filling the pipeline, the product with the factors."""
 
-LEAST_STEPS = 4
-"""A split shorter than this many steps of the loop spends its time filling the pipeline and writing its partials."""
+ALONE = 0.6
+"""Of the time that programs take side by side on a multiprocessor, what one takes that has it to itself."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +27,62 @@ class Split:
     rows: int
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; elsewhere an assumed number."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return ASSUMED_MULTIPROCESSORS
+
+
+def together(tile: int) -> int:
+    """Programs that a multiprocessor holds at a time, with an fp32 tile of so many elements in registers: two of
+    128 x 128, three of 128 x 64, four of 64 x 64."""
+    return 2 if tile >= 16384 else 3 if tile >= 8192 else 4
+
+
 def split_rows(
-    total: int, block: int, step: int, tiles: int, device: torch.device, most: int, asked: int | None = None
+    total: int,
+    block: int,
+    step: int,
+    tiles: int,
+    processors: int,
+    most: int,
+    asked: int | None = None,
+    *,
+    side_by_side: int = 2,
+    partial: float = 0.0,
 ) -> Split:
     """Divides `total` > 0 rows for `tiles` tiles: a multiple of `block` rows to each split, at most `most` splits.
 
-    `step` is the number of rows that the kernel's loop takes at a time. With `asked`, so many splits, or as many as
-    there are blocks.
+    `step` is the number of rows that the kernel's loop takes at a time; `processors` times `side_by_side` programs run
+    at once; `partial`: steps that each further partial result costs every program. With `asked`, so many splits, or as
+    many as there are blocks.
 
     Depends on shapes and the device alone, so that the order of summation, and with it every bit of the result, is the
     same in every run.
     """
-    blocks = ceil_div(total, block)
-    if asked is None:
-        processors = ASSUMED_MULTIPROCESSORS
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        useful = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * processors, max(tiles, 1))
-        asked = min(useful, total // (LEAST_STEPS * step), most)
-    elif asked < 1:
-        raise ValueError(f"splits must be at least 1, not {asked}")
-    rows = ceil_div(blocks, max(1, min(asked, blocks))) * block
-    return Split(count=ceil_div(total, rows), rows=rows)
+    blocks = -(-total // block)
+    if asked is not None:
+        if asked < 1:
+            raise ValueError(f"splits must be at least 1, not {asked}")
+        return _divided(total, blocks, block, asked)
+    splits = {_divided(total, blocks, block, count) for count in range(1, max(1, min(most, blocks)) + 1)}
+
+    def time(split: Split) -> float:
+        rounds = _rounds(tiles * split.count, processors, side_by_side)
+        return rounds * (split.rows / step + FILL + (partial * split.count if split.count > 1 else 0.0))
+
+    return min(splits, key=lambda split: (time(split), split.count))
+
+
+def _divided(total: int, blocks: int, block: int, count: int) -> Split:
+    rows = -(-blocks // min(count, blocks)) * block
+    return Split(-(-total // rows), rows)
+
+
+def _rounds(programs: int, processors: int, side_by_side: int) -> float:
+    """Rounds of programs, the last of them shorter where multiprocessors have less to share."""
+    full, rest = divmod(programs, processors * side_by_side)
+    if rest == 0 or side_by_side == 1:
+        return full + (rest > 0)
+    return full + ALONE + (1 - ALONE) * (-(-rest // processors) - 1) / (side_by_side - 1)

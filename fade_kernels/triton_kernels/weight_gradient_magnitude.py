@@ -24,10 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fade_kernels.triton_kernels.launch import TRITON_DTYPES, CompileCase, Launch, Tiling, ceil_div, kept, on_device
-from fade_kernels.triton_kernels.split import split_rows
+from fade_kernels.triton_kernels.split import multiprocessors, split_rows, together
 
 MOST_SPLITS = 16
 """The last program of a tile reads this many partials of it by itself."""
+
+PARTIAL = 0.7
+"""Steps of the loop that a program takes to write or read one partial sum of its tile."""
 
 MAGNITUDES = {"abs": 0, "square": 1, "signed": 2}
 """f by the operators' names, as the kernel's constant."""
@@ -216,7 +219,10 @@ def _plan(
     tiling = tiling or TILINGS["16bit" if dy.dtype.itemsize == 2 else input_precision][0]
     tile_n, tile_k, step = (tiling.blocks[size] for size in ("BN", "BK", "BT"))
     tiles, sample = ceil_div(n, tile_n) * ceil_div(k, tile_k), rows // samples
-    split = split_rows(rows, step if samples == 1 else sample, step, tiles, dy.device, MOST_SPLITS, splits)
+    split = split_rows(
+        rows, step if samples == 1 else sample, step, tiles, multiprocessors(dy.device), MOST_SPLITS, splits,
+        side_by_side=together(tile_n * tile_k), partial=PARTIAL,
+    )  # fmt: skip
     constants = {
         "MAGNITUDE": MAGNITUDES[magnitude],
         "PER_SAMPLE": samples > 1,

@@ -76,8 +76,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_parts_on_different_devices(
     pipeline: StableDiffusionPipeline, quick: Config, other: str, granularity: str
 ) -> None:
-    places = {"": "cpu", **{name: "cpu" for name, _ in pipeline.unet.named_children()}} | {"mid_block": other}
-    attach_align_device_hook_on_blocks(pipeline.unet, execution_device=places)
+    parts = {name: "cpu" for name, _ in pipeline.unet.named_children()} | {"mid_block": other}
+    # As `dispatch_model` does it: the whole has a hook for what goes in and out, its parts the others.
+    attach_align_device_hook_on_blocks(
+        pipeline.unet, execution_device={"": "cpu", **parts}, offload=dict.fromkeys(parts, False)
+    )
     config = quick.replace(locate__granularity=granularity, locate__keep=0.2)
     adapter = fade.unlearn(pipeline, "cat", "dog", templates=("{}",), retain=["a tree"], config=config, progress=False)
     devices = {layer.get_base_layer().weight.device.type for layer in adapter.layers.values()}

@@ -108,11 +108,15 @@ def test_splits_cover_every_row_once() -> None:
     for total in (1, 15, 16, 17, 1000, 32768):
         for tiles in (1, 9, 500):
             for asked in (None, 1, 2, 7, 10**6):
-                split = split_rows(total, 16, 16, tiles, torch.device("cpu"), 32, asked)
+                split = split_rows(total, 16, 16, tiles, 132, 32, asked)
                 assert split.rows % 16 == 0
                 assert (split.count - 1) * split.rows < total <= split.count * split.rows
+    for tiles, together in ((9, 2), (25, 2), (25, 4), (100, 3)):
+        # Whole rounds of programs: a few more than fit would take a round more.
+        programs = split_rows(32768, 64, 64, tiles, 132, 32, side_by_side=together).count * tiles
+        assert programs / (132 * together) > 0.75 * -(-programs // (132 * together))
     with pytest.raises(ValueError, match="splits"):
-        split_rows(10, 16, 16, 1, torch.device("cpu"), 32, 0)
+        split_rows(10, 16, 16, 1, 132, 32, 0)
 
 
 @pytest.mark.parametrize(

@@ -443,13 +443,21 @@ def test_choices_follow_the_thresholds() -> None:
 
 
 def test_gradients_are_sampled_of_sparser_masks_than_products_are() -> None:
-    def choose(density: float, occupancy: float = 1.0, tokens: int = 100_000) -> str:
-        return choices.choose_factor_gradients(tokens, 1280, 1280, mask_facts.MaskFacts(0, density, occupancy))
+    def choose(
+        density: float, occupancy: float = 1.0, tokens: int = 100_000, dtype: torch.dtype = torch.float16
+    ) -> str:
+        facts = mask_facts.MaskFacts(0, density, occupancy)
+        return choices.choose_factor_gradients(dtype, tokens, 1280, 1280, facts)
 
     assert choose(0.0, 0.0) == "zero"
     assert choose(choices.THRESHOLDS.sampled_density) == "gather"
     assert choose(choices.THRESHOLDS.sampled_density, tokens=100) == "tile"
     assert choose(choices.THRESHOLDS.gather_density) == "tile"
+    # All of dY^T X by the library: in bf16, of large layers, of masks with bits nearly everywhere.
+    assert choose(0.1, dtype=torch.bfloat16) == "library"
+    assert choose(choices.THRESHOLDS.sampled_density, dtype=torch.bfloat16) == "gather"
+    assert choose(0.1, dtype=torch.bfloat16, tokens=100) == "tile"
+    assert choose(0.1, 0.1, dtype=torch.bfloat16) == "tile"
 
 
 def test_without_the_cuda_library_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
