@@ -151,7 +151,7 @@ def run_steps(results: Results, budget: Budget, seconds: float, arguments: argpa
         record("build", checks.build(limit(MOST_BUILD)))
     if arguments.tests:
         record("tests", checks.gpu_tests(limit(MOST_TESTS)))
-        for tool, share in MOST_SANITIZER.items():
+        for tool, share in MOST_SANITIZER.items() if arguments.sanitizers else ():
             record(f"sanitizer {tool}", checks.sanitizer(tool, limit(share)))
 
 
@@ -257,6 +257,7 @@ def _measuring_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-build", dest="build", action="store_false", help="take the extension as it is")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="no tests, and so no speed-ups")
+    parser.add_argument("--no-sanitizers", dest="sanitizers", action="store_false", help="leave the time to the tables")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: a test of this program, not of speed")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -29,7 +29,8 @@ from torch import Tensor
 from bench.harness import ROOT, DeviceLostError, environment, interleaved, still_alive, write_json
 from bench.masked_layer import FROZEN, KEPT, PEFT, RANK, REFILLED, SEED, Mask, MaskedLayer, Provider, worst_error
 from bench.shapes import Linear
-from fade_kernels import BitMask
+from fade_kernels import BitMask, choices
+from fade_kernels.mask_facts import MaskFacts
 from fade_kernels.triton_kernels import effective_weight as merging
 from fade_kernels.triton_kernels import masked_gradient_contraction as contraction
 from fade_kernels.triton_kernels import masked_lora_factor_gradients as factors
@@ -68,7 +69,6 @@ MORE = {
         ({"BT": 128, "BN": 128, "BK": 64}, 8, 4),
         ({"BT": 128, "BN": 128, "BK": 32}, 8, 4),
         ({"BT": 256, "BN": 64, "BK": 64}, 8, 3),
-        ({"BT": 256, "BN": 128, "BK": 64, "APART": 1}, 8, 3),
         ({"BT": 128, "BN": 128, "BK": 64, "APART": 1}, 8, 3),
         ({"BT": 128, "BN": 128, "BK": 64, "APART": 1}, 4, 3),
         ({"BT": 256, "BN": 64, "BK": 64, "APART": 1}, 4, 4),
@@ -78,7 +78,6 @@ MORE = {
         ({"BT": 128, "BN": 64, "BK": 128}, 8, 4),
         ({"BT": 128, "BN": 32, "BK": 128}, 8, 4),
         ({"BT": 256, "BN": 64, "BK": 64}, 8, 3),
-        ({"BT": 256, "BN": 64, "BK": 128, "APART": 1}, 8, 3),
         ({"BT": 128, "BN": 64, "BK": 128, "APART": 1}, 8, 3),
         ({"BT": 128, "BN": 64, "BK": 128, "APART": 1}, 4, 3),
         ({"BT": 256, "BN": 64, "BK": 64, "APART": 1}, 4, 4),
@@ -111,18 +110,23 @@ class Kernel:
     """One kernel as it is measured.
 
     Attributes:
-        shipped: its tilings, the default of a problem first.
+        shipped: (problem, mask) -> its tilings, the default first.
         masks: for which it is measured.
         run: (data, tiling, ...) -> tensors; `expected`: the same in fp32; `library`: the product to compare with.
         splits: numbers of ranges of T to measure beside the kernel's own.
     """
 
-    shipped: Callable[[tuple[int, int, int]], Sequence[Tiling]]
+    shipped: Callable[[tuple[int, int, int], Mask], Sequence[Tiling]]
     masks: tuple[Mask, ...]
     run: Callable[..., Sequence[Tensor]]
     expected: Callable[["Data"], Sequence[Tensor]]
     library: Callable[["Data"], Any]
     splits: tuple[int, ...] = ()
+
+
+def form_of(mask: Mask) -> str:
+    """What a launch knows of such a mask's tiles."""
+    return choices.mask_form(MaskFacts(0, mask.keep, mask.keep if mask.tile else 1.0))
 
 
 class Data:
@@ -138,7 +142,7 @@ class Data:
         self.lora_a, self.lora_b = normal(RANK, K, std=K**-0.5), normal(N, RANK, std=0.1)
         self.mask = mask.make(N, K, generator)
         self.words = BitMask.pack(self.mask).words
-        self.skip = bool(mask.tile)
+        self.form = form_of(mask)
         self.scale = torch.tensor(2.0, device=device)
         self.saliency = torch.zeros(N, K, device=device)
         self.precision = {"input_precision": "ieee"}
@@ -175,9 +179,10 @@ def _first(default: Tiling, others: Sequence[Tiling]) -> list[Tiling]:
     return [default, *(tiling for tiling in others if tiling != default)]
 
 
-def _both(module: Any) -> Callable[[tuple[int, int, int]], Sequence[Tiling]]:
-    return lambda p: _first(
-        module.default_tiling(torch.bfloat16, *p, RANK), module.candidate_tilings(torch.bfloat16, RANK, "ieee")
+def _both(module: Any) -> Callable[[tuple[int, int, int], Mask], Sequence[Tiling]]:
+    return lambda p, mask: _first(
+        module.default_tiling(torch.bfloat16, *p, RANK, form=form_of(mask)),
+        module.candidate_tilings(torch.bfloat16, RANK, "ieee"),
     )
 
 
@@ -186,7 +191,7 @@ KERNELS = {
         _both(forward),
         (RANDOM, TILES, DENSER),
         lambda d, t: [
-            forward.masked_lora_forward(d.x, d.weight, None, *d.delta(), tiling=t, skip_empty=d.skip, **d.precision)
+            forward.masked_lora_forward(d.x, d.weight, None, *d.delta(), tiling=t, form=d.form, **d.precision)
         ],
         lambda d: [d.x.float() @ d.effective().t()],
         lambda d: d.x @ d.weight.t(),
@@ -195,13 +200,13 @@ KERNELS = {
         _both(backward),
         (RANDOM, TILES, DENSER),
         lambda d, t: [
-            backward.masked_lora_input_gradient(d.dy, d.weight, *d.delta(), tiling=t, skip_empty=d.skip, **d.precision)
+            backward.masked_lora_input_gradient(d.dy, d.weight, *d.delta(), tiling=t, form=d.form, **d.precision)
         ],
         lambda d: [d.dy.float() @ d.effective()],
         lambda d: d.dy @ d.weight,
     ),
     "factor gradients": Kernel(
-        lambda p: factors.TILINGS["16bit"],
+        lambda p, mask: _first(factors.default_tiling(torch.bfloat16, "", form_of(mask)), factors.TILINGS["16bit"]),
         (RANDOM, TILES),
         lambda d, t, splits=None: factors.masked_lora_factor_gradients(
             d.dy, d.x, *d.delta(), tiling=t, splits=splits, **d.precision
@@ -211,7 +216,7 @@ KERNELS = {
         SPLITS,
     ),
     "magnitude": Kernel(
-        lambda p: magnitude.TILINGS["16bit"],
+        lambda p, mask: _first(magnitude.default_tiling(torch.bfloat16, "", *p), magnitude.TILINGS["16bit"]),
         (RANDOM,),
         _magnitude,
         lambda d: [d.gradient().abs()],
@@ -219,14 +224,14 @@ KERNELS = {
         SPLITS,
     ),
     "contraction": Kernel(
-        lambda p: contraction.TILINGS["16bit"],
+        lambda p, mask: contraction.TILINGS["16bit"],
         (RANDOM,),
         lambda d, t: contraction.contract_masked_gradient(d.dy.t() @ d.x, *d.delta(), tiling=t, **d.precision),
         _factor_gradients,
         lambda d: d.dy.t() @ d.x,
     ),
     "one-product weight": Kernel(
-        lambda p: merging.TILINGS,
+        lambda p, mask: merging.TILINGS,
         (RANDOM,),
         lambda d, t: [merging.effective_weight(d.weight, *d.delta(), stochastic=True, seed=SEED, tiling=t)],
         lambda d: [d.effective()],
@@ -235,17 +240,17 @@ KERNELS = {
 }
 
 
-def tilings(name: str, problem: tuple[int, int, int]) -> list[Tiling]:
+def tilings(name: str, problem: tuple[int, int, int], mask: Mask) -> list[Tiling]:
     """The default first, then what ships, then what does not."""
-    every = [*KERNELS[name].shipped(problem), *MORE[name]]
+    every = [*KERNELS[name].shipped(problem, mask), *MORE[name]]
     return list({tiling_name(tiling): tiling for tiling in every}.values())
 
 
-def candidates(name: str, problem: tuple[int, int, int]) -> dict[str, Callable[[Data], Sequence[Tensor]]]:
+def candidates(name: str, problem: tuple[int, int, int], mask: Mask) -> dict[str, Callable[[Data], Sequence[Tensor]]]:
     """What takes part, by name, the default first."""
     kernel = KERNELS[name]
-    found = {tiling_name(tiling): partial(kernel.run, t=tiling) for tiling in tilings(name, problem)}
-    for tiling in {tiling_name(t): t for t in kernel.shipped(problem)}.values() if kernel.splits else ():
+    found = {tiling_name(tiling): partial(kernel.run, t=tiling) for tiling in tilings(name, problem, mask)}
+    for tiling in {tiling_name(t): t for t in kernel.shipped(problem, mask)}.values() if kernel.splits else ():
         steps = problem[0] // tiling.blocks["BT"]
         for splits in kernel.splits:
             if splits <= max(1, steps // 2):
@@ -265,8 +270,8 @@ def _compile(name: str, tiling_index: int, problems: Sequence[tuple[int, int, in
     """Runs one kernel with one of its tilings once for each form of its code; why not, where it cannot."""
     try:
         for problem in problems:
-            tiling = sorted(tilings(name, problem), key=tiling_name)[tiling_index]
             for mask in KERNELS[name].masks[:2]:
+                tiling = sorted(tilings(name, problem, mask), key=tiling_name)[tiling_index]
                 KERNELS[name].run(Data(problem, mask, device, torch.bfloat16), tiling)
         still_alive(device)
     except Exception as error:
@@ -278,7 +283,7 @@ def compile_all(device: str, jobs: int) -> list[str]:
     """Fills Triton's cache; what went wrong."""
     # The smallest of each form: sizes that are multiples of 16, and tokens that are not.
     problems = ((512, 1280, 1280), (616, 320, 768), (2048, 320, 320))
-    work = [(name, i) for name in KERNELS for i in range(len(tilings(name, problems[0])))]
+    work = [(name, i) for name in KERNELS for i in range(len(tilings(name, problems[0], KERNELS[name].masks[0])))]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         done = pool.map(partial(_compile, problems=problems, device=device), *zip(*work, strict=True))
         return [trouble for trouble in done if trouble]
@@ -289,7 +294,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: every tiling's seconds and error, the library's seconds."""
     kernel, data = KERNELS[name], Data(problem, mask, device, dtype)
-    tried = candidates(name, problem)
+    tried = candidates(name, problem, mask)
     found: dict[str, Any] = {}
     calls: dict[str, Callable[[], Any]] = {"library": partial(kernel.library, data)}
     expected = kernel.expected(data)

@@ -3,7 +3,7 @@
 What is known of a mask: `mask_facts.py`; the paths: `cuda/`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -13,37 +13,37 @@ from fade_kernels.mask_facts import MaskFacts
 class Thresholds(NamedTuple):
     """Where one path overtakes another, in the linear's forward pass where nothing else is said.
 
-    None is measured yet: each is where the roofline model of an H200 (`bench/roofline.py`: 4.3 TB/s, 0.77 PFLOP/s,
-    2.5 us a launch, own kernels at 0.85 of that rate) predicts that two paths take equally long; microseconds below are
-    its predictions.
+    Measured on an H100 in bf16 with rank 16 (`bench/results/tilings.json`): layers of SD 1.5, SDXL, SD 3.5 and FLUX.1;
+    times below are in units of the frozen layer.
     """
 
-    gather_density: float = 0.0125
-    """Up to this density over the share of occupied tiles, only the mask's positions are computed: 8192 tokens at 3072
-    channels 425 us at 0.01, all tiles 505; equally long at 0.0143. Clear of 0.01, which a random mask of 1 % meets on
-    one side or the other."""
+    gather_density: float = 0.0
+    """Up to this density over the share of occupied tiles, only the mask's positions are computed. None of 1, 0.3 and
+    0.1 % is low enough: 9216 tokens at 3072 channels 7.75, 5.1 and 4.3, all tiles 2.9; smaller layers likewise."""
     gather_occupancy: float = 0.6
-    """Below this share of occupied tiles they are cheaper, however few bits they hold: 8192 tokens at 1280 channels
-    71 us against 86; above, larger layers gain: at 3072, 0.6 of them occupied, 398 against 380."""
+    """Below this share of occupied tiles they are cheaper, however few bits they hold."""
     gather_flops: float = 3e10
-    """Below this much arithmetic in x W^T, the sum in fp32 that the positions are added to costs more than the tiles:
-    8192 tokens at 1280 channels, 2.7e10, 89 us against 90; 32768 at 640 channels 129 against 90."""
+    """Below this much arithmetic in x W^T, the sum in fp32 that the positions are added to costs more than tiles."""
+    sampled_density: float = 0.0
+    """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: at
+    0.1 % it takes 2.7 products of the library at 3072 channels, all of it 1.15."""
     sampled_flops: float = 1e10
-    """The same of the gradient at the positions, which needs no such sum: 8192 tokens at 640 channels 24 us, 23 by the
-    tiles."""
-    sampled_density: float = 0.003
-    """Up to this density over the share of occupied tiles, the gradient too is computed at the positions alone: 4096
-    tokens at 1280 channels 18 us, all tiles 23. Lower, because blocks read x again, which the model leaves out."""
+    """Below this much arithmetic in dY^T X the tiles are cheaper."""
     library_flops: float = 1e10
-    """From this much arithmetic in dY^T X on, the library's product and a pass over it overtake the occupied tiles."""
-    library_occupancy: float = 0.6
-    """From this share of occupied tiles on."""
+    """From this much arithmetic in dY^T X on, the library's product and a pass over it overtake the occupied tiles:
+    1.15 products against 1.58 at 3072 channels, 1.49 against 1.82 at 4096 x 1280; 2048 x 1280 1.85 against 1.92, for
+    which the memory is not worth it."""
+    library_occupancy: float = 0.4
+    """From this share of occupied tiles on; with a tenth of them the tiles take 0.46 products."""
     rounded_density: float = 0.2
     """Up to this density the noise of rounding W + Delta stochastically is small beside that of rounding y: rounding a
     share d of bf16 weights adds an error of 2.3e-3 sqrt(d) of y to the 1.7e-3 of y's own rounding, at 0.2 a sixth."""
     skip_occupancy: float = 0.9
     """Below this share of occupied tiles the fused kernels walk a list that leaves the delta of the others out; above,
-    the list's address, one load a step, is not worth what is left out. A guess."""
+    the list's address, one load a step, is not worth what is left out: with 70 % of them 2.7 against 2.9 at 3072
+    channels, 1.87 against 1.88 at 320."""
+    sparse_occupancy: float = 0.25
+    """Up to this share of occupied tiles the tilings are those of sparse masks: faster with 10 %, slower with 40 %."""
     compact_channels: float = 0.75
     """Up to this share of active channels, a convolution with the delta runs on copies of those channels alone. A
     guess: the model has no convolutions."""
@@ -75,9 +75,12 @@ def choose_linear(dtype: torch.dtype, tokens: int, rows: int, columns: int, fact
     return "gather" if large and _sparse_enough(facts, THRESHOLDS.gather_density) else "fused"
 
 
-def skips_empty_tiles(facts: MaskFacts) -> bool:
-    """Whether a fused kernel leaves the delta of empty tiles out, by a list of the others."""
-    return facts.occupancy < THRESHOLDS.skip_occupancy
+def mask_form(facts: MaskFacts) -> Literal["full", "mixed", "sparse"]:
+    """What a fused kernel is told of the mask's tiles: but for "full" it leaves the delta of empty ones out, by a list
+    of the others."""
+    if facts.occupancy >= THRESHOLDS.skip_occupancy:
+        return "full"
+    return "sparse" if facts.occupancy <= THRESHOLDS.sparse_occupancy else "mixed"
 
 
 def choose_factor_gradients(dtype: torch.dtype, tokens: int, rows: int, columns: int, facts: MaskFacts) -> str:
@@ -104,17 +107,15 @@ def choose_linear_magnitude(dtype: torch.dtype, tf32: bool) -> str:
 
 
 class Chip(NamedTuple):
-    """The constants of the roofline model, those of an H200; their sources: `bench/roofline.py`."""
+    """The constants of the roofline model, those of an H100 as measured (`bench/results/gpu.json`)."""
 
-    bandwidth: float = 4.3e12
+    bandwidth: float = 3.0e12
     """Bytes a second."""
-    matrix: float = 0.77e15
+    matrix: float = 0.8e15
     """FLOP/s of the library's 16-bit products."""
-    gathered: float = 10e12
-    """FLOP/s at a mask's positions."""
     launch: float = 2.5e-6
     """Seconds."""
-    efficiency: float = 0.85
+    efficiency: float = 0.7
     """Of both rates, in kernels of our own."""
 
     def seconds(self, flops: float, moved: float, rate: float, efficiency: float = 1.0) -> float:
@@ -132,7 +133,7 @@ def choose_training_mode(
     """Training mode of a layer by the roofline model: what the products of a step take, forward and for dX.
 
     The adapter's gradients are the same in both modes and left out. In the one-product mode W + Delta is counted as
-    made in both directions, as with a seed; made for many layers at once it costs less.
+    made once a step, with other layers in one launch.
 
     Args:
         dtype: of the activations; tokens, rows, columns: T, N, K (a convolution: pixels, C_out, C_in kh kw).
@@ -148,16 +149,7 @@ def choose_training_mode(
     product, weights = 2.0 * t * n * k, n * k
     activations = t * (n + k)
     once = chip.seconds(product, 2 * (activations + weights), chip.matrix)
-    made = chip.seconds(2.0 * weights * _RANK, (2 + 2 + 1 / 8) * weights, chip.matrix, chip.efficiency)
-    if choose_linear(dtype, t, n, k, MaskFacts(0, density, occupancy), tf32=False) == "gather":
-        written = activations / 2  # on average of both directions: y [T, N], dX [T, K]
-        library = chip.seconds(product, 2 * (written + weights) + 4 * written, chip.matrix)
-        positions = chip.seconds(
-            2.0 * t * density * weights, 8 * density * weights + 10 * written, chip.gathered, chip.efficiency
-        )
-        rounded = chip.seconds(0.0, 6 * written, chip.matrix)
-        exact = library + positions + rounded
-    else:
-        delta = occupancy * (product + 2.0 * -(-t // _ROW_TILE) * weights * _RANK)
-        exact = chip.seconds(product + delta, 2 * (activations + weights) + weights / 8, chip.matrix, chip.efficiency)
-    return "one-product" if once + made < exact else "exact"
+    made = max(2.0 * weights * _RANK / chip.matrix, (2 + 2 + 1 / 8) * weights / chip.bandwidth) / chip.efficiency
+    delta = occupancy * (product + 2.0 * -(-t // _ROW_TILE) * weights * _RANK)
+    exact = chip.seconds(product + delta, 2 * (activations + weights) + weights / 8, chip.matrix, chip.efficiency)
+    return "one-product" if once + made / 2 < exact else "exact"

@@ -140,9 +140,9 @@ def _forward(
     if path == "fused":
         from fade_kernels.triton_kernels import masked_lora_forward as kernel
 
-        skip = choices.skips_empty_tiles(mask_facts(mask_words, columns))
-        ready = kernel.KERNEL.ready(rows, weight, bias, *delta, mask_words, scale, precision(rows), skip)
-        call = ready or partial(kernel.masked_lora_forward, input_precision=precision(rows), skip_empty=skip)
+        form = choices.mask_form(mask_facts(mask_words, columns))
+        ready = kernel.KERNEL.ready(rows, weight, bias, *delta, mask_words, scale, precision(rows), form)
+        call = ready or partial(kernel.masked_lora_forward, input_precision=precision(rows), form=form)
         return lambda x, weight, bias, delta, words, scale, seed: call(x, weight, bias, *delta, words, scale)
     if path == "frozen":
         return lambda x, weight, bias, *_: _linear(x, weight, bias, features)
@@ -174,11 +174,11 @@ def _input_gradient(
     if path == "fused":
         from fade_kernels.triton_kernels import masked_lora_input_gradient as kernel
 
-        skip = choices.skips_empty_tiles(mask_facts(mask_words, columns))
-        ready = kernel.KERNEL.ready(rows, weight, None, *delta, mask_words, scale, precision(rows), skip)
+        form = choices.mask_form(mask_facts(mask_words, columns))
+        ready = kernel.KERNEL.ready(rows, weight, None, *delta, mask_words, scale, precision(rows), form)
         if ready is not None:
             return lambda dy, weight, _, delta, words, scale, seed: ready(dy, weight, None, *delta, words, scale)
-        call = partial(kernel.masked_lora_input_gradient, input_precision=precision(rows), skip_empty=skip)
+        call = partial(kernel.masked_lora_input_gradient, input_precision=precision(rows), form=form)
         return lambda dy, weight, _, delta, words, scale, seed: call(dy, weight, *delta, words, scale)
     if path == "frozen":
         return lambda dy, weight, *_: dy.new_zeros((dy.shape[0], columns)) if weight is None else dy @ weight
@@ -255,8 +255,9 @@ def _factor_gradients(dy: Tensor, x: Tensor, delta: Delta, mask_words: Tensor, s
         return sampled
     if path == "library":
         return _contracted
-    plan = kernel.ready(dy, x, *delta, mask_words, scale, precision(x))
-    call = plan or partial(kernel.masked_lora_factor_gradients, input_precision=precision(x))
+    form = choices.mask_form(mask_facts(mask_words, columns))
+    plan = kernel.ready(dy, x, *delta, mask_words, scale, precision(x), form)
+    call = plan or partial(kernel.masked_lora_factor_gradients, input_precision=precision(x), form=form)
     return lambda dy, x, delta, words, scale: call(dy, x, *delta, words, scale)
 
 

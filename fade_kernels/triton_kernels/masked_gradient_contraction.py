@@ -5,8 +5,8 @@
 A program owns a strip: rows of G for dB, columns of G for dA. It walks the strip tile by tile, drops what the mask does
 not hold, and adds a product with R columns to its result in fp32 registers, which is scaled and written once: no
 partial sums, no second launch, and the same bits in every run. G is read twice, the second time mostly from L2, where
-it has just been written. `masked_lora_factor_gradients` needs no G in memory; a library's product is the faster one where a
-layer is large and its mask has bits everywhere.
+it has just been written. `masked_lora_factor_gradients` needs no G in memory; a library's product is the faster one
+where a layer is large and its mask has bits everywhere.
 
 The products take G as it is and the factors rounded to its dtype; in fp32 `input_precision` says how they round.
 """

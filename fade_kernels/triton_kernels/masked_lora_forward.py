@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fade_kernels.triton_kernels.blocks import column_bits, expand_rows, grouped_tile, product_by_rank_steps
 from fade_kernels.triton_kernels.launch import CompileCase, Tiling, ceil_div
-from fade_kernels.triton_kernels.masked_lora_launch import LinearKernel, compile_cases_of
+from fade_kernels.triton_kernels.masked_lora_launch import LARGE, LinearKernel, MaskForm, compile_cases_of
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -135,6 +135,7 @@ TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
     Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
     Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
+    Tiling({"BT": 256, "BN": 128, "BK": 64, "APART": 1}, num_warps=8, num_stages=3),
 )
 """16-bit activations, ranks up to 32."""
 
@@ -169,13 +170,22 @@ def candidate_tilings(dtype: torch.dtype, rank: int, input_precision: str) -> tu
     return TILINGS if rank <= 32 else WIDE_RANK_TILINGS
 
 
-def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_precision: str = "ieee") -> Tiling:
-    """The tiling of a launch that nobody measured: by T, and by whether there are tiles enough for every processor."""
+def default_tiling(
+    dtype: torch.dtype, T: int, N: int, K: int, R: int, input_precision: str = "ieee", form: MaskForm = "mixed"
+) -> Tiling:
+    """The tiling of a launch that nobody measures: by T, by whether there are tiles enough for every processor, and
+    by where summing the two terms apart was faster on an H100 (`bench/results/tilings.json`).
+
+    Args:
+        form: "full", where the kernel gets no list of tiles; "sparse", where most tiles are known to be empty.
+    """
     candidates = candidate_tilings(dtype, R, input_precision)
     if T <= 32:
         return min(candidates, key=lambda tiling: tiling.blocks["BT"])
-    if candidates is TILINGS and ceil_div(T, 128) * ceil_div(N, 64) < 128:
+    if candidates is TILINGS and ceil_div(T, 128) * ceil_div(N, 64) < 64:
         return TILINGS[2]
+    if candidates is TILINGS and T >= 1024 and (N * K >= LARGE or form == "sparse"):
+        return TILINGS[4]
     return candidates[0]
 
 
@@ -194,7 +204,7 @@ def masked_lora_forward(
     out: Tensor | None = None,
     tiling: Tiling | None = None,
     input_precision: str = "ieee",
-    skip_empty: bool = True,
+    form: MaskForm = "mixed",
 ) -> Tensor:
     """y [T, N] = x W^T + x (s M o (B A))^T + bias in one launch.
 
@@ -209,13 +219,13 @@ def masked_lora_forward(
         out: [T, N] to write, of x's dtype or fp32; None: new, in x's dtype.
         tiling: None: `default_tiling`, or measured (`tuning`).
         input_precision: of fp32 products: "ieee" or "tf32".
-        skip_empty: leave the delta out of tiles without any bit, by a list that is kept with the mask; False pays where
-            nearly all have one.
+        form: what is known of the mask's tiles. "mixed": the delta is left out of those without any bit, by a list that
+            is kept with the mask; "sparse": likewise, and they are most; "full": nearly all have one, so no list pays.
 
     Raises:
         TypeError, ValueError: element types, ranks and precisions the kernel does not take.
     """
-    return KERNEL(out, x, weight, bias, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
+    return KERNEL(out, x, weight, bias, lora_a, lora_b, mask_words, scale, tiling, input_precision, form)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fade_kernels.triton_kernels.blocks import column_bits, expand_columns, grouped_tile, product_by_rank_steps
 from fade_kernels.triton_kernels.launch import CompileCase, Tiling, ceil_div
-from fade_kernels.triton_kernels.masked_lora_launch import LinearKernel, compile_cases_of
+from fade_kernels.triton_kernels.masked_lora_launch import LARGE, LinearKernel, MaskForm, compile_cases_of
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -130,6 +130,7 @@ TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 128, "BN": 64, "BK": 128}, num_warps=8, num_stages=3),
     Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
     Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
+    Tiling({"BT": 256, "BN": 64, "BK": 128, "APART": 1}, num_warps=8, num_stages=3),
 )
 """16-bit activations, ranks 16 and 32."""
 
@@ -138,6 +139,7 @@ UNEVEN_RANK_TILINGS: tuple[Tiling, ...] = (
     Tiling({"BT": 128, "BN": 64, "BK": 128}, num_warps=8, num_stages=3),
     Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),
     Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=4, num_stages=4),
+    Tiling({"BT": 256, "BN": 64, "BK": 128, "APART": 1}, num_warps=8, num_stages=3),
 )
 """The same with other ranks up to 32, whose B is copied in 4 bytes at a time: more addresses in registers."""
 
@@ -174,13 +176,23 @@ def candidate_tilings(dtype: torch.dtype, rank: int, input_precision: str) -> tu
     return TILINGS if rank % 16 == 0 else UNEVEN_RANK_TILINGS
 
 
-def default_tiling(dtype: torch.dtype, T: int, N: int, K: int, R: int, input_precision: str = "ieee") -> Tiling:
-    """The tiling of a launch that nobody measured: by T, and by whether there are tiles enough for every processor."""
+def default_tiling(
+    dtype: torch.dtype, T: int, N: int, K: int, R: int, input_precision: str = "ieee", form: MaskForm = "mixed"
+) -> Tiling:
+    """The tiling of a launch that nobody measures: by T, by whether there are tiles enough for every processor, and
+    by where summing the two terms apart was faster on an H100 (`bench/results/tilings.json`).
+
+    Args:
+        form: "full", where the kernel gets no list of tiles; "sparse", where most tiles are known to be empty.
+    """
     candidates = candidate_tilings(dtype, R, input_precision)
     if T <= 32:
         return min(candidates, key=lambda tiling: tiling.blocks["BT"])
-    if candidates in (TILINGS, UNEVEN_RANK_TILINGS) and ceil_div(T, 128) * ceil_div(K, 64) < 128:
+    narrow = candidates in (TILINGS, UNEVEN_RANK_TILINGS)
+    if narrow and ceil_div(T, 128) * ceil_div(K, 64) < 64:
         return candidates[2]
+    if narrow and T >= 1024 and (N * K >= LARGE or form != "mixed"):
+        return candidates[4]
     return candidates[0]
 
 
@@ -198,7 +210,7 @@ def masked_lora_input_gradient(
     out: Tensor | None = None,
     tiling: Tiling | None = None,
     input_precision: str = "ieee",
-    skip_empty: bool = True,
+    form: MaskForm = "mixed",
 ) -> Tensor:
     """dX [T, K] = dY W + dY (s M o (B A)) in one launch.
 
@@ -212,13 +224,13 @@ def masked_lora_input_gradient(
         out: [T, K] to write, of dY's dtype or fp32; None: new, in dY's dtype.
         tiling: None: `default_tiling`, or measured (`tuning`).
         input_precision: of fp32 products: "ieee" or "tf32".
-        skip_empty: leave the delta out of tiles without any bit, by a list that is kept with the mask; False pays where
-            nearly all have one.
+        form: what is known of the mask's tiles. "mixed": the delta is left out of those without any bit, by a list that
+            is kept with the mask; "sparse": likewise, and they are most; "full": nearly all have one, so no list pays.
 
     Raises:
         TypeError, ValueError: element types, ranks and precisions the kernel does not take.
     """
-    return KERNEL(out, dy, weight, None, lora_a, lora_b, mask_words, scale, tiling, input_precision, skip_empty)
+    return KERNEL(out, dy, weight, None, lora_a, lora_b, mask_words, scale, tiling, input_precision, form)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -7,7 +7,7 @@ they are, without a list.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ RANK_STEP = 16
 """Ranks at a time without tensor cores, where a dot is unrolled; also the least that tl.dot takes."""
 
 MAX_RANK = 128
+
+LARGE = 4_000_000
+"""Weights from which on the two terms are better summed apart: each in a larger tile than both have together."""
+
+ROOM = 150 * 1024
+"""Bytes of shared memory that a block of theirs takes: sm_80, sm_90 and sm_100 have them, not sm_86, sm_89, sm_120."""
+
+MaskForm = Literal["full", "mixed", "sparse"]
+"""What a launch knows of the mask's tiles."""
 
 
 def with_unit_stride(matrix: Tensor) -> Tensor:
@@ -97,6 +106,11 @@ def check_output(name: str, output: Tensor, shape: tuple[int, int], dtype: torch
 def precision_name(dtype: torch.dtype, input_precision: str) -> str:
     """Element type and precision in one word: "fp32", "tf32", "fp16" or "bf16"."""
     return "tf32" if dtype == torch.float32 and input_precision == "tf32" else TRITON_DTYPES[dtype]
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether a block may have the shared memory that the largest tiles need; without a device, as an H100."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOM
 
 
 class _Arguments(NamedTuple):
@@ -179,7 +193,7 @@ class LinearKernel:
         scale: Tensor,
         tiling: Tiling | None,
         input_precision: str,
-        skip_empty: bool,
+        form: MaskForm,
     ) -> Tensor:
         """out = rows W^T + rows Delta^T + bias, or rows W + rows Delta. Arguments: those of the two modules.
 
@@ -195,7 +209,7 @@ class LinearKernel:
             out, with_unit_stride(rows), weight, bias, *factors, words, scale_argument, input_precision
         )
         with on_device(rows):
-            plan = self._plan(arguments, tiling, skip_empty)
+            plan = self._plan(arguments, tiling, form)
             if out.numel() > 0:
                 self._launch(arguments, plan, tiling)
         return out
@@ -210,7 +224,7 @@ class LinearKernel:
         mask_words: Tensor,
         scale: Tensor,
         input_precision: str,
-        skip_empty: bool,
+        form: MaskForm,
     ) -> Ready | None:
         """What calls like this one need no more than launch; None where something must be made of the arguments first,
         or where the mask's tiles are asked for first while a graph is captured."""
@@ -224,17 +238,17 @@ class LinearKernel:
             out, rows, weight, bias, lora_a, lora_b, mask_words, as_scale(scale), input_precision
         )  # fmt: skip
         with on_device(rows):
-            plan, order = self._plan(arguments, None, skip_empty), None
+            plan, order = self._plan(arguments, None, form), None
             if plan.tile is not None:
                 order = tile_order(mask_words, lora_a.shape[1], *plan.tile, along=self._along)
                 if order is None:
                     return None
         return Ready(plan.launch, order, columns, self._along == "k")
 
-    def _plan(self, arguments: _Arguments, tiling: Tiling | None, skip_empty: bool) -> _Plan:
+    def _plan(self, arguments: _Arguments, tiling: Tiling | None, form: MaskForm) -> _Plan:
         """The launch for arguments of these types, sizes and strides."""
         if tiling is not None:
-            return self._made(arguments, tiling, skip_empty)
+            return self._made(arguments, tiling, form)
         out, rows, weight, bias, lora_a, lora_b, mask_words, scale, input_precision = arguments
         key = (
             *(rows.shape, rows.stride(), rows.dtype),
@@ -244,28 +258,30 @@ class LinearKernel:
             *(lora_a.shape, lora_a.stride(), lora_a.dtype),
             *(lora_b.shape, lora_b.stride()),
             mask_words.stride(),
-            *(scale.__class__ is float, input_precision, skip_empty),
+            *(scale.__class__ is float, input_precision, form),
         )
-        return kept(self._plans, key, lambda: self._made(arguments, None, skip_empty))
+        return kept(self._plans, key, lambda: self._made(arguments, None, form))
 
-    def _made(self, arguments: _Arguments, tiling: Tiling | None, skip_empty: bool) -> _Plan:
+    def _made(self, arguments: _Arguments, tiling: Tiling | None, form: MaskForm) -> _Plan:
         out, rows, weight, bias, lora_a, lora_b, mask_words, scale, input_precision = arguments
         (R, K), N, T = lora_a.shape, lora_b.shape[0], rows.shape[0]
         check_arguments(R, input_precision, rows=rows, weight=weight, lora_a=lora_a, lora_b=lora_b, out=out)
         forward = self._along == "k"
         check_output("out", out, (T, N if forward else K), rows.dtype)
         if tiling is None:
-            tiling = self._default_tiling(rows.dtype, T, N, K, R, input_precision)
+            tiling = self._default_tiling(rows.dtype, T, N, K, R, input_precision, form)
+            if "APART" in tiling.blocks and not _has_room(rows.device):
+                tiling = self._candidate_tilings(rows.dtype, R, input_precision)[0]
             candidates = self._candidate_tilings(rows.dtype, R, input_precision)
 
             def run(tiling: Tiling) -> None:
-                self._launch(arguments, self._made(arguments, tiling, skip_empty), tiling)
+                self._launch(arguments, self._made(arguments, tiling, form), tiling)
 
             sizes = Problem(precision_name(rows.dtype, input_precision), T, N, K, R)
             tiling = choose_tiling(self._name, sizes, tiling, candidates, rows.device, run)
         tile = (tiling.blocks["BN"], tiling.blocks["BK"])
         tiles = ceil_div(T, tiling.blocks["BT"]) * ceil_div(out.shape[1], tile[0] if forward else tile[1])
-        skip = skip_empty and (K if forward else N) > 0
+        skip = form != "full" and (K if forward else N) > 0
         strides = (
             rows.stride(0),
             0 if weight is None else weight.stride(0),
@@ -288,7 +304,7 @@ class LinearKernel:
         if plan.tile is not None:
             listed = tile_order(mask_words, lora_a.shape[1], *plan.tile, along=self._along)
             if listed is None:  # not known, and not to be found while a graph is captured
-                plan = self._plan(arguments, tiling, skip_empty=False)
+                plan = self._plan(arguments, tiling, "full")
             else:
                 order = listed
         weight = rows if weight is None else weight

@@ -12,7 +12,7 @@ import torch
 ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 or H200: what the interpreter, which has none, plans for."""
 
-FILL = 4.0
+FILL = 8.0
 """Steps of the loop that a program's begin and end take: filling the pipeline, the product with the factors."""
 
 ALONE = 0.6
@@ -66,6 +66,8 @@ def split_rows(
         if asked < 1:
             raise ValueError(f"splits must be at least 1, not {asked}")
         return _divided(total, blocks, block, asked)
+    if tiles > processors * side_by_side:  # a round and more: splits would add workspace, and little else
+        return _divided(total, blocks, block, 1)
     splits = {_divided(total, blocks, block, count) for count in range(1, max(1, min(most, blocks)) + 1)}
 
     def time(split: Split) -> float:

@@ -129,12 +129,27 @@ def weight_gradient_magnitude_kernel(
 TILINGS = {
     "16bit": (
         Tiling({"BT": 64, "BN": 128, "BK": 128}, num_warps=8, num_stages=3),
+        Tiling({"BT": 64, "BN": 128, "BK": 128}, num_warps=8, num_stages=4),
+        Tiling({"BT": 64, "BN": 128, "BK": 64}, num_warps=4, num_stages=4),
         Tiling({"BT": 64, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),
     ),
     "tf32": (Tiling({"BT": 32, "BN": 64, "BK": 64}, num_warps=4, num_stages=3),),
     "ieee": (Tiling({"BT": 16, "BN": 64, "BK": 64}, num_warps=8, num_stages=2),),
 }
-"""By the arithmetic of the product; the first is the default. A tile of 128 x 256 spills with two accumulators."""
+"""By the arithmetic of the product. A tile of 128 x 256 spills with two accumulators."""
+
+
+def default_tiling(dtype: torch.dtype, input_precision: str, rows: int, n: int, k: int) -> Tiling:
+    """What was the fastest on an H100 (`bench/results/tilings.json`): small weights are summed by many programs, of
+    which one more stage hides the memory; few rows leave no time to fill large tiles."""
+    tilings = TILINGS["16bit" if dtype.itemsize == 2 else input_precision]
+    if len(tilings) == 1:
+        return tilings[0]
+    if n * k < 300_000 and rows < 1024:
+        return tilings[3]
+    if n * k <= 640 * 640:
+        return tilings[1]
+    return tilings[2] if rows <= 2048 else tilings[0]
 
 
 def accumulate_linear_gradient_magnitude_(
@@ -154,7 +169,7 @@ def accumulate_linear_gradient_magnitude_(
         saliency: fp32 [N, K], contiguous; changed in place.
         dy, x: [..., N] and [..., K], fp32, fp16 or bf16, the same dtype; rows may be strided.
         magnitude: "abs", "square" or "signed".
-        tiling: one of `TILINGS`; None: the first that fits the dtype.
+        tiling: one of `TILINGS`; None: `default_tiling`.
         splits: ranges that T (per sample: the samples) is divided into; None: as many as fill the device.
         input_precision: of the product where the activations are fp32: "ieee" or "tf32".
     """
@@ -216,7 +231,7 @@ def _plan(
 ) -> _Plan:
     """The launch for arguments of these types, sizes and strides."""
     (n, k), rows = saliency.shape, dy.shape[0]
-    tiling = tiling or TILINGS["16bit" if dy.dtype.itemsize == 2 else input_precision][0]
+    tiling = tiling or default_tiling(dy.dtype, input_precision, rows, n, k)
     tile_n, tile_k, step = (tiling.blocks[size] for size in ("BN", "BK", "BT"))
     tiles, sample = ceil_div(n, tile_n) * ceil_div(k, tile_k), rows // samples
     split = split_rows(

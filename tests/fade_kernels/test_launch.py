@@ -165,7 +165,7 @@ def test_the_mask_decides_what_is_walked(launches: Launches) -> None:
     order = mask_facts.tile_order(arguments["mask_words"], K, 64, 64, along="k")
     assert any(argument is order.tiles for argument in launches.runs[-1])
     masked_lora_forward.masked_lora_forward(
-        arguments["x"], arguments["weight"], None, *(arguments[name] for name in DELTA), skip_empty=False
+        arguments["x"], arguments["weight"], None, *(arguments[name] for name in DELTA), form="full"
     )
     assert not any(argument is order.tiles for argument in launches.runs[-1])
 

@@ -13,6 +13,7 @@ from fade_kernels.triton_kernels.launch import Tiling
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
 SMALL = Tiling({"BT": 16, "BN": 16, "BK": 32})
+SMALL_APART = Tiling({"APART": 1, "BT": 16, "BN": 16, "BK": 32})
 
 
 def forward_error(module: ModuleType, arguments: dict[str, Any], **options: Any) -> float:
@@ -42,8 +43,10 @@ def test_matches_the_definition(
 ) -> None:
     arguments = linear_problem(T, N, K, R, kind, dtype, rng)
     assert forward_error(kernel, arguments, tiling=SMALL) <= TOLERANCE[dtype]
-    assert forward_error(kernel, arguments | {"bias": None}, tiling=SMALL, skip_empty=False) <= TOLERANCE[dtype]
+    assert forward_error(kernel, arguments | {"bias": None}, tiling=SMALL, form="full") <= TOLERANCE[dtype]
     assert forward_error(kernel, arguments | {"weight": None}) <= TOLERANCE[dtype]
+    assert forward_error(kernel, arguments, tiling=SMALL_APART) <= TOLERANCE[dtype]
+    assert forward_error(kernel, arguments, tiling=SMALL_APART, form="full") <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -160,15 +163,21 @@ def test_while_a_graph_is_captured_an_unknown_list_is_done_without(
         ("b_product * b_scale, 0.0)", "b_product * b_scale, b_product)"),
         ("m_word = (o_word * 32 < K)", "m_word = (o_word * 32 < K - 32)"),
         ("tl.minimum(i_step + 1, TILES - 1)) if SKIP", "i_step) if SKIP"),
-        ("for i_step in range(steps, TILES)", "for i_step in range(steps, TILES - 1)"),
+        ("for i_step in range(0 if APART else steps, TILES)", "for i_step in range(steps, TILES - 1)"),
         ("b_product * b_scale", "b_product"),
+        ("range(0 if APART else steps, TILES)", "range(steps if APART else steps, TILES)"),
+        ("if HAS_WEIGHT and not APART:", "if HAS_WEIGHT or APART:"),
     ],
-    ids=["mask ignored", "last word lost", "next tile lost", "last tile lost", "scale lost"],
+    ids=[
+        *("mask ignored", "last word lost", "next tile lost", "last tile lost", "scale lost"),
+        *("weight of occupied tiles lost", "weight of occupied tiles twice"),
+    ],
 )
 def test_check_fails_on_a_mutant(old: str, new: str, rng: torch.Generator, mutate: Any) -> None:
     arguments = linear_problem(33, 40, 72, 3, "random", torch.float32, rng)
     arguments["mask_words"][:, 1] = 0  # an empty tile in every strip
-    assert forward_error(mutate(kernel, old, new), arguments, tiling=SMALL) > TOLERANCE[torch.float32]
+    tiling = SMALL_APART if "APART" in new else SMALL
+    assert forward_error(mutate(kernel, old, new), arguments, tiling=tiling) > TOLERANCE[torch.float32]
 
 
 def test_refuses_what_the_kernel_does_not_take(rng: torch.Generator) -> None:

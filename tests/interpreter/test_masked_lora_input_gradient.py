@@ -13,6 +13,7 @@ from fade_kernels.triton_kernels.launch import Tiling
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
 SMALL = Tiling({"BT": 16, "BN": 32, "BK": 32})
+SMALL_APART = Tiling({"APART": 1, "BT": 16, "BN": 32, "BK": 32})
 
 
 def gradient_problem(
@@ -55,8 +56,10 @@ def test_matches_the_definition(
 ) -> None:
     arguments = gradient_problem(T, N, K, R, kind, dtype, rng)
     assert gradient_error(kernel, arguments, tiling=SMALL) <= TOLERANCE[dtype]
-    assert gradient_error(kernel, arguments, tiling=SMALL, skip_empty=False) <= TOLERANCE[dtype]
+    assert gradient_error(kernel, arguments, tiling=SMALL, form="full") <= TOLERANCE[dtype]
     assert gradient_error(kernel, arguments | {"weight": None}) <= TOLERANCE[dtype]
+    assert gradient_error(kernel, arguments, tiling=SMALL_APART) <= TOLERANCE[dtype]
+    assert gradient_error(kernel, arguments, tiling=SMALL_APART, form="full") <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -139,15 +142,21 @@ def test_walks_occupied_tiles_first_and_all_of_them(dtype: torch.dtype, rng: tor
         ("b_product * b_scale, 0.0)", "b_product * b_scale, b_product)"),
         ("o_word = i_k * (BK // 32)", "o_word = 0 * (BK // 32)"),
         ("tl.minimum(i_step + 1, TILES - 1)) if SKIP", "i_step) if SKIP"),
-        ("for i_step in range(steps, TILES)", "for i_step in range(steps, TILES - 1)"),
+        ("for i_step in range(0 if APART else steps, TILES)", "for i_step in range(steps, TILES - 1)"),
         ("b_product * b_scale", "b_product"),
+        ("range(0 if APART else steps, TILES)", "range(steps if APART else steps, TILES)"),
+        ("if HAS_WEIGHT and not APART:", "if HAS_WEIGHT or APART:"),
     ],
-    ids=["mask ignored", "first words for all", "next tile lost", "last tile lost", "scale lost"],
+    ids=[
+        *("mask ignored", "first words for all", "next tile lost", "last tile lost", "scale lost"),
+        *("weight of occupied tiles lost", "weight of occupied tiles twice"),
+    ],
 )
 def test_check_fails_on_a_mutant(old: str, new: str, rng: torch.Generator, mutate: Any) -> None:
     arguments = gradient_problem(33, 72, 72, 3, "random", torch.float32, rng)
     arguments["mask_words"][32:64] = 0  # an empty tile in every strip
-    assert gradient_error(mutate(kernel, old, new), arguments, tiling=SMALL) > TOLERANCE[torch.float32]
+    tiling = SMALL_APART if "APART" in new else SMALL
+    assert gradient_error(mutate(kernel, old, new), arguments, tiling=tiling) > TOLERANCE[torch.float32]
 
 
 def test_refuses_what_the_kernel_does_not_take(rng: torch.Generator) -> None:

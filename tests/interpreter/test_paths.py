@@ -424,7 +424,9 @@ def test_how_a_call_runs_is_found_once_for_a_mask_and_a_kind(
     assert mask_facts.kept_with(words)["forward"] == before
 
 
-def test_choices_follow_the_thresholds() -> None:
+def test_choices_follow_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "THRESHOLDS", choices.THRESHOLDS._replace(gather_density=0.0125))
+
     def choose(density: float, occupancy: float, tokens: int, dtype: torch.dtype, tf32: bool = False) -> str:
         facts = mask_facts.MaskFacts(0, density, occupancy)
         return choices.choose_linear(dtype, tokens, 1280, 1280, facts, tf32)
@@ -442,7 +444,21 @@ def test_choices_follow_the_thresholds() -> None:
     assert choose(0.1, 1.0, 100_000, half) == "fused"
 
 
-def test_gradients_are_sampled_of_sparser_masks_than_products_are() -> None:
+def test_nothing_is_gathered_where_no_density_was_low_enough() -> None:
+    facts = mask_facts.MaskFacts(0, 1e-6, 1.0)
+    assert choices.choose_linear(torch.bfloat16, 100_000, 1280, 1280, facts, False) == "fused"
+    assert choices.choose_factor_gradients(torch.float16, 100_000, 1280, 1280, facts) == "tile"
+
+
+@pytest.mark.parametrize(("occupancy", "form"), [(1.0, "full"), (0.9, "full"), (0.5, "mixed"), (0.25, "sparse")])
+def test_kernels_are_told_how_many_tiles_are_empty(occupancy: float, form: str) -> None:
+    assert choices.mask_form(mask_facts.MaskFacts(0, 0.01, occupancy)) == form
+
+
+def test_gradients_are_sampled_of_sparser_masks_than_products_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds = choices.THRESHOLDS._replace(gather_density=0.0125, sampled_density=0.003)
+    monkeypatch.setattr(choices, "THRESHOLDS", thresholds)
+
     def choose(
         density: float, occupancy: float = 1.0, tokens: int = 100_000, dtype: torch.dtype = torch.float16
     ) -> str:
