@@ -278,9 +278,7 @@ def _command(name: str, rest: Sequence[str]) -> int:
             "--host", action="store_true", help="a step takes at least the time of the host in eager mode"
         )
         parser.add_argument("--tables", action="store_true", help="also every table of a GPU run, predicted")
-        form = parser.add_mutually_exclusive_group()
-        form.add_argument("--json", action="store_true", help="print the summary and the targets as JSON")
-        form.add_argument("--markdown", action="store_true", help="print README's predicted tables")
+        parser.add_argument("--json", action="store_true", help="print the summary and the targets as JSON")
         parser.add_argument("--output", type=Path, help="JSON file to write the predicted tables to")
         arguments = parser.parse_args(rest)
         given = {
@@ -296,11 +294,17 @@ def _command(name: str, rest: Sequence[str]) -> int:
             model.measured_host() if arguments.host else None,
             tables=arguments.tables,
             as_json=arguments.json,
-            as_markdown=arguments.markdown,
         )
     elif name == "show":
         parser.add_argument("file", type=Path)
-        results = Results.load(parser.parse_args(rest).file)
+        parser.add_argument("--markdown", action="store_true", help="print README's tables of a GPU run")
+        arguments = parser.parse_args(rest)
+        results = Results.load(arguments.file)
+        if arguments.markdown:
+            from bench import measured
+
+            print(measured.markdown(results), end="")
+            return 0
         finish(results, speedups=results.payload["kind"] != "gpu" or checks.green(results.payload["steps"]))
     elif name == "plot":
         from bench import plots

@@ -2,7 +2,8 @@
 
     python -m bench.gpu_run [--device cuda] [--output FILE]
 
-One process; each run starts from the bundled model. The first of each precision and training mode is made twice, so
+One process; each run starts from the bundled model. The first of each method, precision and training
+mode is made twice, so
 that no run is charged for compiling, and the second counts. UA, IRA and CRA are those of `bench_whole_run.judged`.
 
     {"schema": 1, "kind": "GPU run", "environment", "runs": [
@@ -70,16 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu_run.json")
     arguments = parser.parse_args(argv)
     payload: dict[str, Any] = {"schema": SCHEMA, "kind": "GPU run", "environment": environment(), "runs": []}
-    warm: set[tuple[str, str]] = set()
+    warm: set[tuple[str, str, str]] = set()
     for index, (method, dtype, graph, mode) in enumerate(RUNS):
         if arguments.only and index not in arguments.only:
             continue
         row: dict[str, Any] = {"method": method, "dtype": dtype, "cuda_graph": graph, "training_mode": mode}
         try:
-            for _ in range(1 if (dtype, mode) in warm else 2):
+            for _ in range(1 if (method, dtype, mode) in warm else 2):
                 found = run(method, dtype, graph, mode, arguments.device, arguments.steps)
             row |= found
-            warm.add((dtype, mode))
+            warm.add((method, dtype, mode))
         # What goes wrong in one run is a finding, not the end of the others.
         except Exception as error:
             row |= {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}

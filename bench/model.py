@@ -2,7 +2,7 @@
 measured here.
 
 A summary of the attention linears of every model, and with `tables` the tables of a GPU run filled with predicted
-seconds. README's predicted tables are `markdown()`.
+seconds.
 """
 
 import json
@@ -275,51 +275,6 @@ def stated_ratios(chip: Chip) -> dict[str, tuple[float, ...]]:
     }
 
 
-# --- README ----------------------------------------------------------------------------------------------------------
-
-
-def markdown(chip: Chip) -> str:
-    """README's predicted tables: modes in units of the frozen layer, and the targets of masked LoRA."""
-    rates = ", ".join(f"{e:g}" for e in EFFICIENCIES)
-    models = [f"{m.name}, batch {m.batch}" for m in MODELS]
-    summaries = [summary(m, chip) for m in MODELS]
-    lines = [
-        f"Predicted for an {chip.name}, not measured: forward + backward of all attention linears in bf16, rank "
-        f"{RANK}, in units of the frozen layer. Three numbers: our kernels at {rates} of the library's rate. Kernels "
-        f"alone, {1e6 * chip.launch:g} µs a launch: the host is assumed to keep up, by itself or with a CUDA graph.",
-        "",
-        "| | " + " | ".join(models) + " |",
-        "|---" * (1 + len(models)) + "|",
-    ]
-    for rows in zip(*summaries, strict=True):
-        if rows[0]["mode"] != BASE.name:
-            lines.append(f"| {rows[0]['mode']} | " + " | ".join(_three(row["over_frozen"]) for row in rows) + " |")
-    found = {target["what"]: target for target in predicted_targets(chip)}
-    names = list(targets.LINEAR)
-    lines += [
-        "",
-        "The project's targets for a random mask of 10 %, forward + backward, predicted in the same way; in brackets "
-        "the target, and at which of the three it is reached. One-product is the kept form; the lower bound is the "
-        "first.",
-        "",
-        "| | " + " | ".join(names) + " |",
-        "|---" * (1 + len(names)) + "|",
-    ]
-    for mode in reversed(targets.MODES):
-        for base in (PEFT.name, PEFT_AUTOCAST.name, PEFT_DEFAULT.name, NAIVE_TWO.name, "lower bound"):
-            cells = [_cell(found.pop(targets.linear_name(name, mode, base))) for name in names]
-            lines.append(f"| {mode} / {base} | " + " | ".join(cells) + " |")
-    lines += ["", "The other targets for a GPU:", ""]
-    rest = [target for target in found.values() if target["limit"] is not None]
-    lines += [f"- {target['what']}: {_cell(target)}" for target in rest]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(target: Mapping[str, Any]) -> str:
-    sign = "≥" if target["least"] else "≤"
-    return f"{_three(target['ratio'])} ({sign} {target['limit']:g}: {_reached(target['reached'])})"
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -342,15 +297,11 @@ def main(
     host: Mapping[str, float] | None = None,
     tables: bool = False,
     as_json: bool = False,
-    as_markdown: bool = False,
 ) -> None:
     """Prints the summary and the targets, as text, JSON or Markdown, and writes the predicted tables to `output`."""
     results = predict(chip, path=output) if tables or output is not None else None
     if as_json:
         print(json.dumps(report(chip, host), indent=2))
-        return
-    if as_markdown:
-        print(markdown(chip), end="")
         return
     found = report(chip, host)
     print(

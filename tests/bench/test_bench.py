@@ -260,8 +260,11 @@ def test_steps_leave_the_tables_their_time(monkeypatch):
     now = [0.0]
     budget = Budget(100, clock=lambda: now[0])
     now[0] = 55.0  # what came before took long
-    command.run_steps(Results(None, {}), budget, 100, SimpleNamespace(build=True, tests=True))
+    command.run_steps(Results(None, {}), budget, 100, SimpleNamespace(build=True, tests=True, sanitizers=True))
     assert limits == [5.0, 5.0, 5.0, 5.0]
+    limits.clear()
+    command.run_steps(Results(None, {}), budget, 100, SimpleNamespace(build=False, tests=True, sanitizers=False))
+    assert limits == [5.0]
 
 
 def test_interleaved_takes_turns():

@@ -7,7 +7,6 @@ import pytest
 from bench import __main__ as command
 from bench import compare, model, results_file, roofline
 from bench.harness import ROOT
-from bench.roofline import CHIPS
 
 
 def write(path, kind="gpu", **medians):
@@ -66,9 +65,11 @@ def test_host_times_come_from_their_measurement(tmp_path):
     assert model.measured_host(path) == {**roofline.HOST, "exact": 1e-4, "frozen": 3e-5}
 
 
-def test_readme_has_the_models_tables():
+def test_readme_has_the_measured_tables(capsys):
+    path = ROOT / "bench" / "results" / "gpu.json"
+    assert command.main(["show", str(path), "--markdown"]) == 0
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert model.markdown(CHIPS["h200"]) in text, "put the output of `python -m bench model --markdown` there"
+    assert capsys.readouterr().out in text, f"put the output of `python -m bench show {path.name} --markdown` there"
 
 
 def test_plot_draws_measurements_and_predictions(tmp_path, capsys):
