@@ -51,9 +51,9 @@ def markdown(results: Results) -> str:
     chip = results.payload["chip"]
     lines = [
         f"Measured on an {facts['gpu']} with torch {facts['torch']} and Triton {facts['versions']['triton']}: forward "
-        f"+ backward of all attention linears in bf16, rank {RANK}, in units of the frozen layer, whose products run at "
-        f"{chip['matrix'] / 1e12:.0f} TFLOP/s where they are large. The device's time: the host is taken to keep up, "
-        "with a CUDA graph.",
+        f"+ backward of all attention linears in bf16, rank {RANK}, in units of the frozen layer, whose large products "
+        f"run at {chip['matrix'] / 1e12:.0f} TFLOP/s. The device's time: the host is taken to keep up, with a CUDA "
+        "graph.",
         "",
         "| | " + " | ".join(f"{model.name}, batch {model.batch}" for model in tables) + " |",
         "|---" * (1 + len(tables)) + "|",

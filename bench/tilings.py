@@ -376,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile beforehand; 0: none")
+    parser.add_argument("--kernels", nargs="+", choices=[*KERNELS, "layer"], metavar="NAME", help="only these")
     parser.add_argument("--toy", action="store_true", help="one tiny problem in fp32: a test of this program")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "tilings.json")
     arguments = parser.parse_args(argv)
@@ -387,8 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compiled after {time.perf_counter() - begin:.0f} s", *payload["troubles"], sep="\n", flush=True)
     dtype, problems = (torch.float32, TOY) if arguments.toy else (torch.bfloat16, PROBLEMS)
     repeats = 1 if arguments.toy else 11
-    work = [partial(measure, *row) for row in rows(problems)]
-    work += [partial(measure_paths, problem, mode) for mode in ("forward", "training") for problem in problems]
+    wanted = arguments.kernels or (*KERNELS, "layer")
+    work = [partial(measure, *row) for row in rows(problems) if row[0] in wanted]
+    if "layer" in wanted:
+        work += [partial(measure_paths, problem, mode) for mode in ("forward", "training") for problem in problems]
     for call in work:
         if time.perf_counter() - begin > arguments.budget:
             payload["troubles"].append("the budget was spent before the last row")
