@@ -81,8 +81,9 @@ def check(row: Row, arch: int, tensor_cores: bool, allowed: "Sequence[Allowance]
     limit = SHARED_LIMIT.get(arch)
     if row.shared_bytes is not None and limit is not None and row.shared_bytes > limit:
         row.violations.append(f"needs {row.shared_bytes} bytes of shared memory, {row.architecture} has {limit}")
-    if arch == 90 and row.spill_bytes:
-        row.violations.append(f"spills {row.spill_bytes} bytes")
+    may_spill = sum(allowance.count for allowance in allowed if allowance.kind == "spill")
+    if arch == 90 and row.spill_bytes and row.spill_bytes > may_spill:
+        row.violations.append(f"spills {row.spill_bytes} bytes, {may_spill} are allowed")
     if tensor_cores and not row.tensor_core:
         row.violations.append("has no wgmma instructions" if arch == 90 else "has no tensor-core instructions")
     for kind, found in (("load", row.loads), ("wait", row.waits)):

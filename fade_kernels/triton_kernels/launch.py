@@ -32,11 +32,12 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Allowance:
-    """Something in a kernel's loops of matrix products that waits for memory or for a product, and why it may."""
+    """Something in a kernel's loops of matrix products that waits for memory or for a product, or registers that do not
+    suffice, and why that may be."""
 
     kind: str
     """"load": a load that stays where it is instead of being copied to shared memory steps ahead; "wait": a product
-    whose result is waited for at once."""
+    whose result is waited for at once; "spill": bytes of a thread that are not in registers, on sm_90."""
     count: int
     """At most so many."""
     reason: str

@@ -78,7 +78,7 @@ def test_counts_matrix_instructions() -> None:
 @pytest.mark.parametrize(
     ("row", "arch", "says"),
     [
-        (Row("k", "c", "sm_90", 255, 8, 0, 4, 4), 90, ["spills 8 bytes"]),
+        (Row("k", "c", "sm_90", 255, 8, 0, 4, 4), 90, ["spills 8 bytes, 0 are allowed"]),
         (Row("k", "c", "sm_80", 255, 8, 0, 4), 80, []),
         (Row("k", "c", "sm_90", 9, 0, FAR_OVER, 4, 4), 90, ["needs 307200 bytes of shared memory, sm_90 has 232448"]),
         (Row("k", "c", "sm_90", 9, 0, 0, 0, 0), 90, ["has no wgmma instructions"]),
@@ -132,6 +132,13 @@ def test_what_is_not_pipelined_must_be_allowed() -> None:
     assert row.violations == ["2 waits in loops of matrix products are not pipelined, 1 are allowed"]
 
 
+def test_a_spill_must_be_allowed() -> None:
+    for spilled, says in ((16, []), (24, ["spills 24 bytes, 16 are allowed"])):
+        row = Row("k", "c", "sm_90", 255, spilled, 0, 4, 4)
+        check(row, 90, tensor_cores=True, allowed=(Allowance("spill", 16, "a reason"),))
+        assert row.violations == says
+
+
 def test_a_kernel_that_is_not_pipelined_is_a_violation() -> None:
     name = "fade_kernels.triton_kernels.weight_gradient_magnitude"
     case = next(case for case in compile_report.cases_of(name) if case.dtype == "bf16")
@@ -142,7 +149,9 @@ def test_a_kernel_that_is_not_pipelined_is_a_violation() -> None:
 def test_every_allowance_has_a_reason() -> None:
     for module in compile_report.triton_modules():
         for case in compile_report.cases_of(module):
-            assert all(a.reason and a.kind in ("load", "wait") and a.count > 0 for a in case.allowed), case.name
+            assert all(a.reason and a.kind in ("load", "wait", "spill") and a.count > 0 for a in case.allowed), (
+                case.name
+            )
 
 
 def test_command_fails_on_a_violation(
