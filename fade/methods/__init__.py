@@ -16,6 +16,9 @@ METHODS = {
     "closed-form": "fade.methods.closed_form:CLOSED_FORM",
     "distillation": "fade.methods.distillation:DISTILLATION",
     "fade": "fade.methods.fade:FADE",
+    "uce": "fade.methods.uce:UCE",
+    "speed": "fade.methods.speed:SPEED",
+    "ssd": "fade.methods.ssd:SSD",
 }
 """Where each method is, as module:name; in the order in which they are listed."""
 

@@ -30,7 +30,7 @@ def test_dampening_is_the_papers_loop_over_weights(alpha: float, dampening: floa
 
 def test_uce_is_the_papers_weight() -> None:
     """W of the paper's closed form, and the gradient of its objective, which is 0 there."""
-    concept, guide, kept, weight = normal(3, 8, seed=0), normal(3, 8, seed=1), normal(5, 8, seed=2), normal(6, 8, seed=3)
+    concept, guide, kept, weight = (normal(rows, 8, seed=seed) for seed, rows in enumerate((3, 3, 5, 6)))
     erase, preserve, damping = 0.7, 1.3, 0.5
     answers = (erase * weight @ guide.T @ concept) + (preserve * weight @ kept.T @ kept) + damping * weight
     gram = erase * concept.T @ concept + preserve * kept.T @ kept + damping * torch.eye(8, dtype=torch.float64)
