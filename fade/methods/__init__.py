@@ -16,6 +16,16 @@ METHODS = {
     "closed-form": "fade.methods.closed_form:CLOSED_FORM",
     "distillation": "fade.methods.distillation:DISTILLATION",
     "fade": "fade.methods.fade:FADE",
+    "primal-dual": "fade.methods.primal_dual:PRIMAL_DUAL",
+    "salun": "fade.methods.salun:SALUN",
+    "erasediff": "fade.methods.erasediff:ERASEDIFF",
+    "retrack": "fade.methods.retrack:RETRACK",
+    "esd-x": "fade.methods.esd:ESD_X",
+    "esd-u": "fade.methods.esd:ESD_U",
+    "concept-ablation": "fade.methods.concept_ablation:CONCEPT_ABLATION",
+    "leco": "fade.methods.leco:LECO",
+    "gradient-ascent": "fade.methods.gradient_ascent:GRADIENT_ASCENT",
+    "negated-lora": "fade.methods.negated_lora:NEGATED_LORA",
 }
 """Where each method is, as module:name; in the order in which they are listed."""
 
