@@ -46,6 +46,8 @@ class DataConfig:
 
     forget_images: str | None = None
     """Folder of images that show the concept, with its subfolders; None samples them from the frozen model."""
+    forget_from: Literal["concept", "surrogate"] = "concept"
+    """What forget latents that are sampled show: the concept, or what takes its place."""
     retain_images: str | None = None
     """Folder of images of everything else, with its subfolders; None samples them from the frozen model."""
     forget_samples: int = 24
@@ -171,6 +173,11 @@ class OverwriteConfig:
     """Weight of the forget loss; the paper's value, which also measured best here."""
     retain_weight: float = 1.0
     """Weight of the retain loss."""
+    dual_rate: float = 0.0
+    """Step size ρ of the dual ascent that changes the forget loss's weight after every step, beginning at
+    `forget_weight` (`fade.methods.primal_dual`); 0 leaves it there."""
+    dual_bound: float = 0.05
+    """Share of the first forget loss that dual ascent wants it to stay below."""
     timesteps: TimestepSampler = "uniform"
     """`band` draws from `timestep_band`; `targeted` where forget and surrogate predictions differ most (ours)."""
     timestep_band: tuple[float, float] = (0.0, 1.0)
@@ -519,8 +526,8 @@ def _check(config: Config) -> None:
         value = getattr(overwrite, name)
         require(value is None or 0 < value < math.inf, f"{name} must be a positive, finite number, not {value}")
     for name in (
-        "forget_weight", "retain_weight", "weight_decay", "warmup_steps", "stop_forget", "stop_flat", "cooldown_steps",
-        "pool",
+        "forget_weight", "retain_weight", "dual_rate", "dual_bound", "weight_decay", "warmup_steps", "stop_forget",
+        "stop_flat", "cooldown_steps", "pool",
     ):  # fmt: skip
         value = getattr(overwrite, name)
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
@@ -565,6 +572,11 @@ def _check(config: Config) -> None:
             config.needs_latents or getattr(data, name) is None,
             f"{name} would be ignored: the method closed-form reads prompts alone. Leave it out, or choose both",
         )
+    require(
+        data.forget_from == "concept" or data.forget_images is None,
+        "forget_images would be trained as pictures of the surrogate: the method draws those itself (forget_from = "
+        "surrogate). Leave forget_images out, or set forget_from to concept",
+    )
     require(data.resolution is None or data.resolution >= 8, f"resolution must be at least 8, not {data.resolution}")
 
 

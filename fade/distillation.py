@@ -161,7 +161,8 @@ def overwrite(
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
             times = torch.cat(drawn)[own].to(device)
-            asked, answers = torch.cat([forget[i_f], retain[i_r]])[own], torch.cat([surrogate[i_f], retain[i_r]])[own]
+            asked = torch.cat([forget[i_f], retain[i_r]])[own]
+            answers = aim.answers(torch.cat([surrogate[i_f], retain[i_r]]), halves[0], generator)[own]
             clean, noise = clean[own], noise[own]
             with torch.no_grad():
                 noised = aim.noised(clean, noise, times, asked, of_forget) if len(clean) else clean

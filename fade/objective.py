@@ -113,6 +113,11 @@ class Objective:
         read = [self.read(row) for row in rows]
         return forget_times(self.config, self.backbone, latents.forget[:16], *read, self.training.seed)
 
+    def answers(self, answers: Tensor, forget: int, generator: torch.Generator) -> Tensor:
+        """The rows of prompts whose answers are wanted, int64, of a whole batch, whose first `forget` are the forget
+        half; given are the surrogates' and the retain prompts'."""
+        return answers
+
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
         """Noised latents [n, C, h, w]; arguments as in `Batch`. Called without gradients."""
         return self.backbone.add_noise(clean, noise, times)
@@ -127,8 +132,13 @@ class Objective:
         return None
 
     def weights(self, forget: Sequence[float], retain: Sequence[float]) -> tuple[float, float]:
-        """The weights of both losses in the next step, after the losses of all steps before, as recorded."""
-        return self.config.forget_weight, self.config.retain_weight
+        """The weights of both losses in the next step, after the losses of all steps before, as recorded. With
+        `dual_rate`, that of the forget loss by dual ascent (`fade.methods.primal_dual`)."""
+        weight, rate = self.config.forget_weight, self.config.dual_rate
+        if rate and forget and forget[0]:
+            for loss in forget:
+                weight = max(0.0, weight + rate * (loss / forget[0] - self.config.dual_bound))
+        return weight, self.config.retain_weight
 
     def step(self, learn: Learn, weights: tuple[float, float]) -> tuple[float, float]:
         """Leaves the gradient of a step in the adapter's parameters, which the optimiser then takes; returns both
