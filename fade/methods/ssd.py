@@ -16,21 +16,20 @@ in the paper, importances depend on the size of a batch (`locate.batch_size`; `l
 of it).
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fade.backbones import Backbone
+from fade.base_model import target_layers
 from fade.errors import FadeError
+from fade.importance import Importance
 from fade.methods.base import Edit, Editing, Method
-from fade.progress import progress_bar, tell
 from fade.quantised import float_weight
 from fade.regions import matrix_shape
-from fade.saliency import gradient_sums, located_in, measure_pass, plan_of
+from fade.saliency import located_in
 from fade_kernels import BitMask, gather_masked
 
 
@@ -68,67 +67,37 @@ class Options:
                 raise FadeError(f"the option {name} of ssd must be a positive, finite number, not {value}")
 
 
-def importances(
-    editing: Editing,
-    group: Mapping[str, nn.Module],
-    part: Literal["forget", "retain"],
-    on_host: bool = False,
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """The mean squared gradient of the denoising loss on one part of the latents, float32 by layer, of its weight's
-    shape or its region's. Arguments as of `gradient_sums`."""
-    latents, config = editing.latents, editing.config.locate
-    clean, prompts = getattr(latents, part), getattr(latents, f"{part}_prompts")
-    sums = gradient_sums(
-        editing.backbone, group, clean, editing.prompts.rows(prompts), editing.prompts, config, editing.config.seed,
-        f"importance {part}", mode="square", regions=editing.regions, on_host=on_host,
-        advance=advance,
-    )  # fmt: skip
-    for value in sums.values():
-        value.div_(batches_of(editing, part))
-    return sums
-
-
-def batches_of(editing: Editing, part: str) -> int:
-    """Backward passes that `importances` takes."""
-    config = editing.config.locate
-    return config.passes * -(-len(getattr(editing.latents, part)) // config.batch_size)
-
-
 def edit(editing: Editing) -> Edit:
-    """Both accumulators at once of as many layers as there is memory for."""
     options, layers, regions = editing.options, editing.layers, editing.regions
-    # As much memory as for a contrast of all weights: two accumulators each, any of which may be chosen.
-    locating = dataclasses.replace(editing.config.locate, saliency="contrast", granularity="element", keep=1.0)
-    passes = batches_of(editing, "forget") + batches_of(editing, "retain")
-    needed = measure_pass(editing.backbone, layers, editing.latents, editing.prompts, locating, editing.config.seed)
-    plan = plan_of(layers, locating, None, regions, passes, needed)
-    tell(plan.remark(str(editing.backbone.device)), editing.progress)
+    importance = Importance(
+        editing.backbone, layers, editing.latents, editing.prompts, editing.config.locate, editing.config.seed,
+        regions=regions,
+    )  # fmt: skip
     masks, deltas, spread = {}, {}, {}
-    with progress_bar("measuring importance", passes * len(plan.groups), editing.progress) as advance:
-        for names in plan.groups:
-            group, on_host = {name: layers[name] for name in names}, plan.place == "host"
-            forget = importances(editing, group, "forget", on_host, advance=advance)
-            retain = importances(editing, group, "retain", on_host, advance=advance)
-            for name in names:
-                device = layers[name].weight.device
-                of_concept, of_rest = (sums.pop(name).flatten(1).to(device) for sums in (forget, retain))
-                spread[name] = (of_concept.mean().item(), of_concept.max().item())
-                factors = dampening_factors(
-                    of_concept, of_rest, options.alpha, options.dampening, options.exponent
-                )  # fmt: skip
-                masks[name] = BitMask.pack(factors < 1)
-                weight = float_weight(layers[name]).reshape(matrix_shape(layers[name]))
-                if name in regions:
-                    weight = weight[regions[name].slices]
-                deltas[name] = gather_masked(((factors - 1) * weight.to(factors)).contiguous(), masks[name]).cpu()
-    located = located_in(layers, masks, spread, options.alpha, regions, plan.record())
+    for name, of in importance.measure(editing.progress):
+        spread[name] = (of["forget"].mean().item(), of["forget"].max().item())
+        factors = dampening_factors(
+            of["forget"], of["retain"], options.alpha, options.dampening, options.exponent
+        )  # fmt: skip
+        masks[name] = BitMask.pack(factors < 1)
+        weight = float_weight(layers[name]).reshape(matrix_shape(layers[name]))
+        if name in regions:
+            weight = weight[regions[name].slices]
+        deltas[name] = gather_masked(((factors - 1) * weight.to(factors)).contiguous(), masks[name]).cpu()
+    located = located_in(layers, masks, spread, options.alpha, regions, importance.plan.record())
     if not located.selected:
         raise FadeError(
             f"no weight is more than {options.alpha:g} times as important to the concept as to the rest, so that ssd "
             "changes nothing; lower its option alpha"
         )
     return Edit(located, deltas)
+
+
+def targets(backbone: Backbone) -> tuple[str, ...]:
+    """Every Linear and Conv2d, as the paper has every parameter, but convolutions in groups, which carry no masks."""
+    layers = target_layers(backbone.denoiser)
+    kept = tuple(name for name, layer in layers.items() if getattr(layer, "groups", 1) == 1)
+    return ("*",) if len(kept) == len(layers) else kept
 
 
 SSD = Method(
@@ -138,4 +107,5 @@ SSD = Method(
     trains=False,
     edit=edit,
     options=Options,
+    targets=targets,
 )
