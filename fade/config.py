@@ -178,6 +178,12 @@ class OverwriteConfig:
     `forget_weight` (`fade.methods.primal_dual`); 0 leaves it there."""
     dual_bound: float = 0.05
     """Share of the first forget loss that dual ascent wants it to stay below."""
+    gift: float = 0.0
+    """Weight of GIFT's pull of the adapter's parameters to their start, by their Fisher information in each step, which
+    takes a second pass (`fade.regularisers`); 0 is none."""
+    ekpc: float = 0.0
+    """Weight of EKPC's penalty on what the adapter changes, by how much each weight matters to the retain latents
+    (`fade.regularisers`); 0 is none."""
     timesteps: TimestepSampler = "uniform"
     """`band` draws from `timestep_band`; `targeted` where forget and surrogate predictions differ most (ours)."""
     timestep_band: tuple[float, float] = (0.0, 1.0)
@@ -526,11 +532,20 @@ def _check(config: Config) -> None:
         value = getattr(overwrite, name)
         require(value is None or 0 < value < math.inf, f"{name} must be a positive, finite number, not {value}")
     for name in (
-        "forget_weight", "retain_weight", "dual_rate", "dual_bound", "weight_decay", "warmup_steps", "stop_forget",
-        "stop_flat", "cooldown_steps", "pool",
+        "forget_weight", "retain_weight", "dual_rate", "dual_bound", "gift", "ekpc", "weight_decay", "warmup_steps",
+        "stop_forget", "stop_flat", "cooldown_steps", "pool",
     ):  # fmt: skip
         value = getattr(overwrite, name)
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
+    require(
+        not (overwrite.gift and overwrite.ekpc),
+        "gift and ekpc are two ways of holding the adapter near its start; choose one and leave the other at 0",
+    )
+    require(
+        config.trains or not (overwrite.gift or overwrite.ekpc),
+        f"gift and ekpc would be ignored: the method {overwrite.method} trains nothing. Leave them out, or choose "
+        "distillation or both",
+    )
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
     solving = config.closed_form

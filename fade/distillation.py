@@ -36,6 +36,7 @@ from fade.latents import Latents
 from fade.noise import epoch_order, loss_scale, step_generator, times_between
 from fade.objective import Batch, Objective, Training, without_adapters
 from fade.progress import progress_bar
+from fade.regularisers import FisherPull
 from fade.run_folder import Checkpoint
 from fade.training_mode import ResolvedMode, rows_in
 
@@ -225,6 +226,7 @@ def overwrite(
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
+    pull = FisherPull(parameters, config.gift) if config.gift else None
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
     losses = _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
@@ -297,6 +299,8 @@ def overwrite(
         while step < end:
             of_both = aim.weights(losses.forget, losses.retain)
             loss_forget, loss_retain = aim.step(functools.partial(learn, step), of_both)
+            if pull is not None:
+                pull.add_(functools.partial(learn, step))
             if not math.isfinite(loss_forget + loss_retain):
                 raise _diverged(f"loss became {loss_forget + loss_retain}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fade.conditioning import Conditioning, EncodedPrompts
 from fade.noise import TimeSampler, forget_times
+from fade.regularisers import ImportancePenalty
 
 if TYPE_CHECKING:
     from fade.adapter import Adapter
@@ -103,6 +104,7 @@ class Objective:
         self.backbone, self.adapter, self.config = training.backbone, training.adapter, training.config
         self.options = training.options
         self._layers = list(training.adapter.layers.values())
+        self._held = ImportancePenalty(training, self.config.ekpc) if self.config.ekpc else None
 
     # --- what methods say -------------------------------------------------------------------------------------------
 
@@ -128,8 +130,9 @@ class Objective:
 
     def penalty(self) -> Tensor | None:
         """What is added to the weighed losses of every batch: a number that depends on the adapter's parameters, as
-        float32 []. What it is computed from, but for them, must stay where it is in memory."""
-        return None
+        float32 []. What it is computed from, but for them, must stay where it is in memory. With `ekpc`, its penalty
+        (`fade.regularisers`)."""
+        return None if self._held is None else self._held()
 
     def weights(self, forget: Sequence[float], retain: Sequence[float]) -> tuple[float, float]:
         """The weights of both losses in the next step, after the losses of all steps before, as recorded. With
