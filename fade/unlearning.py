@@ -342,15 +342,13 @@ def _run(
                 bring_to_its_device(backbone.called_denoiser)
                 if config.needs_latents:
                     refuse_untrainable(target_layers(denoiser), backbone.dtype, backbone.device)
-                edits, edit = {}, None
+                edits, edit, begun = {}, None, None
+                editing = Editing(
+                    backbone, layers, regions, concept, latents, prompts, config, config.method_options, progress
+                )
                 with stage("locate"):
                     if config.method.edit is not None:
-                        edit = config.method.edit(
-                            Editing(
-                                backbone, layers, regions, concept, latents, prompts, config, config.method_options,
-                                progress,
-                            )
-                        )  # fmt: skip
+                        edit = config.method.edit(editing)
                     elif config.uses_closed_form:
                         edits = _text_edits(backbone, layers, regions, text, prompts, config)
                     before = None if kept is None or edit is not None else kept.located_before(layers)
@@ -361,6 +359,8 @@ def _run(
                         )
                         if kept is not None:
                             kept.keep_located(located)
+                    if config.method.start is not None:
+                        begun = _factors_of_first(config.method.start(editing))
                 solved, left = None, None
                 if edit is not None:
                     with stage("overwrite"):
@@ -372,14 +372,17 @@ def _run(
                         )
                 edits = {}  # as large as the layers; training has no use for them
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
+                rank, alpha = config.overwrite.rank, scale if config.in_values else config.overwrite.alpha
+                if begun is not None:
+                    rank = len(next(iter(begun.values()))[0])
+                    alpha = scale * rank
                 adapter = attach(
-                    pipeline, name, located.masks, rank=config.overwrite.rank,
-                    alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
+                    pipeline, name, located.masks, rank=rank, alpha=alpha, values=config.in_values,
                     metadata=new_metadata(
                         concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
                         backbone.family.component,
                     ), seed=config.seed,
-                    solved=solved,
+                    solved=solved, factors=begun,
                 )  # fmt: skip
                 adapter.enable()
                 trained: Trained | None = None
@@ -418,6 +421,15 @@ def _of_first(located: Located | None) -> Located | None:
         return located
     words, record = processes.from_first(*(({}, None) if located is None else located_parts(located)))
     return None if record is None else located_whole(words, record)
+
+
+def _factors_of_first(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the first process begins with, on all, for the reason that `_of_first` gives."""
+    if processes.world() == 1:
+        return dict(factors)
+    parts = {f"{part}.{name}": pair[i] for name, pair in factors.items() for i, part in enumerate("ab")}
+    parts, _ = processes.from_first(parts)
+    return {name: (parts[f"a.{name}"], parts[f"b.{name}"]) for name in factors}
 
 
 def with_targets(backbone: Backbone, config: Config) -> Config:

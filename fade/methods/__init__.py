@@ -29,6 +29,7 @@ METHODS = {
     "uce": "fade.methods.uce:UCE",
     "speed": "fade.methods.speed:SPEED",
     "ssd": "fade.methods.ssd:SSD",
+    "loku": "fade.methods.loku:LOKU",
 }
 """Where each method is, as module:name; in the order in which they are listed."""
 

@@ -41,6 +41,8 @@ class Method:
         solves: whether the project's closed form is solved, before the training if there is one.
         objective: what the adapter is trained on; None is FADE's self-distillation.
         edit: computes the adapter without training it; then neither `trains` nor `solves`.
+        start: computes the factors that the training begins with, float32 (A [r, K], B [N, r]) on the CPU for every
+            layer, all of one rank r; None begins at no change.
         reads_latents: of an edit, whether it looks at forget and retain latents.
         targets: the layers that are edited, as patterns; None is the family's own choice.
         check: raises FadeError, saying why, for a pipeline or settings with which the method cannot work. Called before
@@ -57,6 +59,7 @@ class Method:
     solves: bool = False
     objective: type[Objective] | None = None
     edit: Callable[[Editing], Edit] | None = None
+    start: Callable[[Editing], Mapping[str, tuple[Tensor, Tensor]]] | None = None
     reads_latents: bool = True
     targets: Callable[[Backbone], tuple[str, ...]] | None = None
     check: Callable[[Backbone, Config], None] | None = None
@@ -65,7 +68,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Editing:
-    """What an `edit` computes from. The weights are frozen, and the denoiser's adapters off.
+    """What an `edit` or a `start` computes from. The weights are frozen, and the denoiser's adapters off.
 
     Attributes:
         layers: the layers to edit by name, nn.Linear or nn.Conv2d; regions: of some, the part that may change.
