@@ -372,12 +372,11 @@ def _run(
                         )
                 edits = {}  # as large as the layers; training has no use for them
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
-                rank, alpha = config.overwrite.rank, scale if config.in_values else config.overwrite.alpha
-                if begun is not None:
-                    rank = len(next(iter(begun.values()))[0])
-                    alpha = scale * rank
+                times = config.method.ranks
+                rank, alpha = config.overwrite.rank * times, config.overwrite.alpha * times
                 adapter = attach(
-                    pipeline, name, located.masks, rank=rank, alpha=alpha, values=config.in_values,
+                    pipeline, name, located.masks, rank=rank, alpha=scale if config.in_values else alpha,
+                    values=config.in_values,
                     metadata=new_metadata(
                         concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
                         backbone.family.component,

@@ -42,7 +42,8 @@ class Method:
         objective: what the adapter is trained on; None is FADE's self-distillation.
         edit: computes the adapter without training it; then neither `trains` nor `solves`.
         start: computes the factors that the training begins with, float32 (A [r, K], B [N, r]) on the CPU for every
-            layer, all of one rank r; None begins at no change.
+            layer, all of the settings' rank times `ranks`; None begins at no change.
+        accumulators: numbers that `edit` or `start` sums up for every weight (`fade.importance`), for planning.
         reads_latents: of an edit, whether it looks at forget and retain latents.
         targets: the layers that are edited, as patterns; None is the family's own choice.
         check: raises FadeError, saying why, for a pipeline or settings with which the method cannot work. Called before
@@ -60,6 +61,8 @@ class Method:
     objective: type[Objective] | None = None
     edit: Callable[[Editing], Edit] | None = None
     start: Callable[[Editing], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    ranks: int = 1
+    accumulators: int = 0
     reads_latents: bool = True
     targets: Callable[[Backbone], tuple[str, ...]] | None = None
     check: Callable[[Backbone, Config], None] | None = None

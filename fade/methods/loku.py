@@ -59,7 +59,7 @@ def fila(
 
 
 def start(editing: Editing) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """[A₀; A₀] and [B₀, −B₀] of every layer."""
+    """[A₀; A₀] and [B₀, −B₀] of every layer, twice the settings' rank."""
     settings, found = editing.config.overwrite, {}
     importance = Importance(
         editing.backbone, editing.layers, editing.latents, editing.prompts, editing.config.locate, editing.config.seed,
@@ -113,5 +113,7 @@ LOKU = Method(
     settings={"locate__granularity": "none", "overwrite__parameters": "factors", "overwrite__learning_rate": 1e-3},
     objective=HalfFrozen,
     start=start,
+    ranks=2,
+    accumulators=2,
     check=check,
 )

@@ -154,6 +154,7 @@ SPEED = Method(
     name="speed",
     summary="Solves values of cross-attention for the concept within the null space of what must stay.",
     source="SPEED, arXiv 2503.07392",
+    settings={"locate__granularity": "none"},
     trains=False,
     edit=edit,
     reads_latents=False,

@@ -106,6 +106,7 @@ SSD = Method(
     source="Selective Synaptic Dampening, arXiv 2308.07707",
     trains=False,
     edit=edit,
+    accumulators=2,
     options=Options,
     targets=targets,
 )

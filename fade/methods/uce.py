@@ -102,6 +102,7 @@ UCE = Method(
     name="uce",
     summary="Solves keys and values of cross-attention so that the concept's token reads as its surrogate's.",
     source="Unified Concept Editing, arXiv 2308.14761",
+    settings={"locate__granularity": "none"},
     trains=False,
     edit=edit,
     reads_latents=False,
