@@ -457,9 +457,11 @@ def attach(
     seed: int = 0,
     pinned: bool = True,
     solved: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Adapter:
-    """Attaches a new adapter to the layers named in `masks`, switched off: factors (A normal with a deviation of
-    1/rank, B zero), or values: those `solved` [nnz] by layer, else zeros. Nothing else on the model changes.
+    """Attaches a new adapter to the layers named in `masks`, switched off: `factors` (A [rank, K], B [N, rank]) by
+    layer, else A normal with a deviation of 1/rank and B zero; or values: those `solved` [nnz] by layer, else zeros.
+    Nothing else on the model changes.
 
     `seed` makes the factors; torch's global generator is neither used nor set. A `pinned` adapter stays on whatever is
     done to others. Raises FadeError where the name is taken, a layer does not exist, does not fit or cannot carry a
@@ -472,6 +474,8 @@ def attach(
             return (solved[layer],)
         if values:
             return (torch.zeros(mask.count, dtype=torch.float32, device="cpu"),)
+        if factors is not None:
+            return factors[layer]
         rows, *rest = weight_shape(layers[layer].module)
         generator = step_generator(seed, f"init {layer}", 0)
         lora_a = torch.randn(rank, *rest, generator=generator, dtype=torch.float32, device="cpu") / rank

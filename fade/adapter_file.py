@@ -353,14 +353,14 @@ def check_metadata(metadata: dict[str, Any], layers: dict[str, LayerTensors]) ->
         require(_is_name(metadata.get(name, "")), f"{name} is no name")
 
     for part, inner in (
-        ("config", ("data", "locate", "overwrite", "closed_form")),
+        ("config", ("data", "locate", "overwrite", "closed_form", "options")),
         ("run", ("seconds", "peak_memory_bytes", "losses", "held_out_losses", "residual")),
     ):
         section = metadata.get(part, {})
         require(isinstance(section, dict), f"{part} is no table")
         require(all(isinstance(section.get(name, {}), dict) for name in inner), f"{part} is no table of tables")
     run = metadata.get("run", {})
-    for name in ("path", "saliency"):
+    for name in ("path", "saliency", "method"):
         require(_is_name(run.get(name, "")), f"{name} is no name")
     for name in ("seconds", "peak_memory_bytes", "residual"):
         require(all(map(_is_number, run.get(name, {}).values())), f"{name} are no numbers")

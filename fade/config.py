@@ -2,7 +2,8 @@
 
 Plain frozen dataclasses, readable from TOML. An unknown key, a value of the wrong type or out of range is an error,
 because a silently ignored option is how other packages came to believe in a dropout they never had. The defaults are
-those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings are in `PAPER`.
+those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings are in `PAPER`. A
+method (`fade.methods`) brings defaults of its own: `Config.of`.
 """
 
 import dataclasses
@@ -11,17 +12,19 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from fade.errors import FadeError
+from fade.methods import Method
+from fade.methods import method as method_called
 
-Saliency = Literal["denoising", "distillation", "contrast", "random", "closed-form", "auto"]
+Saliency = Literal["denoising", "distillation", "contrast", "guided", "random", "closed-form", "auto"]
 Scaling = Literal["none", "module"]
 Granularity = Literal["element", "tile", "channel", "module", "none"]
 Parameters = Literal["factors", "values", "auto"]
-Method = Literal["distillation", "closed-form", "both"]
 TrainingMode = Literal["exact", "one-product", "auto"]
 CudaGraph = Literal["auto", "on", "off"]
 TimestepSampler = Literal["uniform", "band", "targeted"]
@@ -43,6 +46,8 @@ class DataConfig:
 
     forget_images: str | None = None
     """Folder of images that show the concept, with its subfolders; None samples them from the frozen model."""
+    forget_from: Literal["concept", "surrogate"] = "concept"
+    """What forget latents that are sampled show: the concept, or what takes its place."""
     retain_images: str | None = None
     """Folder of images of everything else, with its subfolders; None samples them from the frozen model."""
     forget_samples: int = 24
@@ -72,9 +77,12 @@ class LocateConfig:
     """Stage 1: which weights carry the concept (FADE, section 3; `fade.saliency` has the formulas)."""
 
     saliency: Saliency = "auto"
-    """Loss whose gradient magnitude is summed. `denoising` is the paper's; `random` is the control. `closed-form` sums
+    """Loss whose gradient magnitude is summed. `denoising` is the paper's; `guided` is SalUn's, whose gradients are
+    summed before the magnitude is taken; `random` is the control. `closed-form` sums
     no gradient: it drops the entries of the solved edit that cost least (`fade.closed_form`), in the layers that read
     the prompt alone. `auto` is `closed-form` where the overwrite is solved, else `distillation`."""
+    guidance: float = 7.5
+    """Guidance scale g of the saliency `guided`."""
     scaling: Scaling = "module"
     """`module` divides a layer's saliency by its mean, so that no layer wins by the size of its gradients alone."""
     keep: float = 0.01
@@ -109,12 +117,13 @@ class LocateConfig:
 class OverwriteConfig:
     """Stage 2: self-distillation of the sparse adapter (FADE, section 3; `fade.distillation`), or its closed form."""
 
-    method: Method = "both"
-    """`distillation` trains the adapter. `closed-form` solves it in the layers that read the prompt alone, within the
-    same budget and without a pass of the denoiser; images and all settings below but `parameters` then have no part in
-    it. `both` trains on from what is solved: over all 18 DigitCanvas concepts it forgot everything at keep 1 % and at
-    0.1 %, where the closed form left UA at 70 and distillation at 97, and at 1 % it disturbed as little as the closed
-    form (drift 0.016; distillation 0.028)."""
+    method: str = "both"
+    """How, by a name of `fade.methods`, whose defaults come with it (`Config.of`, `Config.replace`). `distillation`
+    trains the adapter. `closed-form` solves it in the layers that read the prompt alone, within the same budget and
+    without a pass of the denoiser; images and all settings below but `parameters` then have no part in it. `both` goes
+    on from what is solved: over all 18 DigitCanvas concepts it forgot everything at keep 1 % and at 0.1 %, where the
+    closed form left UA at 70 and distillation at 97, and at 1 % it disturbed as little as the closed form (drift 0.016;
+    distillation 0.028)."""
     parameters: Parameters = "auto"
     """`factors` trains B and A of M⊙(BA), as the paper does; `values` trains the masked entries themselves, which is
     also the form of what is solved. `auto` is `values` where the overwrite is solved, else `factors`."""
@@ -164,6 +173,17 @@ class OverwriteConfig:
     """Weight of the forget loss; the paper's value, which also measured best here."""
     retain_weight: float = 1.0
     """Weight of the retain loss."""
+    dual_rate: float = 0.0
+    """Step size ρ of the dual ascent that changes the forget loss's weight after every step, beginning at
+    `forget_weight` (`fade.methods.primal_dual`); 0 leaves it there."""
+    dual_bound: float = 0.05
+    """Share of the first forget loss that dual ascent wants it to stay below."""
+    gift: float = 0.0
+    """Weight of GIFT's pull of the adapter's parameters to their start, by their Fisher information in each step, which
+    takes a second pass (`fade.regularisers`); 0 is none."""
+    ekpc: float = 0.0
+    """Weight of EKPC's penalty on what the adapter changes, by how much each weight matters to the retain latents
+    (`fade.regularisers`); 0 is none."""
     timesteps: TimestepSampler = "uniform"
     """`band` draws from `timestep_band`; `targeted` where forget and surrogate predictions differ most (ours)."""
     timestep_band: tuple[float, float] = (0.0, 1.0)
@@ -183,7 +203,8 @@ class OverwriteConfig:
         """`learning_rate`, with what None stands for."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 5e-3 if self.method == "both" else 1e-2
+        recipe = method_called(self.method)
+        return 5e-3 if recipe.solves and recipe.trains else 1e-2
 
     @property
     def stops(self) -> bool:
@@ -246,6 +267,8 @@ class Config:
     locate: LocateConfig = field(default_factory=LocateConfig)
     overwrite: OverwriteConfig = field(default_factory=OverwriteConfig)
     closed_form: ClosedFormConfig = field(default_factory=ClosedFormConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings that only the method has, with its defaults for those that are not given."""
     gradient_checkpointing: bool = False
     """Compute the denoiser's activations again in the backward pass instead of keeping them: about a third more time
     for much less memory (`fade plan` says how much)."""
@@ -253,11 +276,33 @@ class Config:
     """Seeds sampling, noise, timesteps and the adapter's initial values."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", dataclasses.asdict(self.method_options))
         _check(self)
+
+    @classmethod
+    def of(cls, method: str, **changes: Any) -> "Config":
+        """The settings of a method, with `changes` as for `replace`. Raises FadeError for an unknown method."""
+        return _merge(cls(), _nested({"overwrite__method": method, **method_called(method).settings, **changes}), "")
+
+    @property
+    def method(self) -> Method:
+        """The method that the settings name."""
+        return method_called(self.overwrite.method)
+
+    @property
+    def method_options(self) -> Any:
+        """`options` as the method's own dataclass. Raises FadeError for one that it does not have."""
+        kind = self.method.options
+        if self.options and not dataclasses.fields(kind):
+            named = ", ".join(self.options)
+            raise FadeError(f"the method {self.overwrite.method} has no options; leave out {named}")
+        return _merge(kind(), self.options, "options.")
 
     @property
     def saliency(self) -> str:
-        """`locate.saliency`, with what `auto` stands for."""
+        """`locate.saliency`, with what `auto` stands for; of a method that edits without training, its name."""
+        if self.method.edit is not None:
+            return self.overwrite.method
         if self.locate.saliency != "auto":
             return self.locate.saliency
         return "closed-form" if self.solves else "distillation"
@@ -265,7 +310,7 @@ class Config:
     @property
     def solves(self) -> bool:
         """Whether the overwrite is solved, if only as a start."""
-        return self.overwrite.method != "distillation"
+        return self.method.solves
 
     @property
     def uses_closed_form(self) -> bool:
@@ -274,34 +319,42 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether the overwrite is distilled."""
-        return self.overwrite.method != "closed-form"
+        """Whether the adapter is trained."""
+        return self.method.trains
 
     @property
     def measures(self) -> bool:
         """Whether every target weight is given a saliency, and not its part in a solved edit or none."""
-        return self.saliency != "closed-form" and self.locate.granularity != "none"
+        return self.method.edit is None and self.saliency != "closed-form" and self.locate.granularity != "none"
 
     @property
     def needs_latents(self) -> bool:
         """Whether any part of the run looks at latents, so that images are read or sampled."""
+        if self.method.edit is not None:
+            return self.method.reads_latents
         return self.trains or (self.measures and self.saliency != "random")
 
     @property
     def in_values(self) -> bool:
         """Whether the adapter is the masked entries themselves, and no product of factors."""
+        if self.method.edit is not None:
+            return True
         return self.solves if self.overwrite.parameters == "auto" else self.overwrite.parameters == "values"
 
     def replace(self, **changes: Any) -> "Config":
-        """A copy with `changes`, whose keys are dotted with a double underscore: `locate__keep=0.1`, `seed=3`."""
-        nested: dict[str, Any] = {}
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            if name:
-                nested.setdefault(section, {})[name] = value
-            else:
-                nested[section] = value
-        return _merge(self, nested, "")
+        """A copy with `changes`, whose keys are dotted with a double underscore: `locate__keep=0.1`, `seed=3`.
+
+        Another method (`overwrite__method`) brings its own defaults: settings that were the former method's become the
+        new one's, those that somebody changed stay.
+        """
+        nested = _nested(changes)
+        overwrite = nested.get("overwrite")
+        method = overwrite.get("method") if isinstance(overwrite, dict) else None
+        if not isinstance(method, str) or method == self.overwrite.method:
+            return _merge(self, nested, "")
+        kept = _difference(self, Config.of(self.overwrite.method))
+        kept.pop("options", None)
+        return Config.of(method, **{**kept, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as saved in adapter files."""
@@ -309,13 +362,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`; missing keys take their defaults. Raises FadeError for unknown keys."""
-        return _merge(cls(), values, "")
+        """The inverse of `to_dict`; missing keys take their method's defaults. Raises FadeError for unknown keys."""
+        overwrite = values.get("overwrite")
+        method = overwrite.get("method") if isinstance(overwrite, dict) else None
+        return _merge(cls.of(method) if isinstance(method, str) else cls(), values, "")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Config":
-        """Read a TOML file with tables [data], [locate], [overwrite], [closed_form], `seed` and `concepts`. Raises
-        FadeError."""
+    def load(cls, path: str | Path, method: str | None = None) -> "Config":
+        """Read a TOML file with tables [data], [locate], [overwrite], [closed_form], [options], `seed` and `concepts`.
+        With `method` it is that, whatever the file says. Raises FadeError."""
         path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -323,7 +378,37 @@ class Config:
             raise FadeError(f"cannot read the config file {path}: {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FadeError(f"the config file {path} is not valid TOML: {error}") from error
+        if method is not None and isinstance(values.setdefault("overwrite", {}), dict):
+            if values["overwrite"].get("method", method) != method:
+                values.pop("options", None)  # which are another method's
+            values["overwrite"]["method"] = method
         return cls.from_dict(values)
+
+
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes dotted with a double underscore, as nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            nested.setdefault(section, {})[name] = value
+        elif isinstance(value, dict):
+            nested.setdefault(section, {}).update(value)
+        else:
+            nested[section] = value
+    return nested
+
+
+def _difference(config: Any, other: Any, path: str = "") -> dict[str, Any]:
+    """What differs from `other`, as changes for `Config.replace`."""
+    changes: dict[str, Any] = {}
+    for one in dataclasses.fields(config):
+        value, before = getattr(config, one.name), getattr(other, one.name)
+        if dataclasses.is_dataclass(value):
+            changes |= _difference(value, before, f"{path}{one.name}__")
+        elif value != before:
+            changes[f"{path}{one.name}"] = value
+    return changes
 
 
 _UNITS = {"": 1, "B": 1} | {
@@ -359,6 +444,8 @@ def _merge(instance: Any, values: dict[str, Any], path: str) -> Any:
             if not isinstance(value, dict):
                 raise FadeError(f"setting '{where}' must be a table of settings, not {value!r}")
             changes[key] = _merge(current, value, f"{where}.")
+        elif isinstance(current, dict):
+            changes[key] = {**current, **_coerce(value, hints[key], where)}
         else:
             changes[key] = _coerce(value, hints[key], where)
     return dataclasses.replace(instance, **changes)
@@ -389,6 +476,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if len(value) != len(args):
             raise FadeError(f"setting '{where}' must have {len(args)} entries, not {len(value)}")
         return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise FadeError(f"setting '{where}' must be a table of settings, not {value!r}")
+        return dict(value)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -422,6 +513,13 @@ def _check(config: Config) -> None:
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")
     require(0 <= config.seed <= MOST_SEED, f"seed must be in [0, 2^40], not {config.seed}")
     require(overwrite.rank <= 4096, f"rank must be at most 4096, not {overwrite.rank}")
+    require(math.isfinite(locate.guidance), f"locate.guidance must be a finite number, not {locate.guidance}")
+    objective = config.method.objective
+    require(
+        objective is None or not objective.moving or not (overwrite.pool or overwrite.stops),
+        f"the method {overwrite.method} asks the adapter as it is for its targets, so that none can be kept: leave "
+        "pool and stop_forget at 0",
+    )
     require(math.isfinite(data.guidance_scale), f"guidance_scale must be a finite number, not {data.guidance_scale}")
     for section, name in (
         (data, "forget_samples"), (data, "retain_samples"), (data, "sampling_steps"), (data, "batch_size"),
@@ -434,11 +532,20 @@ def _check(config: Config) -> None:
         value = getattr(overwrite, name)
         require(value is None or 0 < value < math.inf, f"{name} must be a positive, finite number, not {value}")
     for name in (
-        "forget_weight", "retain_weight", "weight_decay", "warmup_steps", "stop_forget", "stop_flat", "cooldown_steps",
-        "pool",
+        "forget_weight", "retain_weight", "dual_rate", "dual_bound", "gift", "ekpc", "weight_decay", "warmup_steps",
+        "stop_forget", "stop_flat", "cooldown_steps", "pool",
     ):  # fmt: skip
         value = getattr(overwrite, name)
         require(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
+    require(
+        not (overwrite.gift and overwrite.ekpc),
+        "gift and ekpc are two ways of holding the adapter near its start; choose one and leave the other at 0",
+    )
+    require(
+        config.trains or not (overwrite.gift or overwrite.ekpc),
+        f"gift and ekpc would be ignored: the method {overwrite.method} trains nothing. Leave them out, or choose "
+        "distillation or both",
+    )
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
     solving = config.closed_form
@@ -480,14 +587,13 @@ def _check(config: Config) -> None:
             config.needs_latents or getattr(data, name) is None,
             f"{name} would be ignored: the method closed-form reads prompts alone. Leave it out, or choose both",
         )
+    require(
+        data.forget_from == "concept" or data.forget_images is None,
+        "forget_images would be trained as pictures of the surrogate: the method draws those itself (forget_from = "
+        "surrogate). Leave forget_images out, or set forget_from to concept",
+    )
     require(data.resolution is None or data.resolution >= 8, f"resolution must be at least 8, not {data.resolution}")
 
 
-PAPER = Config(
-    locate=LocateConfig(saliency="denoising", scaling="none", keep=0.5, passes=1),
-    overwrite=OverwriteConfig(
-        method="distillation", rank=4, alpha=4.0, learning_rate=1e-4, warmup_steps=0, weight_decay=1e-2,
-        forget_weight=0.3, retain_weight=1.0, steps=200, stop_forget=0.0, pool=0,
-    ),
-)  # fmt: skip
+PAPER = Config.of("fade")
 """The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""

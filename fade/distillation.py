@@ -10,13 +10,15 @@ and only the adapter is trained. Teacher and student are one network, with the a
 does not change while the student learns, so it is asked once about a pool of noised latents, which the student then
 goes through again and again; and on others, held out, both losses tell when the concept is forgotten. Both are ours:
 in the paper noise is fresh and the number of steps fixed.
+
+The loop is every trained method's. What a method trains on instead of L is its `Objective` (`fade.objective`).
 """
 
-import contextlib
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,9 +33,10 @@ from fade.conditioning import Conditioning, EncodedPrompts
 from fade.config import OverwriteConfig
 from fade.errors import DivergedError
 from fade.latents import Latents
-from fade.layers import MaskedLoraLayer
-from fade.noise import epoch_order, forget_times, loss_scale, step_generator, times_between
+from fade.noise import epoch_order, loss_scale, step_generator, times_between
+from fade.objective import Batch, Objective, Training, without_adapters
 from fade.progress import progress_bar
+from fade.regularisers import FisherPull
 from fade.run_folder import Checkpoint
 from fade.training_mode import ResolvedMode, rows_in
 
@@ -57,11 +60,13 @@ class Losses:
                 return (end, True) if end < config.steps else (config.steps, False)
         return config.steps, False
 
-    def record(self, config: OverwriteConfig) -> dict[str, Any]:
-        """What a run's record says of its training: how many steps were made, whether they ended because the concept is
-        `forgotten` or at the setting's number of `steps`, and the losses on held-out noise."""
-        held_out = {"forget": self.held_out_forget, "retain": self.held_out_retain}
+    def record(self, config: OverwriteConfig, names: tuple[str, str] = Objective.losses) -> dict[str, Any]:
+        """What a run's record says of its training: the losses by what the method calls them, how many steps were made,
+        whether they ended because the concept is `forgotten` or at the setting's number of `steps`, and the losses on
+        held-out noise."""
+        held_out = dict(zip(names, (self.held_out_forget, self.held_out_retain), strict=True))
         return {
+            "losses": dict(zip(names, (self.forget, self.retain), strict=True)),
             "steps": len(self.forget),
             "stopped_by": "forgotten" if self.end(config)[1] else "steps",
             **({"held_out_losses": held_out} if config.stops else {}),
@@ -77,16 +82,20 @@ class Trained:
     """`ResolvedMode.record`."""
     cuda_graph: str
     """`captured`, or why the student's passes were launched one kernel at a time."""
+    names: tuple[str, str] = Objective.losses
+    """What the method calls both losses."""
 
     def record(self, config: OverwriteConfig) -> dict[str, Any]:
         """What a run's record says of its training."""
         return {
-            **self.losses.record(config), "training_mode": self.training_mode, "cuda_graph": self.cuda_graph,
-        }  # fmt: skip
+            **self.losses.record(config, self.names),
+            "training_mode": self.training_mode,
+            "cuda_graph": self.cuda_graph,
+        }
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _Taught:
     """Noised latents [n, C, h, w], the forget half first, and what the teacher says of them. In a run of several
     processes this one's share of them, which may be none."""
 
@@ -112,8 +121,11 @@ def overwrite(
     seed: int,
     checkpoint: Checkpoint | None = None,
     progress: bool = False,
+    objective: type[Objective] = Objective,
+    options: Any = None,
 ) -> Trained:
-    """Trains the adapter in place and returns the losses, and how they were computed.
+    """Trains the adapter in place on a method's objective, which has options of its own, and returns the losses, and
+    how they were computed.
 
     `prompts` has every prompt of `latents`. With `checkpoint` the state is written there every
     `config.checkpoint_every` steps; where one is there already, training goes on from it and ends as it would have
@@ -124,13 +136,14 @@ def overwrite(
     forget, surrogate, retain = (
         prompts.rows(texts) for texts in (latents.forget_prompts, latents.surrogate_prompts, latents.retain_prompts)
     )
-    some = (latents.forget[:16], read(forget[:16]), read(surrogate[:16]))
-    sample_forget, sample_retain = forget_times(config, backbone, *some, seed), times_between(backbone)
+    aim = objective(Training(backbone, adapter, latents, prompts, config, options, seed))
+    sample_forget, sample_retain = aim.forget_times(), times_between(backbone)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
     # Noise and times are drawn for whole batches, so that however many processes share them train on the same.
     own = processes.share(sum(halves))
     own_halves = [max(0, min(own.stop, halves[0]) - own.start), max(0, own.stop - max(own.start, halves[0]))]
     weights = [count / whole for count, whole in zip(own_halves, halves, strict=True)]
+    of_forget = torch.arange(sum(own_halves), device=device) < own_halves[0]
     # The names of a batch's prompts as tensors, the same for all batches.
     names = tuple(read(forget[:1].expand(sum(own_halves))).tensors())
     # A pool waits in host memory, two latents a sample, and takes nothing from an accelerator.
@@ -138,9 +151,9 @@ def overwrite(
     layers = list(adapter.layers.values())
     scale = loss_scale(backbone.dtype, sum(halves) * latents.forget[0].numel())
 
-    def batches(stream: str, numbers: Sequence[int]) -> list[_Batch]:
+    def batches(stream: str, numbers: Sequence[int]) -> list[_Taught]:
         """Those batches of a stream of noise, with what one pass of the teacher says of them."""
-        asked, answers, noised, times = [], [], [], []
+        parts = []
         for number in numbers:
             i_f = epoch_order(seed, f"{stream} forget", len(latents.forget), number, halves[0])
             i_r = epoch_order(seed, f"{stream} retain", len(latents.retain), number, halves[1])
@@ -148,22 +161,26 @@ def overwrite(
             clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
-            times.append(torch.cat(drawn)[own].to(device))
-            noised.append(backbone.add_noise(clean[own], noise[own], times[-1]))
-            asked.append(torch.cat([forget[i_f], retain[i_r]])[own])
-            answers.append(torch.cat([surrogate[i_f], retain[i_r]])[own])
-        taught = torch.cat(noised)
+            times = torch.cat(drawn)[own].to(device)
+            asked = torch.cat([forget[i_f], retain[i_r]])[own]
+            answers = aim.answers(torch.cat([surrogate[i_f], retain[i_r]]), halves[0], generator)[own]
+            clean, noise = clean[own], noise[own]
+            with torch.no_grad():
+                noised = aim.noised(clean, noise, times, asked, of_forget) if len(clean) else clean
+            parts.append(Batch(clean, noise, noised, times, asked, answers, of_forget))
+        joined = Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)))
+        taught = joined.noised
         if len(taught):
-            with torch.inference_mode(), _adapters_off(layers):
-                taught = backbone.predict(taught, torch.cat(times), read(torch.cat(answers)))
+            with torch.no_grad():
+                taught = aim.target(joined)
         # Autograd may not save a tensor made under inference mode, so the loss gets a copy.
-        taught = taught.clone().split([len(one) for one in noised])
+        taught = taught.clone().split([len(part.noised) for part in parts])
         return [
-            _Batch(a, n.to(keep), t.to(keep), y.to(keep))
-            for a, n, t, y in zip(asked, noised, times, taught, strict=True)
+            _Taught(part.asked, part.noised.to(keep), part.times.to(keep), target.to(keep))
+            for part, target in zip(parts, taught, strict=True)
         ]
 
-    def student_inputs(batch: _Batch) -> tuple[Tensor, ...]:
+    def student_inputs(batch: _Taught) -> tuple[Tensor, ...]:
         asked = read(batch.asked).tensors()
         return batch.noised.to(device), batch.times.to(device), batch.taught.to(device), *asked.values()
 
@@ -173,14 +190,16 @@ def overwrite(
         pairs = zip(predicted.split(own_halves), taught.float().split(own_halves), weights, strict=True)
         return tuple(_share_of_mean(*halved) for halved in pairs)
 
-    def student_losses(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def student_losses(weights_of_both: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, and the losses of both halves: this process's summands of the means."""
         loss_forget, loss_retain = halved_losses(*inputs)
-        loss = config.forget_weight * loss_forget + config.retain_weight * loss_retain
+        loss = weights_of_both[0] * loss_forget + weights_of_both[1] * loss_retain
+        if (penalty := aim.penalty()) is not None:
+            loss = loss + sum(own_halves) / sum(halves) * penalty
         return scale * loss / config.accumulation, loss_forget, loss_retain
 
-    def pooled() -> list[_Batch]:
-        pool: list[_Batch] = []
+    def pooled() -> list[_Taught]:
+        pool: list[_Taught] = []
         size = min(config.pool, config.steps * config.accumulation)
         with progress_bar("asking the teacher", size, progress) as advance:
             while len(pool) < size:
@@ -199,7 +218,7 @@ def overwrite(
     def rows_in_a_step() -> list[int]:
         """Counted in a pass of the frozen model on one sample: every sample has as many."""
         start = backbone.times(torch.zeros(1, device=device))
-        with torch.inference_mode(), _adapters_off(layers):
+        with torch.inference_mode(), without_adapters(layers):
             rows = rows_in(layers, lambda: backbone.predict(latents.retain[:1], start, read(retain[:1])))
         # The same on all processes, so that all train in the same mode.
         return [processes.largest_share(sum(halves)) * count for count in rows]
@@ -207,6 +226,7 @@ def overwrite(
     parameters = adapter.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
+    pull = FisherPull(parameters, config.gift) if config.gift else None
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
     losses = _restore(checkpoint, parameters, optimizer, config)
     first = len(losses.forget)
@@ -220,7 +240,7 @@ def overwrite(
     held_out, frozen = None, 1.0
     if config.stops:
         (held_out,) = batches("overwrite held out", [0])
-        with _adapters_off(layers):
+        with without_adapters(layers):
             frozen = held_out_losses()[0]
 
     def check(step: int) -> None:
@@ -232,12 +252,12 @@ def overwrite(
         losses.held_out_forget.append(shares[0])
         losses.held_out_retain.append(shares[1])
 
-    def learn(batch: _Batch) -> tuple[Tensor, Tensor]:
+    def one_pass(batch: _Taught, weights_of_both: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a batch's gradients to those of the step, and returns both its losses."""
         nonlocal captured, eager
         if not sum(own_halves):
             return torch.zeros(()), torch.zeros(())
-        inputs = student_inputs(batch)
+        inputs = (weights_of_both, *student_inputs(batch))
         if captured is None and eager is None:
             try:
                 captured = CapturedStep(student_losses, parameters, inputs)
@@ -251,51 +271,59 @@ def overwrite(
         loss.backward()
         return tuple(both)
 
+    def learn(step: int, *of_both: float) -> tuple[float, float]:
+        """`Learn` on the batches of a step."""
+        sums, weights_of_both = torch.zeros(2), torch.tensor(of_both, dtype=torch.float32, device=device)
+        optimizer.zero_grad(set_to_none=captured is None)
+        with mode.step(step):
+            for micro in range(config.accumulation):
+                number = step * config.accumulation + micro
+                if pool is None:
+                    (batch,) = batches("overwrite", [number])
+                else:
+                    batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
+                sums += torch.stack(one_pass(batch, weights_of_both)).detach().cpu() / config.accumulation
+        if processes.world() > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            processes.sum_([sums, *(parameter.grad for parameter in parameters)])
+        if scale != 1.0:
+            torch._foreach_div_([p.grad for p in parameters], scale)
+        return tuple(sums.tolist())
+
     end, forgotten = losses.end(config)
     with progress_bar("overwriting", config.steps, progress) as advance:
         for _ in range(first):
             advance()
         step = first
         while step < end:
-            sums = torch.zeros(2)
-            with mode.step(step):
-                for micro in range(config.accumulation):
-                    number = step * config.accumulation + micro
-                    if pool is None:
-                        (batch,) = batches("overwrite", [number])
-                    else:
-                        batch = pool[epoch_order(seed, "overwrite pool", len(pool), number, 1).item()]
-                    sums += torch.stack(learn(batch)).detach().cpu() / config.accumulation
-            if processes.world() > 1:
-                for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                processes.sum_([sums, *(parameter.grad for parameter in parameters)])
-            if not torch.isfinite(sums).all():
-                raise _diverged(f"loss became {sums.sum().item()}", step, config, checkpoint)
+            of_both = aim.weights(losses.forget, losses.retain)
+            loss_forget, loss_retain = aim.step(functools.partial(learn, step), of_both)
+            if pull is not None:
+                pull.add_(functools.partial(learn, step))
+            if not math.isfinite(loss_forget + loss_retain):
+                raise _diverged(f"loss became {loss_forget + loss_retain}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
             if checkpoint is not None and step > first and step % config.checkpoint_every == 0:
                 checkpoint.save(_state(parameters, optimizer), vars(losses))
-            if scale != 1.0:
-                torch._foreach_div_([p.grad for p in parameters], scale)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise _diverged(f"gradient became {norm.item()}", step, config, checkpoint)
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_rate * _rate(step, end, config)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=captured is None)
-            losses.forget.append(float(f"{sums[0].item():.5g}"))
-            losses.retain.append(float(f"{sums[1].item():.5g}"))
+            losses.forget.append(float(f"{loss_forget:.5g}"))
+            losses.retain.append(float(f"{loss_retain:.5g}"))
             step += 1
             if config.stops and (step == end or (not forgotten and step % config.stop_every == 0)):
                 check(step)
                 end, forgotten = losses.end(config)
-            advance(f"forget {sums[0]:.2e}  retain {sums[1]:.2e}")
+            advance(f"{aim.losses[0]} {loss_forget:.2e}  {aim.losses[1]} {loss_retain:.2e}")
     processes.like_first_(parameters)  # where devices differ, so may the last bits of what each computed
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return Trained(losses, mode.record(config.training_mode), eager or "captured")
+    return Trained(losses, mode.record(config.training_mode), eager or "captured", aim.losses)
 
 
 def _share_of_mean(predicted: Tensor, taught: Tensor, weight: float) -> Tensor:
@@ -328,18 +356,6 @@ def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Checkpo
         f"the {what} at step {step + 1}.{kept} Start again with --overwrite and a learning rate below "
         f"{config.peak_rate:g}"
     )
-
-
-@contextlib.contextmanager
-def _adapters_off(layers: Sequence[MaskedLoraLayer]) -> Iterator[None]:
-    """The frozen model: the flag that `disable_adapters` sets, without its walk over the whole model."""
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

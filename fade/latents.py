@@ -126,7 +126,7 @@ def _drawn_forget_latents(
 ) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
     pairs = list(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
     sampled, latent_of = _spread(len(pairs), config.forget_samples)
-    drawn = [pairs[i][0] for i in sampled]
+    drawn = [pairs[i][config.forget_from == "surrogate"] for i in sampled]
     latents = _sample(backbone, drawn, config, 2 * seed, progress, "sampling forget latents")[latent_of]
     forget_prompts, surrogate_prompts = zip(*(pairs[i % len(pairs)] for i in range(len(latents))), strict=True)
     return latents, forget_prompts, surrogate_prompts

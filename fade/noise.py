@@ -70,6 +70,33 @@ def targeted_times(
     return sample
 
 
+def levels(backbone: Backbone, latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """α and σ of z_t = α z + σ ε at times [n], for latents of that size: float32 [n, 1, 1, 1] each."""
+    one = torch.ones(latents.shape, dtype=torch.float32, device=latents.device)
+    zero = torch.zeros_like(one)
+    both = backbone.add_noise(one, zero, times), backbone.add_noise(zero, one, times)
+    return tuple(level.float()[:, :1, :1, :1] for level in both)
+
+
+def split(backbone: Backbone, noised: Tensor, times: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """The picture and the noise that a prediction says noised latents [n, C, h, w] are made of, float32.
+
+    Whatever a family predicts is linear in both, as the noised latents are: two equations for two unknowns.
+    """
+    one = torch.ones(noised.shape, dtype=torch.float32, device=noised.device)
+    zero = torch.zeros_like(one)
+    alpha, sigma = levels(backbone, noised, times)
+    of_clean, of_noise = backbone.target(one, zero, times), backbone.target(zero, one, times)
+    noised, predicted = noised.float(), predicted.float()
+    determinant = alpha * of_noise - sigma * of_clean
+    # Of pure noise a prediction of the noise says nothing of the picture.
+    tiny = torch.finfo(torch.float32).eps
+    determinant = torch.where(determinant.abs() < tiny, tiny, determinant)
+    clean = (of_noise * noised - sigma * predicted) / determinant
+    noise = (alpha * predicted - of_clean * noised) / determinant
+    return clean, noise
+
+
 def forget_times(
     config: OverwriteConfig,
     backbone: Backbone,

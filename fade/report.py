@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fade.evaluation.attacks import AttackRecord
 
 BEFORE, AFTER = "#3d7fd9", "#e07b39"
+MORE_COLOURS = ("#4a9d5b", "#8b62b8")
 INK = "#010203"
 """Drawn by matplotlib, then replaced by the page's text colour."""
 
@@ -480,9 +481,11 @@ def _short_number(value: float) -> str:
 
 
 def _loss_chart(losses: dict[str, Sequence[float]]) -> dict[str, str] | None:
-    """Both losses by step: every step faint, a running mean over a twentieth of the steps in full."""
-    curves = [(name, losses.get(name) or [], colour) for name, colour in (("forget", AFTER), ("retain", BEFORE))]
-    steps = max(len(values) for _, values, _ in curves)
+    """Losses by step, as the method names them: every step faint, a running mean over a twentieth of the steps in
+    full. Of FADE's two the forget loss has the adapter's colour and the retain loss the base model's."""
+    colours = itertools.chain((AFTER, BEFORE), itertools.cycle(MORE_COLOURS))
+    curves = [(name, values or [], colour) for (name, values), colour in zip(losses.items(), colours, strict=False)]
+    steps = max((len(values) for _, values, _ in curves), default=0)
     if steps == 0:
         return None
 
@@ -588,6 +591,8 @@ def _setting_rows(metadata: dict[str, Any], **more: dict[str, Any]) -> list[tupl
         return rows
 
     rows = flatten(metadata.get("config", {}), "") + flatten(more, "")
+    if "method" in metadata.get("run", {}):
+        rows.insert(0, ("method", metadata["run"]["method"]))
     if "form" in metadata:
         rows.append(("file form", metadata["form"]))
     if (trained := how_it_was_trained(metadata.get("run", {}))) is not None:

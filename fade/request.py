@@ -22,9 +22,17 @@ from fade.images import listed
 from fade.peft_file import read_any_file
 
 
-def check_arguments(config: Config, output: str | Path | None, name: str, overwrite: bool, resume: bool) -> None:
-    if not isinstance(config, Config):
+def with_method(config: Config | None, method: str | None) -> Config:
+    """The settings, of the method where one is named. Raises FadeError for an unknown one."""
+    if method is not None and not isinstance(method, str):
+        raise FadeError(f"method must be a name, not {method!r}"[:200])
+    if not isinstance(config, Config | None):
         raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
+    config = config or Config()
+    return config if method is None else config.replace(overwrite__method=method)
+
+
+def check_arguments(output: str | Path | None, name: str, overwrite: bool, resume: bool) -> None:
     if resume and (output is None or overwrite):
         why = "needs the output folder of the interrupted run" if output is None else "excludes overwrite"
         raise FadeError(f"resume {why}; give output and resume alone to go on, or overwrite to start again")

@@ -7,6 +7,8 @@ section 3): S = Σ_b |∂ℓ_b/∂W|, at random noise and timesteps. The losses,
 - `distillation`              ℓ = ‖ε_θ(z_t, c_forget) − ε_θ(z_t, c_surrogate)‖², what must change for this surrogate
 - `contrast`                  denoising on the forget set, divided by (the same on the retain set + its layer mean):
                               what is special to the concept
+- `guided`                    ‖(1 + g) ε_θ(z_t, c_forget) − g ε_θ(z_t, ∅) − target‖², the gradients summed before
+                              the magnitude is taken: S = |Σ_b ∂ℓ_b/∂W| (SalUn, arXiv 2310.12508, as its code has it)
 - `random`                    uniform noise, the control
 
 or, with no gradient at all, the entries of the solved edit that cost most to drop (`closed-form`, `fade.closed_form`).
@@ -18,7 +20,7 @@ Where the accumulators are, and which layers are measured together, is planned b
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -39,6 +41,7 @@ from fade.progress import progress_bar, tell
 from fade.regions import Region, embed, matrix_shape, target_shapes
 from fade.saliency_plan import FLOAT, SaliencyPlan, plan_saliency
 from fade_kernels import BitMask, GradientMagnitude, GroupedSelection, weight_shape
+from fade_kernels.saliency import Mode
 
 SHARE_OF_FREE = 0.9
 """Of what memory is free, how much is planned with where no budget is given."""
@@ -249,7 +252,8 @@ def measure_pass(
     one, generator = torch.tensor([0]), step_generator(seed, "locate memory", 0)
     with GradientMagnitude(layers, regions=nothing), live_bytes(backbone.device) as most:
         read = prompts.conditioning.rows(prompts.rows(latents.forget_prompts)[one])
-        _backward(backbone, latents.forget[one], read, None, generator, 1.0)
+        empty = backbone.negative() if config.saliency == "guided" else None
+        _backward(backbone, latents.forget[one], read, None, generator, 1.0, empty, config.guidance)
     return most() * config.batch_size
 
 
@@ -296,40 +300,79 @@ def saliency_by_group(
                 group[name] = torch.rand(shape, generator=generator).to(device)
             yield group
         return
-    # Of a batch the magnitude of its sum counts, so processes share batches and not samples.
-    batches = processes.own(range(_batches(latents, config)))
+    count = _batches(latents, config)
     forget, surrogates = prompts.rows(latents.forget_prompts), prompts.rows(latents.surrogate_prompts)
     teacher = surrogates if config.saliency in ("distillation", "auto") else None
-    with progress_bar("locating", len(batches) * accumulator_sets(config) * len(groups), progress) as advance:
-
-        def accumulate(
-            group: Mapping[str, nn.Module], part: str, clean: Tensor, rows: Tensor, surrogates: Tensor | None
-        ) -> dict[str, Tensor]:
-            scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
-            with GradientMagnitude(
-                group, per_sample=config.per_sample, regions=slices, on_host=on_host
-            ) as magnitude:  # fmt: skip
-                for batch in batches:
-                    index = epoch_order(seed, part, len(clean), batch, config.batch_size)
-                    generator = step_generator(seed, part, batch)
-                    taught = None if surrogates is None else prompts.conditioning.rows(surrogates[index])
-                    read = prompts.conditioning.rows(rows[index])
-                    _backward(backbone, clean[index], read, taught, generator, scale)
-                    advance()
-            processes.sum_(magnitude.saliency.values())
-            for value in magnitude.saliency.values():
-                value.div_(scale)
-            return magnitude.saliency
-
+    guided = config.saliency == "guided"
+    empty = backbone.negative() if guided else None
+    steps = len(processes.own(range(count))) * accumulator_sets(config) * len(groups)
+    with progress_bar("locating", steps, progress) as advance:
         for names in groups:
             group = {name: layers[name] for name in names}
-            saliency = accumulate(group, "locate forget", latents.forget, forget, teacher)
+            common = {"regions": regions, "on_host": on_host, "batches": count, "advance": advance}
+            saliency = gradient_sums(
+                backbone, group, latents.forget, forget, prompts, config, seed, "locate forget",
+                mode="signed" if guided else "abs", surrogates=teacher, empty=empty, **common,
+            )  # fmt: skip
             if config.saliency == "contrast":
                 retained = prompts.rows(latents.retain_prompts)
-                common = accumulate(group, "locate retain", latents.retain, retained, None)
+                others = gradient_sums(
+                    backbone, group, latents.retain, retained, prompts, config, seed, "locate retain", **common
+                )
                 for name, value in saliency.items():
-                    _contrast_(value, common.pop(name), group[name].weight.device)
+                    _contrast_(value, others.pop(name), group[name].weight.device)
             yield saliency
+
+
+def gradient_sums(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    clean: Tensor,
+    asked: Tensor,
+    prompts: EncodedPrompts,
+    config: LocateConfig,
+    seed: int,
+    stream: str,
+    *,
+    mode: Mode = "abs",
+    surrogates: Tensor | None = None,
+    empty: Conditioning | None = None,
+    regions: Mapping[str, Region] | None = None,
+    on_host: bool = False,
+    batches: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Gradients of a loss with respect to the layers' weights, summed over batches of latents noised anew.
+
+    Args:
+        clean: latents [n, C, h, w]; asked: the rows of `prompts` that go with them, int64 [n].
+        config: of it the size of a batch, `per_sample`, `passes` and `guidance` count.
+        stream: names the random numbers; another name draws others.
+        mode: Σ_b |g_b| (abs), |Σ_b g_b| (signed) or Σ_b g_b² (square).
+        surrogates: rows to distil from instead of the denoising loss; empty: what classifier-free guidance leads away
+            from, for the guided loss.
+        batches: how many; None goes `config.passes` times through all.
+
+    Returns float32 by layer, of its weight's shape or its region's. In a run of several processes they share the
+    batches, and all get the sums.
+    """
+    if batches is None:
+        batches = config.passes * -(-len(clean) // config.batch_size)
+    slices = {name: region.slices for name, region in (regions or {}).items()}
+    scale = loss_scale(backbone.dtype, min(config.batch_size, len(clean)) * clean[0].numel())
+    with GradientMagnitude(layers, mode, config.per_sample, slices, on_host) as magnitude:
+        # Of a batch the magnitude of its sum counts, so processes share batches and not samples.
+        for batch in processes.own(range(batches)):
+            index = epoch_order(seed, stream, len(clean), batch, config.batch_size)
+            generator = step_generator(seed, stream, batch)
+            taught = None if surrogates is None else prompts.conditioning.rows(surrogates[index])
+            read = prompts.conditioning.rows(asked[index])
+            _backward(backbone, clean[index], read, taught, generator, scale, empty, config.guidance)
+            advance()
+        processes.sum_(magnitude.saliency.values())  # before the magnitude of signed sums is taken
+    for value in magnitude.saliency.values():
+        value.div_(scale**2 if mode == "square" else scale)
+    return magnitude.saliency
 
 
 def _contrast_(saliency: Tensor, common: Tensor, device: torch.device) -> None:
@@ -348,8 +391,11 @@ def _backward(
     surrogates: Conditioning | None,
     generator: torch.Generator,
     scale: float,
+    empty: Conditioning | None = None,
+    guidance: float = 0.0,
 ) -> None:
-    """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss, times `scale`."""
+    """One backward pass of the denoising loss, or, with `surrogates`, of the distillation loss, times `scale`; with
+    `empty` of what is predicted with guidance."""
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     times = backbone.draw_times(len(clean), generator).to(clean.device)
     noised = backbone.add_noise(clean, noise, times)
@@ -364,7 +410,11 @@ def _backward(
         for tensor in (noised, *prompts.tensors().values()):
             if tensor.is_floating_point() and not tensor.is_inference():
                 tensor.requires_grad_(True)
-    loss = F.mse_loss(backbone.predict(noised, times, prompts).float(), target.float())
+    predicted = backbone.predict(noised, times, prompts).float()
+    if empty is not None:
+        without = backbone.predict(noised, times, empty.repeat(len(clean))).float()
+        predicted = (1 + guidance) * predicted - guidance * without
+    loss = F.mse_loss(predicted, target.float())
     (scale * loss).backward()
 
 

@@ -47,15 +47,17 @@ from fade.concept import Concept, Pair, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
 from fade.config import ClosedFormConfig, Config
-from fade.distillation import Losses, Trained
+from fade.distillation import Trained
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
 from fade.measure import Measurement, measured
+from fade.methods import Editing
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
+from fade.objective import Objective
 from fade.quantised import refuse_untrainable
 from fade.regions import Region, cut, matrix_shape, target_shapes
-from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs
+from fade.request import check_arguments, concepts_of, requested_concepts, settings_for, slugs, with_method
 from fade.run_folder import ADAPTER_FILE, REQUEST_FILE, RunFolder, located_parts, located_whole, open_run_folder
 from fade.saliency import Located, kept_units, locate, located_in, plan_of, unit_count
 from fade_kernels import BitMask
@@ -74,6 +76,7 @@ def unlearn(
     templates: Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
     beside: Sequence[str | Path | Adapter] = (),
+    method: str | None = None,
     config: Config | None = None,
     output: str | Path | None = None,
     name: str = "fade",
@@ -94,6 +97,8 @@ def unlearn(
             out.
         beside: adapters, or their files, that the new one is to act beside. What they forget is left to them, so that
             the changes of all add up and each can be taken off alone.
+        method: how, by name (`fade methods` lists them); its defaults take the place of the settings' that `config`
+            leaves at theirs. None is the one that `config` names, by default `both`.
         config: every other setting (`fade.Config`); where neither words nor prompts are given, also the concepts.
         output: folder for `adapter.safetensors`, `run.json`, cached latents and checkpoints; None keeps nothing. A run
             in closed form has neither latents nor checkpoints: interrupted, it is done again.
@@ -112,8 +117,8 @@ def unlearn(
 
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
-    config = config or Config()
-    check_arguments(config, output, name, overwrite, resume)
+    config = with_method(config, method)
+    check_arguments(output, name, overwrite, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, surrogate, concept, templates, retain, config)
@@ -145,13 +150,15 @@ def _unlearn(
         check_carriers(backbone.denoiser, base_layers(backbone.denoiser), layers)
         if config.gradient_checkpointing:
             backbone.check_checkpointing()
+        if config.method.check is not None:
+            config.method.check(backbone, config)
         if config.uses_closed_form and not text_path(backbone, layers):
             raise FadeError(
                 "the closed form changes layers that read the prompt alone, and there is none among the targets; "
                 "target the keys and values of cross-attention, e.g. to_k and to_v, or choose the method distillation "
                 "and another saliency"
             )
-        if config.locate.granularity != "none":
+        if config.method.edit is None and config.locate.granularity != "none":
             kept_units(layers, config.locate, regions)  # that there are any, before anything is drawn
         check_name(backbone.denoiser, name)
         refuse_merged(backbone.denoiser)
@@ -196,6 +203,7 @@ def unlearn_each(
     templates: Sequence[str] | None = None,
     retain: Sequence[str] | None = None,
     beside: Sequence[str | Path | Adapter] = (),
+    method: str | None = None,
     config: Config | None = None,
     output: str | Path | None = None,
     name: str = "fade",
@@ -212,8 +220,8 @@ def unlearn_each(
 
     Returns the adapters by concept, attached and enabled. Whatever is raised, the pipeline is as it was before.
     """
-    config = config or Config()
-    check_arguments(config, output, name, overwrite, resume)
+    config = with_method(config, method)
+    check_arguments(output, name, overwrite, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, None, concept, templates, retain, config)
@@ -334,18 +342,29 @@ def _run(
                 bring_to_its_device(backbone.called_denoiser)
                 if config.needs_latents:
                     refuse_untrainable(target_layers(denoiser), backbone.dtype, backbone.device)
+                edits, edit, begun = {}, None, None
+                editing = Editing(
+                    backbone, layers, regions, concept, latents, prompts, config, config.method_options, progress
+                )
                 with stage("locate"):
-                    edits = {}
-                    if config.uses_closed_form:
+                    if config.method.edit is not None:
+                        edit = config.method.edit(editing)
+                    elif config.uses_closed_form:
                         edits = _text_edits(backbone, layers, regions, text, prompts, config)
-                    located = _of_first(None if kept is None else kept.located_before(layers))
+                    before = None if kept is None or edit is not None else kept.located_before(layers)
+                    located = _of_first(before if edit is None else edit.located)
                     if located is None:
                         located = _of_first(
                             _locate(backbone, layers, regions, latents, prompts, config, edits, progress)
                         )
                         if kept is not None:
                             kept.keep_located(located)
+                    if config.method.start is not None:
+                        begun = _factors_of_first(config.method.start(editing))
                 solved, left = None, None
+                if edit is not None:
+                    with stage("overwrite"):
+                        solved, _ = processes.from_first(edit.values)
                 if config.solves:
                     with stage("overwrite"):
                         solved, left = processes.from_first(
@@ -353,14 +372,16 @@ def _run(
                         )
                 edits = {}  # as large as the layers; training has no use for them
                 scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
+                times = config.method.ranks
+                rank, alpha = config.overwrite.rank * times, config.overwrite.alpha * times
                 adapter = attach(
-                    pipeline, name, located.masks, rank=config.overwrite.rank,
-                    alpha=scale if config.in_values else config.overwrite.alpha, values=config.in_values,
+                    pipeline, name, located.masks, rank=rank, alpha=scale if config.in_values else alpha,
+                    values=config.in_values,
                     metadata=new_metadata(
                         concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
                         backbone.family.component,
                     ), seed=config.seed,
-                    solved=solved,
+                    solved=solved, factors=begun,
                 )  # fmt: skip
                 adapter.enable()
                 trained: Trained | None = None
@@ -369,11 +390,15 @@ def _run(
                         trained = run_overwrite(
                             backbone, adapter, latents, prompts, config.overwrite, config.seed,
                             folder and folder.checkpoint(located), progress,
+                            config.method.objective or Objective, config.method_options,
                         )  # fmt: skip
+                        if config.method.finish is not None:
+                            config.method.finish(adapter, config.method_options)
             adapter.metadata["run"] = {
+                "method": config.overwrite.method,
                 "path": edit_path(located.masks, text_path(backbone, layers)),
                 "saliency": config.saliency,
-                **_run_record(costs, trained.losses if trained else Losses(), located, left),
+                **_run_record(costs, located, left),
                 **(trained.record(config.overwrite) if trained else {}),
             }
             if folder is not None:
@@ -397,11 +422,22 @@ def _of_first(located: Located | None) -> Located | None:
     return None if record is None else located_whole(words, record)
 
 
+def _factors_of_first(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the first process begins with, on all, for the reason that `_of_first` gives."""
+    if processes.world() == 1:
+        return dict(factors)
+    parts = {f"{part}.{name}": pair[i] for name, pair in factors.items() for i, part in enumerate("ab")}
+    parts, _ = processes.from_first(parts)
+    return {name: (parts[f"a.{name}"], parts[f"b.{name}"]) for name in factors}
+
+
 def with_targets(backbone: Backbone, config: Config) -> Config:
     """Settings that name the layers to edit: the family's, and, where something is solved, the layers that read the
     prompt alone."""
     if config.locate.targets is not None:
         return config
+    if config.method.targets is not None:
+        return config.replace(locate__targets=config.method.targets(backbone))
     targets = list(backbone.targets)
     if config.uses_closed_form:
         named = target_layers(backbone.denoiser, backbone.targets)
@@ -554,7 +590,7 @@ def _locate(
 
 
 def _run_record(
-    costs: dict[str, Measurement], losses: Losses, located: Located, left: dict[str, float] | None
+    costs: dict[str, Measurement], located: Located, left: dict[str, float] | None
 ) -> dict[str, Any]:
     solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in left.items()}}
     return {
@@ -562,7 +598,7 @@ def _run_record(
         **({"processes": processes.world()} if processes.world() > 1 else {}),
         "seconds": {part: cost.seconds for part, cost in costs.items()},
         "peak_memory_bytes": {part: costs[part].peak_memory_bytes for part in ("locate", "overwrite")},
-        "losses": {"forget": losses.forget, "retain": losses.retain},
+        "losses": {half: [] for half in Objective.losses},
         "saliency_plan": located.plan,
         "threshold": located.threshold,
         "selected": located.selected,

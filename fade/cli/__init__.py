@@ -17,13 +17,13 @@ from pathlib import Path
 import typer
 
 from fade import processes
-from fade.cli import demo, draw, env, files, judge, plan, unlearn
+from fade.cli import demo, draw, env, files, judge, methods, plan, unlearn
 from fade.cli.output import one_line
 from fade.errors import FadeError
 
 COMMANDS = (
     demo.demo, unlearn.unlearn, draw.generate, judge.evaluate, judge.attack, files.merge, files.export, files.combine,
-    files.inspect, plan.plan, env.env,
+    files.inspect, methods.methods, plan.plan, env.env,
 )  # fmt: skip
 
 app = typer.Typer(

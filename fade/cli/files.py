@@ -189,6 +189,7 @@ def inspect(
                     if (parts := metadata.get("parts"))
                     else {}
                 ),
+                **({"method": run["method"]} if "method" in run else {}),
                 "sits in": where_it_sits(run.get("path")),
                 "size": human_bytes(content.bytes),
                 **{

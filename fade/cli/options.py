@@ -1,5 +1,6 @@
 """Options that several commands take, and what is made of them."""
 
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -38,10 +39,14 @@ OverwriteMethod = Annotated[
     str | None,
     typer.Option(
         "--method",
-        metavar=choice(settings.Method),
-        help="Train the adapter, solve it (in the layers that read the prompt alone, in about a second), or train "
-        f"on from what is solved. Default {OVERWRITE.method}.",
+        metavar="NAME",
+        help="How: distillation trains the adapter, closed-form solves it (in the layers that read the prompt alone, "
+        f"in about a second), both trains on from what is solved; more by fade methods. Default {OVERWRITE.method}.",
     ),
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="A setting that only the method has; repeat for several."),
 ]
 TrainingSteps = Annotated[
     int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. Default {OVERWRITE.steps}.")
@@ -81,9 +86,27 @@ Guidance = Annotated[
 
 
 def config_from(file: Path | None, **changes: Any) -> settings.Config:
-    """The file's settings, or the defaults, with every change that is not None."""
-    config = settings.Config.load(file) if file is not None else settings.Config()
+    """The file's settings, or the defaults of the method that is asked for, with every change that is not None."""
+    method = changes.pop("overwrite__method", None)
+    if file is not None:
+        config = settings.Config.load(file, method)
+    else:
+        config = settings.Config() if method is None else settings.Config.of(method)
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def options_from(given: list[str] | None) -> dict[str, Any] | None:
+    """A method's own settings from texts such as guidance=2. Raises FadeError for what is none."""
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise FadeError(f"--option {text!r} is no NAME=VALUE, such as guidance=2")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found or None
 
 
 def refuse_ignored(config: settings.Config, **given: Any) -> None:

@@ -14,6 +14,7 @@ from fade.cli.options import (
     Device,
     Dtype,
     Keep,
+    MethodOptions,
     Model,
     Overwrite,
     OverwriteMethod,
@@ -22,6 +23,7 @@ from fade.cli.options import (
     TrainingSteps,
     choice,
     config_from,
+    options_from,
     path_text,
     refuse_ignored,
 )
@@ -82,6 +84,7 @@ def unlearn(
         ),
     ] = None,
     method: OverwriteMethod = None,
+    option: MethodOptions = None,
     protect: Annotated[
         list[str] | None,
         typer.Option(
@@ -213,6 +216,7 @@ def unlearn(
         locate__targets=target or None,
         locate__memory_budget=memory_budget,
         overwrite__method=method,
+        options=options_from(option),
         overwrite__rank=rank,
         overwrite__alpha=alpha,
         overwrite__steps=steps,

@@ -215,17 +215,22 @@ class Run:
     @cached_property
     def accumulators(self) -> int:
         """Bytes of the gradients' summed magnitudes, float32, wherever they are; 0 where no gradient is measured."""
+        return 4 * sum(self.editable.values()) * self.sums
+
+    @property
+    def sums(self) -> int:
+        """Numbers that stage 1 sums up for every weight."""
         config = self.config
-        if config.saliency == "closed-form" or config.locate.granularity == "none":
-            return 0
-        return 4 * sum(self.editable.values()) * (2 if config.saliency == "contrast" else 1)
+        if config.method.accumulators or not config.measures:
+            return config.method.accumulators
+        return 2 if config.saliency == "contrast" else 1
 
     @cached_property
     def adapter(self) -> AdapterShapes:
         if self.config.in_values:
             share = self.kept / sum(self.editable.values())
             return AdapterShapes({name: (math.ceil(share * area),) for name, area in self.editable.items()})
-        rank = self.config.overwrite.rank
+        rank = self.config.overwrite.rank * self.config.method.ranks
         shapes = {name: matrix_shape(self.layers[name]) for name in self.editable}
         return AdapterShapes({name: (rank * columns, rows * rank) for name, (rows, columns) in shapes.items()})
 
@@ -336,10 +341,10 @@ class Run:
     def saliency_plan(self, dtype: Dtype, checkpointing: bool, budget: int, host: int | None) -> SaliencyPlan:
         """How stage 1 measures within a budget (`fade.saliency_plan`). Raises FadeError where it cannot."""
         batches = self.config.locate.passes * -(-self.config.data.forget_samples // self.config.locate.batch_size)
-        contrast = self.config.saliency == "contrast"
+        sums = max(1, self.sums)
         return plan_saliency(
-            self.editable, budget, host if self.on_gpu else None, accumulators=2 if contrast else 1, kept=self.kept,
-            pass_bytes=self.locate_pass(dtype, checkpointing), passes=batches * (2 if contrast else 1),
+            self.editable, budget, host if self.on_gpu else None, accumulators=sums, kept=self.kept,
+            pass_bytes=self.locate_pass(dtype, checkpointing), passes=batches * sums,
         )  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""The text embeddings that closed forms of the literature read, and the layers that they change.
+
+Their authors embed a concept by itself and take its last token, or, in UCE's first code, the tokens from the last one
+on, the end and the padding among them. In a template around the concept that last token is the last in which the prompt
+differs from its surrogate.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fade.backbones import Backbone
+from fade.conditioning import Conditioning
+from fade.errors import FadeError
+from fade.methods.base import Editing
+from fade.quantised import float_weight
+from fade.saliency import Located, located_in
+from fade_kernels import BitMask
+
+Tokens = Literal["last", "following"]
+"""Of the concept's prompts: the concept's last token, or that one and all behind it."""
+Kept = Literal["all", "last"]
+"""Of the retain prompts: every token, or the last word's last."""
+
+
+def check_choice(method: str, name: str, value: object, kinds: object) -> None:
+    """Raises FadeError for an option that is none of the kinds that a `Literal` names."""
+    if value not in get_args(kinds):
+        raise FadeError(f"the option {name} of {method} must be one of {', '.join(get_args(kinds))}, not {value!r}")
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def attention_layers(backbone: Backbone, method: str, ends: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of cross-attention's projections that end so (`to_k`, `to_v`), sorted.
+
+    Raises FadeError for a family without cross-attention: where text and picture attend to one another in one layer,
+    its input changes with the picture, and there is no matrix of which a prompt's keys and values are fixed products.
+    """
+    found = sorted(
+        name for names in backbone.text_layers().values() for name in names if name.rpartition(".")[2] in ends
+    )
+    if not found:
+        raise FadeError(
+            f"the method {method} solves for {' and '.join(ends)} of cross-attention, and {backbone.family.name} has "
+            "none: its text and picture attend to one another in the same layers, whose input depends on the picture. "
+            "Use closed-form, which changes the layers that read the prompt alone, or both"
+        )
+    return tuple(found)
+
+
+def check_targets(backbone: Backbone, method: str, ends: tuple[str, ...], targets: Sequence[str] | None) -> None:
+    """Raises FadeError where a user's own targets hold a region: rows and columns of one matrix are solved together."""
+    attention_layers(backbone, method, ends)
+    if regions := [pattern for pattern in targets or () if pattern.endswith("]")]:
+        raise FadeError(f"the method {method} solves for whole matrices; leave the region out of {regions[0]!r}")
+
+
+def edited_layers(editing: Editing, ends: tuple[str, ...]) -> dict[str, dict[str, nn.Module]]:
+    """Those of the layers to edit that are such projections, by the name of their reader (`Backbone.text_layers`)."""
+    found = {
+        reader: {
+            name: layer
+            for name, layer in editing.layers.items()
+            if name in names and name.rpartition(".")[2] in ends
+        }
+        for reader, names in editing.backbone.text_layers().items()
+    }  # fmt: skip
+    found = {reader: layers for reader, layers in found.items() if layers}
+    if not found:
+        raise FadeError(
+            f"there is no {' or '.join(ends)} of cross-attention among the targets; leave targets out, which takes all"
+        )
+    return found
+
+
+def product_edit(editing: Editing, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Located, dict[str, Tensor]]:
+    """Of factors D and X by layer, float64 [k, K] each, the edit W Dᵀ X of these layers as `Edit` has it: masks of
+    whole matrices, and every entry's change."""
+    masks = {name: BitMask.full(tuple(editing.layers[name].weight.shape)) for name in factors}
+    located = located_in(editing.layers, masks, {}, 0.0)
+    values = {name: torch.zeros(0) for name in editing.layers}
+    for name, (difference, reading) in factors.items():
+        weight = float_weight(editing.layers[name]).to(difference)
+        values[name] = ((weight @ difference.T) @ reading).flatten().float().cpu()
+    return located, values
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def last_difference(ids: Sequence[int], others: Sequence[int]) -> int:
+    """The position of the last token of `ids` before what both have in common at the end; 0 where that is all."""
+    same = 0
+    while same < min(len(ids), len(others)) and ids[-1 - same] == others[-1 - same]:
+        same += 1
+    return max(0, len(ids) - 1 - same)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What one reader's layers read, float64 on a device that has it: rows are tokens."""
+
+    editing: Editing
+    reader: str
+
+    def paired(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Of every different pair of prompts of the concepts: the concept's tokens and, row by row, its surrogate's,
+        [k, K] each."""
+        concept = self.editing.concept
+        pairs = list(dict.fromkeys(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True)))
+        ids = self._ids([prompt for pair in pairs for prompt in pair])
+        own, others = [], []
+        for prompt, answer in pairs:
+            x = self._from(prompt, last_difference(ids[prompt], ids[answer]), tokens)
+            y = self._from(answer, last_difference(ids[answer], ids[prompt]), tokens)
+            many = min(len(x), len(y))
+            own.append(x[:many])
+            others.append(y[:many])
+        return torch.cat(own), torch.cat(others)
+
+    def retained(self, kept: Kept) -> Tensor:
+        """Of every different retain prompt, [m, K]; none where there are no retain prompts."""
+        prompts = list(dict.fromkeys(self.editing.concept.retain_prompts))
+        if kept == "all":
+            rows = [self._from(prompt, 0, "following") for prompt in prompts]
+        else:
+            ids = self._ids([*prompts, ""])
+            rows = [self._from(prompt, last_difference(ids[prompt], ids[""]), "last") for prompt in prompts]
+        return torch.cat(rows) if rows else self.empty()[:0]
+
+    def empty(self) -> Tensor:
+        """Every token of the empty prompt, as the family has it, [n, K]."""
+        return self._states(self.editing.backbone.negative(), 0)
+
+    def _ids(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        """Token ids by prompt, those of all segments in turn."""
+        prompts = list(dict.fromkeys(prompts))
+        found = self.editing.backbone.token_ids(prompts, self.reader)
+        return {
+            prompt: [one for ids, _ in segments for one in ids]
+            for prompt, segments in zip(prompts, found, strict=True)
+        }  # fmt: skip
+
+    def _from(self, prompt: str, position: int, tokens: Tokens) -> Tensor:
+        behind = self._states(self.editing.prompts[prompt], position)
+        return behind[:1] if tokens == "last" else behind
+
+    def _states(self, row: Conditioning, position: int) -> Tensor:
+        """From a position on, without what the denoiser does not attend to."""
+        backbone = self.editing.backbone
+        device = torch.device("cuda" if backbone.device.type == "cuda" else "cpu")
+        states = backbone.text_states(self.reader, row)[0, position:].to(device, torch.float64)
+        mask = backbone.attended(self.reader, row)
+        return states if mask is None else states[mask[0, position:].to(device)]

@@ -1,0 +1,25 @@
+"""FADE as its authors run it, in the sparse-per-weight variant, as far as public (a starting point, not our advice)."""
+
+from fade.methods.base import Method
+
+FADE = Method(
+    name="fade",
+    summary="Distils LoRA factors under a mask of the half of the weights with the largest denoising gradients.",
+    source="FADE, arXiv 2602.07058, with its authors' settings",
+    settings={
+        "locate__saliency": "denoising",
+        "locate__scaling": "none",
+        "locate__keep": 0.5,
+        "locate__passes": 1,
+        "overwrite__rank": 4,
+        "overwrite__alpha": 4.0,
+        "overwrite__learning_rate": 1e-4,
+        "overwrite__warmup_steps": 0,
+        "overwrite__weight_decay": 1e-2,
+        "overwrite__forget_weight": 0.3,
+        "overwrite__retain_weight": 1.0,
+        "overwrite__steps": 200,
+        "overwrite__stop_forget": 0.0,
+        "overwrite__pool": 0,
+    },
+)

@@ -1,0 +1,96 @@
+"""LECO (p1atdev, 2023; in kohya's sd-scripts): an erasing LoRA from prompts alone.
+
+Noise is denoised by the model in training, with guidance towards the concept, until a random time t; there
+
+    target = ε_θ(z_t, c_n) − η (ε_θ(z_t, c) − ε_θ(z_t, ∅)),   L = ‖ε_{θ+Δ}(z_t, c) − target‖²
+
+with θ frozen and c_n neutral: the empty prompt, as in the examples that come with it, or the surrogate. It is ESD's
+loss on states of the sampler. Nothing holds what is to be retained. Ours: from noise to t it is always `steps` steps of
+DDIM (Euler's, for flow matching) and not up to 50 of a scheduler's; the learning rate (1e-4 for Stable Diffusion).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fade.errors import FadeError
+from fade.methods.base import Method
+from fade.methods.esd import DENSE
+from fade.noise import split
+from fade.objective import Batch, Objective, Training
+
+
+@dataclass(frozen=True)
+class Options:
+    """LECO's own settings."""
+
+    guidance: float = 1.0
+    """η, how far away from the concept."""
+    neutral: str = "empty"
+    """What the target starts from: `empty` or `surrogate`."""
+    steps: int = 5
+    """Denoising steps from noise to t."""
+    drawing_guidance: float = 3.0
+    """Classifier-free guidance of these steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance < 1e3:
+            raise FadeError(f"options.guidance must be in [0, 1000), not {self.guidance}")
+        if self.neutral not in ("empty", "surrogate"):
+            raise FadeError(f"options.neutral must be empty or surrogate, not {self.neutral!r}")
+        if not 1 <= self.steps <= 1000:
+            raise FadeError(f"options.steps must be from 1 to 1000, not {self.steps}")
+        if not abs(self.drawing_guidance) < 1e3:
+            raise FadeError(f"options.drawing_guidance must be below 1000, not {self.drawing_guidance}")
+
+
+class PromptsAlone(Objective):
+    """What LECO trains on."""
+
+    losses = ("erase", "drift")
+    moving = True
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        self.empty = self.backbone.negative()
+
+    def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
+        noised = super().noised(clean, noise, times, asked, forget)
+        if forget.any():
+            noised[forget] = self.drawn(noise[forget], times[forget], asked[forget.cpu()])
+        return noised
+
+    def drawn(self, noise: Tensor, times: Tensor, asked: Tensor) -> Tensor:
+        """Latents on their way from noise to a picture, at times [n]."""
+        guidance, steps = self.options.drawing_guidance, self.options.steps
+        empty, state = self.empty.repeat(len(noise)), noise
+        for step in range(steps):
+            start, end = (
+                self.backbone.times(self.backbone.time_span + (times.float() - self.backbone.time_span) * done / steps)
+                for done in (step, step + 1)
+            )
+            concept = self.current(state, start, asked).float()
+            without = self.current(state, start, empty).float()
+            predicted = without + guidance * (concept - without)
+            state = self.backbone.add_noise(*split(self.backbone, state.float(), start, predicted), end).to(noise)
+        return state
+
+    def target(self, batch: Batch) -> Tensor:
+        return self.forget_only(batch, self.away, self.frozen(batch.noised, batch.times, batch.asked))
+
+    def away(self, half: Batch) -> Tensor:
+        """The forget half's targets."""
+        concept = self.frozen(half.noised, half.times, half.asked)
+        empty = self.frozen(half.noised, half.times, self.empty.repeat(len(half.noised)))
+        neutral = empty if self.options.neutral == "empty" else self.frozen(half.noised, half.times, half.answers)
+        return neutral - self.options.guidance * (concept - empty)
+
+
+LECO = Method(
+    name="leco",
+    summary="Trains a LoRA from prompts alone, on noise that the model in training denoises part of the way.",
+    source="LECO, github.com/p1atdev/LECO",
+    settings={**DENSE, "overwrite__pool": 0},
+    options=Options,
+    objective=PromptsAlone,
+)

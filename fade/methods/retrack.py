@@ -1,0 +1,80 @@
+"""ReTrack (arXiv 2509.13007): on the forgotten pictures' noised latents, denoise towards retained pictures.
+
+Retraining without the concept minimises Σ_i q(z_t | x_i) ‖ε̂(z_t) − ε_i‖² over retained x_i, with ε_i the noise that
+makes z_t of x_i. At a noised forget latent z_t = α z + σ ε this is, but for a constant, ‖ε̂ − Σ_i w_i ε_i‖² with
+
+    w = softmax_i(−‖z_t − α x_i‖² / 2σ²),
+
+which is the target here; of the w_i the k largest are kept and sum to 1. With k of all it is the unbiased loss. The
+softmax is of differences to the largest exponent (log-sum-exp), or nothing would be left at small t, where the nearest
+retained picture has all the weight. Reconstruction from the abstract: the weights, and that the retain half, with the
+weight `retain_weight`, is the paper's regulariser of quality. x_i are all latents of the retain set, whatever their
+prompt; z_t is asked with the concept's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fade.errors import FadeError
+from fade.methods.base import Method
+from fade.noise import levels
+from fade.objective import Batch, Objective
+
+
+@dataclass(frozen=True)
+class Options:
+    """ReTrack's own settings."""
+
+    neighbours: int = 10
+    """k, how many retained pictures a target is made of; 0 all."""
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 0:
+            raise FadeError(f"options.neighbours must be 0 or more, not {self.neighbours}")
+
+
+def neighbour_weights(noised: Tensor, retained: Tensor, alpha: Tensor, sigma: Tensor, neighbours: int) -> Tensor:
+    """w [n, m] in float32 of noised latents [n, C, h, w] and retained ones [m, C, h, w], at levels [n, 1, 1, 1]; zero
+    but for the k largest of each row (0: all of them)."""
+    alpha, sigma = alpha.flatten(1).double(), sigma.flatten(1).double()  # [n, 1]
+    z, x = noised.flatten(1).double(), retained.flatten(1).double()
+    apart = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ x.T) + alpha.square() * x.square().sum(1)
+    exponents = -apart / (2 * sigma.square())
+    if 0 < neighbours < len(retained):
+        kept = exponents.topk(neighbours, dim=1).indices
+        exponents = torch.full_like(exponents, -torch.inf).scatter(1, kept, exponents.gather(1, kept))
+    return exponents.softmax(1).float()
+
+
+class Retained(Objective):
+    """What ReTrack trains on."""
+
+    def target(self, batch: Batch) -> Tensor:
+        return self.forget_only(batch, self.retracked, self.backbone.target(batch.clean, batch.noise, batch.times))
+
+    def retracked(self, half: Batch) -> Tensor:
+        """The forget half's targets."""
+        retained = self.training.latents.retain
+        alpha, sigma = levels(self.backbone, half.noised, half.times)
+        weights = neighbour_weights(half.noised, retained, alpha, sigma, self.options.neighbours)
+        clean = (weights @ retained.flatten(1).float()).view(half.noised.shape)
+        noise = (half.noised.float() - alpha * clean) / sigma
+        return self.backbone.target(clean, noise, half.times)
+
+
+RETRACK = Method(
+    name="retrack",
+    summary="Trains the concept's noised pictures to be denoised towards their nearest retained pictures.",
+    source="ReTrack, arXiv 2509.13007",
+    settings={
+        "locate__granularity": "none",
+        "overwrite__forget_weight": 1.0,
+        "overwrite__retain_weight": 1.0,
+        "overwrite__learning_rate": 1e-3,
+        "overwrite__stop_forget": 0.0,
+    },
+    options=Options,
+    objective=Retained,
+)
