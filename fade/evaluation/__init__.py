@@ -5,10 +5,11 @@ pixel distance to the base model, `clip_judge` a judge for models without one of
 them judged and gathers the numbers. `attacks` try to get the concept back.
 """
 
+from fade.evaluation.answers import SEEDS, AnswerSet, first_seeds
 from fade.evaluation.attacks import AttackRecord, AttackResult, attack
-from fade.evaluation.drift import rms_difference
-from fade.evaluation.phrasings import PhrasingResult, held_out
-from fade.evaluation.run import SEEDS, AnswerSet, Evaluation, evaluate, first_seeds, full_record
+from fade.evaluation.metrics.drift import rms_difference
+from fade.evaluation.metrics.phrasings import PhrasingResult, held_out
+from fade.evaluation.run import Evaluation, evaluate, full_record
 
 __all__ = [
     "SEEDS",

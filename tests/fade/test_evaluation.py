@@ -22,16 +22,17 @@ from fade.digitcanvas import DIGITS, STYLES
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
+from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.clip_judge import ClipJudge
-from fade.evaluation.phrasings import HELD_OUT
-from fade.evaluation.run import _summarise, class_answers, crossed_answers
-from fade.evaluation.unlearncanvas import (
+from fade.evaluation.metrics.phrasings import HELD_OUT
+from fade.evaluation.metrics.unlearncanvas import (
     cell_accuracy,
     receiver_accuracy,
     unlearncanvas_intervals,
     unlearncanvas_metrics,
     wilson_interval,
 )
+from fade.evaluation.run import _summarise
 
 from .adapters import random_adapter
 

@@ -4,7 +4,12 @@ Accuracies saturate: a model may still be judged right while it draws everything
 prompts is the finer measure of collateral change; it needs no judge and no network.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+from fade.evaluation.intervals import mean_interval
+from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 
 def rms_difference(images: Tensor, others: Tensor) -> float:
@@ -18,3 +23,21 @@ def rms_difference(images: Tensor, others: Tensor) -> float:
     if images.numel() == 0:
         raise ValueError("there are no images to compare")
     return (images.double() - others.double()).square().mean().sqrt().item()
+
+
+def _measured(forgotten: bool) -> Callable[[Drawn], Value]:
+    def measure(drawn: Drawn) -> Value:
+        counted = drawn.answers.forgotten == forgotten
+        if not bool(counted.any()):
+            return Value(None)
+        images, others = drawn.adapted[counted], drawn.base[counted]
+        low, high = mean_interval((images.double() - others.double()).square().flatten(1).mean(1))
+        return Value(rms_difference(images, others), interval=Interval(low**0.5, high**0.5, len(images)))
+
+    return measure
+
+
+METRICS = (
+    Metric("drift", "RMS pixel change of retained images", "of [0, 1]", "lower", _measured(False), digits=4),
+    Metric("drift_forget", "RMS pixel change of forgotten images", "of [0, 1]", "higher", _measured(True), digits=4),
+)

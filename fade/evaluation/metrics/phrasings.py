@@ -18,8 +18,9 @@ from fade.backbones import backbone_for
 from fade.bundled import BundledModel, drawing, recognised
 from fade.concept import pairs_in
 from fade.errors import FadeError
-from fade.evaluation.run import judge_for
-from fade.evaluation.unlearncanvas import wilson_interval
+from fade.evaluation.intervals import wilson_interval
+from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,3 +166,14 @@ def held_out(
         interval_95=(100.0 * low, 100.0 * high),
         phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
     )
+
+
+def _measure(drawn: Drawn) -> Value:
+    found = drawn.phrasings
+    assert found is not None
+    return Value(found.adapted, found.base, Interval(*found.interval_95, found.images))
+
+
+METRICS = (
+    Metric("phrasings", "% recognised in words that nothing was made with", "%", "lower", _measure, needs="phrasings"),
+)
