@@ -86,6 +86,7 @@ def render_report(
         layers=run.get("layers", []),
         losses=_loss_chart(run.get("losses", {})),
         metrics=_metric_rows(evaluation),
+        notes=evaluation.notes,
         attacks=attacks,
         costs=_cost_rows(run, adapter_bytes, evaluate_seconds, total_seconds),
         settings=_setting_rows(metadata, evaluation=evaluation.settings),

@@ -124,10 +124,13 @@ def crossed_answers(
     )
 
 
-def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int]) -> AnswerSet:
+def class_answers(
+    concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int], beside: Sequence[str] = ()
+) -> AnswerSet:
     """The forget prompts, and the same prompts with every other class in the concept's place, once per seed.
 
-    The classes are the concepts, their surrogates and `classes`, in this order. Raises FadeError where the forget
+    The classes are the concepts, their surrogates and `classes`, in this order, then `beside`, which a judge may answer
+    and nothing asks for. Raises FadeError where the forget
     prompts of a concept do not contain its words, so that nothing can take their place.
     """
     pairs = pairs_in(concept)
@@ -143,7 +146,7 @@ def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequen
             )
             for pair in pairs
         ),
-        classes={"class": words},
+        classes={"class": (*words, *beside)},
         prompts=tuple(templates[t].replace("{}", words[c]) for c, t in cells),
         seeds=tuple(seed for seed in seeds for _ in range(len(words) * len(templates))),
         prompted={"class": torch.tensor([c for c, _ in cells])},

@@ -3,10 +3,12 @@
 Metrics see what was drawn and judged, and run no model (the held-out phrasings, which have prompts of their own, do).
 """
 
+import functools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,12 @@ from fade.backbones import backbone_for
 from fade.bundled import drawing
 from fade.errors import FadeError
 from fade.evaluation.answers import SEEDS, AnswerSet
+from fade.evaluation.drawings import Drawings
+from fade.evaluation.features import ModelFeatures
 from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.metric import Drawn, Metric, Value
-from fade.evaluation.metrics.phrasings import PhrasingResult
-from fade.evaluation.metrics.registry import METRICS
+from fade.evaluation.metrics.phrasings import PhrasingResult, held_out
+from fade.evaluation.metrics.registry import METRICS, known_metrics
 from fade.evaluation.metrics.unlearncanvas import cell_accuracy, metrics_of_several, receiver_accuracy
 
 if TYPE_CHECKING:
@@ -194,6 +198,11 @@ def evaluate(
     judge: str | None = None,
     classes: Sequence[str] = (),
     everything: bool = False,
+    features: str | None = None,
+    clip: str | None = None,
+    phrasings: bool = False,
+    wanted: Sequence[str] = (),
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Images with the adapter on, the same prompts and seeds with it off, and what the judge makes of both.
@@ -209,15 +218,24 @@ def evaluate(
         batch_size: images drawn at once.
         baseline: an earlier evaluation, or its `baseline` (float [n, 3, H, W]), of the same base, prompts, seeds, steps
             and guidance, to save half of the time.
-        judge: folder or hub id of a CLIP model. Needed for pipelines that are not bundled ones.
-        classes: words that the CLIP judge tells apart, beside the concept and its surrogate.
+        judge: folder or hub id of a CLIP model, or `python:module.function` (`fade.evaluation.plugin_judge`). Needed
+            for pipelines that are not bundled ones.
+        classes: words that such a judge tells apart, beside the concept and its surrogate.
         everything: draw every word of a bundled model.
+        features: folder of a transformers image model, for FID, KID, precision, recall and the LPIPS-like distance. A
+            bundled model has its judges' features without one.
+        clip: folder or hub id of a CLIP model for the CLIP score. A CLIP judge is taken without it.
+        phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`).
+        wanted: names of metrics that must be measurable; asked before anything is drawn.
+        cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
 
     Raises:
-        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images.
+        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images; a model that
+            cannot be loaded, a judge of the user's that fails, or a wanted metric that is unknown or lacks its model.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
+    asked = known_metrics(wanted)
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
     drawn = drawing(pipeline, steps, guidance_scale)
@@ -231,11 +249,15 @@ def evaluate(
     if baseline is not None and len(baseline) != len(answers.prompts):
         raise FadeError(f"the baseline has {len(baseline)} images, but these seeds ask for {len(answers.prompts)}")
 
-    def draw(description: str) -> Tensor:
-        return backbone.generate(
-            answers.prompts, answers.seeds, drawn.steps, drawn.guidance_scale, batch_size, progress, description
-        ).cpu()  # fmt: skip
-
+    instruments = {
+        "features": chosen.features if features is None else ModelFeatures(features, backbone.device),
+        "clip": _clip(clip or chosen.clip, backbone.device),
+    }
+    for metric in asked:
+        if metric.needs and not (phrasings if metric.needs == "phrasings" else instruments[metric.needs]):
+            raise FadeError(f"{metric.name} cannot be measured without {_GIVEN_BY[metric.needs]}")
+    drawings = Drawings(backbone, drawn, batch_size, progress, cache)
+    draw = functools.partial(drawings, answers.prompts, answers.seeds)
     if baseline is None:
         adapter.disable()
         try:
@@ -249,7 +271,13 @@ def evaluate(
         "images": len(answers.prompts),
         "seeds": list(seeds),
         **vars(drawn),
+        **{name: model.name for name, model in instruments.items() if model is not None},
     }
+    if phrasings:
+        instruments["phrasings"] = held_out(
+            pipeline, adapter, seeds=seeds, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
+            judge=judge, classes=classes, cache=cache, progress=progress,
+        )  # fmt: skip
     return _summarise(
         answers,
         {domain: head(baseline) for domain, head in chosen.heads.items()},
@@ -257,7 +285,23 @@ def evaluate(
         baseline,
         images,
         settings,
+        **instruments,
     )
+
+
+_GIVEN_BY = {
+    "features": "features to compare pictures by: give --features FOLDER, an image model of transformers",
+    "clip": "a CLIP model: give --clip MODEL",
+    "phrasings": "drawing other words: give --phrasings",
+}
+
+
+def _clip(model: str | None, device: torch.device) -> Any:
+    if model is None:
+        return None
+    from fade.evaluation.clip_judge import Clip
+
+    return Clip(model, device)
 
 
 def _summarise(

@@ -42,6 +42,4 @@ def _measure(drawn: Drawn) -> Value:
     )  # fmt: skip
 
 
-METRICS = (
-    Metric("composition", "% forgotten prompts with the concept gone and the rest right", "%", "higher", _measure),
-)
+METRICS = (Metric("composition", "% concept gone and the rest of the prompt right", "%", "higher", _measure),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fade.evaluation.clip_judge import Clip
     from fade.evaluation.features import FeatureExtractor
     from fade.evaluation.metrics.phrasings import PhrasingResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,14 @@ class Drawn:
         return {domain: len(words) for domain, words in self.answers.classes.items()}
 
     @cached_property
-    def retained_features(self) -> tuple[Tensor, Tensor]:
-        """Features of the base and of the adapted model's pictures of retained prompts: two float32 [m, D]."""
-        assert self.features is not None
-        kept = ~self.answers.forgotten
-        return self.features(self.base[kept]), self.features(self.adapted[kept])
+    def _found(self) -> dict[Any, Any]:
+        return {}
+
+    def once(self, work: Callable[[Drawn], T]) -> T:
+        """What `work` makes of this, which several metrics share and only the first one computes."""
+        if work not in self._found:
+            self._found[work] = work(self)
+        return self._found[work]
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class Metric:
     """Of the number; empty where it has none."""
     better: Literal["higher", "lower"]
     measure: Callable[[Drawn], Value]
-    digits: int = 1
-    """Decimals that people are shown."""
+    digits: int | None = 1
+    """Decimals that people are shown; None is three significant digits."""
     shown: bool = True
     """In tables; JSON has every metric."""
     needs: Literal["", "features", "clip", "phrasings"] = ""
@@ -97,7 +102,9 @@ class Metric:
 
     def text(self, number: float | None) -> str:
         """A number of this metric as tables show it."""
-        return "" if number is None else f"{number:.{self.digits}f}"
+        if number is None:
+            return ""
+        return f"{number:.3g}" if self.digits is None else f"{number:.{self.digits}f}"
 
     def measurable(self, drawn: Any) -> bool:
         return not self.needs or getattr(drawn, self.needs) is not None

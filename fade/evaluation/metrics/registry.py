@@ -3,13 +3,26 @@
 from collections.abc import Sequence
 
 from fade.errors import FadeError
-from fade.evaluation.metrics import composition, drift, phrasings, unlearncanvas
+from fade.evaluation.metrics import (
+    clip_score,
+    composition,
+    distribution,
+    drift,
+    entangled,
+    perceptual,
+    phrasings,
+    unlearncanvas,
+)
 from fade.evaluation.metrics.metric import Metric
 
 METRICS: tuple[Metric, ...] = (
     *unlearncanvas.METRICS,
     *drift.METRICS,
     *composition.METRICS,
+    *distribution.METRICS,
+    *perceptual.METRICS,
+    *clip_score.METRICS,
+    *entangled.METRICS,
     *phrasings.METRICS,
 )
 
