@@ -6,6 +6,7 @@ prompts is the finer measure of collateral change; it needs no judge and no netw
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fade.evaluation.intervals import mean_interval
@@ -31,13 +32,23 @@ def _measured(forgotten: bool) -> Callable[[Drawn], Value]:
         if not bool(counted.any()):
             return Value(None)
         images, others = drawn.adapted[counted], drawn.base[counted]
-        low, high = mean_interval((images.double() - others.double()).square().flatten(1).mean(1))
+        squares = [
+            (image.double() - other.double()).square().mean() for image, other in zip(images, others, strict=True)
+        ]
+        low, high = mean_interval(torch.stack(squares))
         return Value(rms_difference(images, others), interval=Interval(low**0.5, high**0.5, len(images)))
 
     return measure
 
 
 METRICS = (
-    Metric("drift", "RMS pixel change of retained images", "of [0, 1]", "lower", _measured(False), digits=4),
-    Metric("drift_forget", "RMS pixel change of forgotten images", "of [0, 1]", "higher", _measured(True), digits=4),
+    Metric("drift", "RMS pixel change of retained images", "of the pixel range", "lower", _measured(False), digits=4),
+    Metric(
+        "drift_forget",
+        "RMS pixel change of forgotten images",
+        "of the pixel range",
+        "higher",
+        _measured(True),
+        digits=4,
+    ),
 )

@@ -101,21 +101,26 @@ def regions(drawn: Drawn) -> dict[int, Tensor]:
     return found
 
 
+def of_pictures(drawn: Drawn) -> dict[str, list[Entangled]]:
+    """Of every picture that has a mask, of the base model (X with itself) and of the adapted one."""
+    masks = regions(drawn)
+    return {
+        which: [entangled(drawn.base[i], images[i], mask) for i, mask in masks.items()]
+        for which, images in (("base", drawn.base), ("adapted", drawn.adapted))
+    }
+
+
 def _part(name: str, of_one: bool = False) -> Callable[[Drawn], Value]:
     """`of_one`: the number is of Y alone, so that the base model has one as well."""
 
     def measure(drawn: Drawn) -> Value:
-        masks = drawn.once(regions)
-        if not masks:
+        found = drawn.once(of_pictures)
+        if not found["base"]:
             return Value(None, note="no prompt of a retained class differs from a forgotten one in the class alone")
-        rows = {
-            which: torch.tensor(
-                [getattr(entangled(drawn.base[i], images[i], mask), name) for i, mask in masks.items()],
-                dtype=torch.float64,
-            )
-            for which, images in (("base", drawn.base), ("adapted", drawn.adapted))
-        }
-        adapted, base = rows["adapted"], rows["base"]
+        base, adapted = (
+            torch.tensor([getattr(one, name) for one in found[which]], dtype=torch.float64)
+            for which in ("base", "adapted")
+        )
         return Value(
             adapted.mean().item(),
             base.mean().item() if of_one else None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fade.evaluation.intervals import mean_interval
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
-_AT_ONCE = 32
+_AT_ONCE = 8
 
 
 def feature_distance(first: list[Tensor], second: list[Tensor]) -> Tensor:
