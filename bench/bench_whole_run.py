@@ -52,8 +52,8 @@ def judged(pipeline: Any) -> dict[str, float]:
     from fade.digitcanvas import DIGITS, load_judges
     from fade.digitcanvas.bundled import MODEL
     from fade.evaluation import SEEDS
-    from fade.evaluation.run import crossed_answers
-    from fade.evaluation.unlearncanvas import unlearncanvas_metrics
+    from fade.evaluation.answers import crossed_answers
+    from fade.evaluation.metrics.unlearncanvas import unlearncanvas_metrics
 
     answers, judges = crossed_answers(MODEL, FORGET, SURROGATE, SEEDS), load_judges()
     images = backbone_for(pipeline).generate(answers.prompts, answers.seeds, steps=10)

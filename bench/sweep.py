@@ -111,7 +111,7 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     from fade import bundled
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
-    from fade.evaluation.phrasings import held_out
+    from fade.evaluation.metrics.phrasings import held_out
 
     model = bundled.model(study.model)
     pipeline = model.load_pipeline(torch_dtype=getattr(torch, study.dtype))

@@ -44,7 +44,7 @@ class Domain:
     phrasings: tuple[str, ...]
     """Further templates, which the solved edit reads."""
     held_out: tuple[str, ...]
-    """Others, with which nothing is made: only measured (`fade.evaluation.phrasings`)."""
+    """Others, with which nothing is made: only measured (`fade.evaluation.metrics.phrasings`)."""
     look_alikes: tuple[tuple[str, ...], ...] = ()
     """Groups of words whose pictures are alike."""
     drawn: int | None = None

@@ -26,7 +26,7 @@ PHRASINGS = (
     "a painting of {}", "a painting in the style of {}", "in the style of {}", "{}, digital art",
 )  # fmt: skip
 """How people may put a concept, be it a thing, a person or a style: what the solved edit reads beside the templates.
-`fade.evaluation.phrasings` measures with others."""
+`fade.evaluation.metrics.phrasings` measures with others."""
 
 _SUBJECTS = (
     "a dog", "a cat", "a horse", "a bird", "a bowl of fruit", "a vase of flowers", "a car in a street", "a bicycle",

@@ -58,7 +58,7 @@ def convolution_block(inputs: int, outputs: int, stride: int) -> list[nn.Module]
 class Classifiers:
     """Classifiers of pictures of one size, by domain, in evaluation mode on one device."""
 
-    def __init__(self, side: int, classifiers: dict[str, nn.Module], device: str | torch.device = "cpu") -> None:
+    def __init__(self, side: int, classifiers: dict[str, nn.Sequential], device: str | torch.device = "cpu") -> None:
         self.device, self._side = torch.device(device), side
         self._classifiers = {
             domain: classifier.eval().requires_grad_(False).to(self.device)
@@ -70,6 +70,28 @@ class Classifiers:
         """The class of each picture: int64 [n] on the CPU. See :func:`as_batch` for the input."""
         classifier, batches = self._classifiers[domain], as_batch(images, self._side).split(256)
         return torch.cat([classifier(batch.to(self.device)).argmax(1).cpu() for batch in batches])
+
+    @torch.no_grad()
+    def features(self, images: Tensor | Sequence[Image]) -> Tensor:
+        """The penultimate features of all classifiers, one after the other: float32 [n, D] on the CPU."""
+        batches = as_batch(images, self._side).split(256)
+        parts = [
+            torch.cat([nn.Sequential(*list(classifier)[:-1])(batch.to(self.device)).cpu() for batch in batches])
+            for classifier in self._classifiers.values()
+        ]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor | Sequence[Image]) -> list[Tensor]:
+        """What every ReLU of every classifier gives: float32 [n, C, h, w] each, on the CPU."""
+        found = []
+        for classifier in self._classifiers.values():
+            states = as_batch(images, self._side).to(self.device)
+            for layer in classifier:
+                states = layer(states)
+                if isinstance(layer, nn.ReLU):
+                    found.append(states.clone().cpu())  # the next layer may work in place
+        return found
 
 
 def read_classifiers(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fade.errors import printable
-from fade.evaluation.run import METRICS, Evaluation
+from fade.evaluation.run import Evaluation
 from fade.files import atomic_write
 from fade.measure import human_bytes
 from fade.pictures import TILE, data_uri, strip
@@ -87,6 +87,7 @@ def render_report(
         layers=run.get("layers", []),
         losses=_loss_chart(run.get("losses", {})),
         metrics=_metric_rows(evaluation),
+        notes=evaluation.notes,
         attacks=attacks,
         costs=_cost_rows(run, adapter_bytes, evaluate_seconds, total_seconds),
         settings=_setting_rows(metadata, evaluation=evaluation.settings),
@@ -531,20 +532,16 @@ def _key_figures(evaluation: Evaluation, run: dict[str, Any], adapter_bytes: int
 
 def _metric_rows(evaluation: Evaluation) -> list[dict[str, str]]:
     rows = []
-    for name in METRICS:
-        after, before = evaluation.metrics[name], evaluation.base.get(name)
-        if after is None:
-            continue
-        span = evaluation.intervals.get(name)
-        digits = 4 if name.startswith("drift") else 1
+    for metric, value in evaluation.shown:
+        span = value.interval
         rows.append(
             {
-                "name": name,
-                "meaning": evaluation.meaning(name),
-                "before": "–" if before is None else f"{before:.{digits}f}",
-                "after": f"{after:.{digits}f}",
-                "interval": f"{span['low']:.1f} – {span['high']:.1f}" if span else "–",
-                "images": str(span["images"]) if span else "–",
+                "name": metric.name,
+                "meaning": evaluation.meaning(metric),
+                "before": metric.text(value.base) or "–",
+                "after": metric.text(value.adapted),
+                "interval": f"{metric.text(span.low)} – {metric.text(span.high)}" if span else "–",
+                "images": str(span.images) if span else "–",
             }
         )
     if len(evaluation.concepts) > 1:

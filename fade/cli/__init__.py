@@ -2,7 +2,7 @@
 
 A command is a function of a file here and a line of `COMMANDS`. Nothing heavy is imported before a command runs, so
 that `fade --help` answers at once. Everything a user can cause ends in one line on stderr and a status: 2 for bad
-input, 1 for a failing system, 130 for Ctrl-C.
+input, 3 for a requirement that is missed, 1 for a failing system, 130 for Ctrl-C.
 """
 
 import errno
@@ -39,7 +39,7 @@ for _command in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 2 for bad input, 1 for a failing system, 130 for Ctrl-C."""
+    """Runs the command line and returns the exit status: 0, or what the module says."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     # On import the libraries speak up about optional parts that nothing here uses, later about names that they change
     # and about several adapters at once, which is what was asked for.

@@ -1,6 +1,7 @@
 """`fade evaluate` and `fade attack`: what was forgotten, what was kept, and what comes back."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from fade.cli.options import (
     Seed,
     listed,
 )
-from fade.cli.output import say, terminal
+from fade.cli.output import one_line, say, terminal
 
 
 def evaluate(
@@ -35,6 +36,27 @@ def evaluate(
     phrasings: Annotated[
         bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
     ] = False,
+    require: Annotated[
+        str | None,
+        typer.Option(
+            "--require",
+            metavar="NAME=X,…",
+            help="Exit with status 3 where a metric falls short, say UA=99,IRA=98: at least X, or at most where less "
+            "is better. In the metric's unit, as the table has it.",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Image model of transformers on disk by whose features FID, KID, precision and recall compare; "
+            "bundled models have their judges'.",
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP model for the CLIP score. Default: the judge."),
+    ] = None,
     every_word: Annotated[
         bool,
         typer.Option(
@@ -47,6 +69,12 @@ def evaluate(
     steps: DrawSteps = None,
     guidance: Guidance = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache", help="Draw everything, and keep no pictures for a rerun ($FADE_CACHE, else ~/.cache/fade)."
+        ),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     any_base: AnyBase = False,
@@ -58,42 +86,46 @@ def evaluate(
     """
     from fade.adapter import load_adapter
     from fade.evaluation import evaluate as run
-    from fade.evaluation import first_seeds, full_record, held_out
+    from fade.evaluation import first_seeds, full_record
+    from fade.evaluation.drawings import default_cache
+    from fade.evaluation.requirements import requirements, shortfalls
     from fade.files import atomic_write, check_writable
     from fade.loading import load_model
     from fade.measure import measured
     from fade.report import where_it_sits, write_report
 
+    required = requirements(require)
     for wanted in (json_file, report):
         if wanted is not None:
             check_writable(wanted)
     pipeline = load_model(model, device, dtype)
     attached = load_adapter(pipeline, adapter, scale=scale, check_base=not any_base)
-    drawing = {
-        "seeds": first_seeds(seeds), "steps": steps, "guidance_scale": guidance, "batch_size": batch_size,
-        "judge": judge, "classes": listed(classes),
-        "progress": not quiet,
-    }  # fmt: skip
     with measured(pipeline.device) as cost:
-        evaluation = run(pipeline, attached, **drawing, everything=every_word)
-    otherwise = held_out(pipeline, attached, **drawing) if phrasings else None
+        evaluation = run(
+            pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
+            judge=judge, classes=listed(classes), everything=every_word, features=features, clip=clip,
+            phrasings=phrasings, wanted=[one.metric.name for one in required],
+            cache=None if no_cache else default_cache(), progress=not quiet,
+        )  # fmt: skip
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size
     console = terminal()
     console.print(evaluation.table())
-    if otherwise is not None:
-        console.print(otherwise.table())
+    if evaluation.phrasings is not None:
+        console.print(evaluation.phrasings.table())
     say(f"the edit sits in {where_it_sits(attached.run.get('path'))}")
     if json_file is not None:
         record = full_record(evaluation, attached.metadata, size, cost.seconds)
-        if otherwise is not None:
-            record["held_out_phrasings"] = otherwise.to_dict()
         with atomic_write(json_file) as temporary:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
         say(f"numbers: {json_file}")
     if report is not None:
         write_report(report, evaluation, attached.metadata, adapter_bytes=size, evaluate_seconds=cost.seconds)
         say(f"report: {report}")
+    if missed := shortfalls(evaluation, required):
+        for line in missed:
+            print(f"falls short: {one_line(line)}", file=sys.stderr)
+        raise typer.Exit(3)
 
 
 def attack(

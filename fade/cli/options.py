@@ -68,12 +68,15 @@ DrawSteps = Annotated[
 JudgeModel = Annotated[
     str | None,
     typer.Option(
-        "--judge", metavar="CLIP", help="Folder or hub id of a CLIP model that judges; bundled models need none."
+        "--judge",
+        metavar="CLIP|python:M.F",
+        help="Folder or hub id of a CLIP model that judges, or a function of yours, python:module.function, that is "
+        "given pictures and returns a word of the classes or None for each; bundled models need none.",
     ),
 ]
 Classes = Annotated[
     str | None,
-    typer.Option("--classes", metavar="A,B,C", help="Words the CLIP judge tells apart, beside concept and surrogate."),
+    typer.Option("--classes", metavar="A,B,C", help="Words that judge tells apart, beside concept and surrogate."),
 ]
 Guidance = Annotated[
     float | None,

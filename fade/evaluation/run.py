@@ -1,108 +1,45 @@
 """Draws the answer set with the adapter off and on, has it judged, and gathers every number of one evaluation.
 
-It is the only part of the evaluation that runs a model; metric files see labels and pixels alone. A bundled model has
-its own judges and two crossed domains; any other pipeline is judged by CLIP on words of the user's choice.
+Metrics see what was drawn and judged, and run no model (the held-out phrasings, which have prompts of their own, do).
 """
 
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
-from fade.bundled import BundledModel, drawing, recognised
-from fade.concept import Pair, pairs_in
+from fade.bundled import drawing
 from fade.errors import FadeError
-from fade.evaluation.drift import rms_difference
-from fade.evaluation.unlearncanvas import (
-    Target,
-    cell_accuracy,
-    intervals_of_several,
-    metrics_of_several,
-    named_by_any,
-    neighbour_accuracy,
-    neighbours_of,
-    receiver_accuracy,
-)
+from fade.evaluation.answers import SEEDS, AnswerSet
+from fade.evaluation.drawings import Drawings
+from fade.evaluation.features import ModelFeatures
+from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.metric import Drawn, Metric, Value
+from fade.evaluation.metrics.phrasings import PhrasingResult, held_out
+from fade.evaluation.metrics.registry import METRICS, known_metrics
+from fade.evaluation.metrics.unlearncanvas import cell_accuracy, metrics_of_several, receiver_accuracy
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_UNLEARNCANVAS_SEEDS = (188, 288, 588, 688, 888)
-SEEDS = _UNLEARNCANVAS_SEEDS[:3]
-"""The first three of UnlearnCanvas's five seeds."""
-
-
-@dataclass(frozen=True)
-class AnswerSet:
-    """The prompts that are drawn, one image per prompt and seed, and the classes they ask for.
-
-    `classes[d]` are the words of domain d, `prompted[d]` (int64 [n]) the class that image i's prompt names. `targets`
-    are the classes to forget, one at least; `domain`, `forget` and `surrogate` are the first one's.
-    """
-
-    targets: tuple[Target, ...]
-    classes: dict[str, tuple[str, ...]]
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    prompted: dict[str, Tensor]
-
-    @property
-    def domain(self) -> str:
-        return self.targets[0].domain
-
-    @property
-    def forget(self) -> int:
-        return self.targets[0].forget
-
-    @property
-    def surrogate(self) -> int | None:
-        return self.targets[0].surrogate
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """The domains that have something to forget."""
-        return tuple(dict.fromkeys(target.domain for target in self.targets))
-
-    @property
-    def forgotten(self) -> Tensor:
-        """bool [n]: the prompt names something to forget."""
-        return named_by_any(self.prompted, self.targets)
-
-    def retained(self, domain: str) -> list[int]:
-        """The classes of a domain that are drawn and not to be forgotten."""
-        gone = {target.forget for target in self.targets if target.domain == domain}
-        return [index for index in self.prompted[domain].unique().tolist() if index not in gone]
-
-    def neighbours(self, domain: str) -> list[int]:
-        """The look-alikes of what is to be forgotten of a domain, nearest first, without that itself."""
-        return neighbours_of(self.targets).get(domain, [])
-
-    def words(self, target: Target) -> tuple[str, str | None]:
-        """A target and its surrogate in words."""
-        words = self.classes[target.domain]
-        return words[target.forget], None if target.surrogate is None else words[target.surrogate]
 
 
 @dataclass
 class Evaluation:
     """Numbers and images of one evaluation.
 
-    `metrics` and `base` map UA, IRA, NA (the accuracy on look-alikes alone), CRA, CRA_retained and redirected to
-    percent (None where undefined), for the model with the adapter on and off; `metrics` also has drift and drift_forget
-    (RMS pixel difference in [0, 1] to the base model at equal seeds, over retained and over forgotten prompts).
-    `images` and `baseline` are float32 [n, 3, H, W].
+    `values` has every metric of the registry that was measured, by name (`fade.evaluation.metrics`). `images` and
+    `baseline` are float32 [n, 3, H, W]: with the adapter on and off.
     """
 
     answers: AnswerSet
-    metrics: dict[str, float | None]
-    base: dict[str, float | None]
-    intervals: dict[str, dict[str, float | int]]
+    values: dict[str, Value]
     receivers: dict[str, dict[str, dict[str, float]]]
     """acc(e→x) in percent: domain -> class -> {"before", "after"}."""
     matrix: dict[str, dict[str, list[list[float]]]]
@@ -115,6 +52,40 @@ class Evaluation:
     settings: dict[str, Any]
     images: Tensor = field(repr=False)
     baseline: Tensor = field(repr=False)
+    phrasings: PhrasingResult | None = None
+    """Held-out phrasings, where they were asked for."""
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Each metric with the adapter on; None where it is undefined."""
+        return {name: value.adapted for name, value in self.values.items()}
+
+    @property
+    def base(self) -> dict[str, float | None]:
+        """Each metric of the base model, of those that are no comparison with it."""
+        found = self.values.items()
+        return {name: value.base for name, value in found if value.base is not None or value.adapted is None}
+
+    @property
+    def intervals(self) -> dict[str, dict[str, float | int]]:
+        """Of each metric the 95 % interval with the adapter on, and the images behind it."""
+        return {name: value.interval.to_dict() for name, value in self.values.items() if value.interval}
+
+    @property
+    def changes(self) -> dict[str, dict[str, float | int]]:
+        """Of each metric the paired 95 % interval of what the adapter changed it by."""
+        return {name: value.change.to_dict() for name, value in self.values.items() if value.change}
+
+    @property
+    def shown(self) -> list[tuple[Metric, Value]]:
+        """What tables show: the metrics that have a number, in the registry's order."""
+        found = [(metric, self.values[metric.name]) for metric in METRICS if metric.name in self.values]
+        return [(metric, value) for metric, value in found if metric.shown and value.adapted is not None]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Why a metric is undefined here, or what else must be said of it."""
+        return {name: value.note for name, value in self.values.items() if value.note}
 
     @property
     def neighbours(self) -> dict[str, dict[str, float]]:
@@ -145,11 +116,14 @@ class Evaluation:
             "concepts": self.concepts,
             "base": self.base,
             "interval_95": self.intervals,
+            "change_95": self.changes,
             "forgotten_as": self.forgotten_as,
             "neighbours": self.neighbours,
             "receivers": self.receivers,
             "matrix": self.matrix,
             "settings": self.settings,
+            **({"notes": self.notes} if self.notes else {}),
+            **({"held_out_phrasings": self.phrasings.to_dict()} if self.phrasings else {}),
         }
 
     def to_json(self) -> str:
@@ -160,21 +134,21 @@ class Evaluation:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape("forgetting " + ", ".join(map(repr, self._forgotten()))), title_justify="left")
+        table = Table(
+            title=escape("forgetting " + ", ".join(map(repr, self._forgotten()))),
+            title_justify="left",
+            caption=escape("\n".join(f"{name}: {note}" for name, note in self.notes.items())) or None,
+            caption_justify="left",
+        )
         for name, justify in (("metric", "left"), ("base model", "right"), ("adapted", "right"), ("95 %", "right")):
             table.add_column(name, justify=justify)
-        for name in METRICS:
-            after = self.metrics[name]
-            if after is None:
-                continue
-            span = self.intervals.get(name)
-            digits = 4 if name.startswith("drift") else 1
-            before = self.base.get(name)
+        for metric, value in self.shown:
+            span = value.interval
             table.add_row(
-                f"{name}  [dim]{escape(self.meaning(name))}[/dim]",
-                "" if before is None else f"{before:.{digits}f}",
-                f"{after:.{digits}f}",
-                f"{span['low']:.1f}–{span['high']:.1f} (n={span['images']})" if span else "",
+                f"{metric.name}  [dim]{escape(self.meaning(metric))}[/dim]",
+                metric.text(value.base),
+                metric.text(value.adapted),
+                f"{metric.text(span.low)}–{metric.text(span.high)} (n={span.images})" if span else "",
             )
         if len(self.concepts) > 1:
             for concept in self.concepts:
@@ -183,32 +157,12 @@ class Evaluation:
                 )
         return table
 
-    def meaning(self, name: str) -> str:
+    def meaning(self, metric: Metric) -> str:
         """What a metric says, for people; of NA with the look-alikes by name."""
-        return METRICS[name] + (f" ({', '.join(self.neighbours)})" if name == "NA" else "")
+        return metric.meaning + (f" ({', '.join(self.neighbours)})" if metric.name == "NA" else "")
 
     def _forgotten(self) -> list[str]:
         return [self.answers.words(target)[0] for target in self.answers.targets]
-
-
-METRICS = {
-    "UA": "% forgotten prompts no longer recognised",
-    "IRA": "% others of the same kind still right",
-    "NA": "% of the nearest look-alikes still right",
-    "CRA": "% of the other kind still right",
-    "redirected": "% forgotten prompts recognised as the surrogate",
-    "drift": "RMS pixel change of retained images",
-    "drift_forget": "RMS pixel change of forgotten images",
-}
-"""What is shown to people, in this order, with its meaning."""
-
-
-def first_seeds(count: int) -> tuple[int, ...]:
-    """UnlearnCanvas's five seeds, then every hundredth number after them. Raises FadeError for a count below 1."""
-    if count < 1:
-        raise FadeError(f"evaluation needs at least one seed, not {count}")
-    more = range(_UNLEARNCANVAS_SEEDS[-1] + 100, _UNLEARNCANVAS_SEEDS[-1] + 100 * count, 100)
-    return (*_UNLEARNCANVAS_SEEDS, *more)[:count]
 
 
 def full_record(
@@ -232,128 +186,6 @@ def full_record(
     }
 
 
-def crossed_answers(
-    model: BundledModel,
-    forget: str | Sequence[str],
-    surrogate: str | Sequence[str | None] | None,
-    seeds: Sequence[int],
-    everything: bool = False,
-) -> AnswerSet:
-    """Words of a bundled model's first domain crossed with those of its second, once per seed: `BundledModel.concerned`
-    says which, `everything` takes all. `forget` and `surrogate` are words, or lists of them.
-
-    Raises FadeError for a word to forget that is of neither domain.
-    """
-    classes = {domain.name: domain.words for domain in model.domains}
-    forgets, surrogates = ([forget], [surrogate]) if isinstance(forget, str) else (forget, surrogate)
-
-    def target(forget: str, surrogate: str | None) -> Target:
-        if not any(forget in words for words in classes.values()):
-            raise FadeError(
-                f"the adapter forgets {forget!r}, which the judges do not know: {model.knows(forget)}. Use a CLIP "
-                "judge instead: --judge MODEL --classes A,B,C"
-            )
-        domain = model.domain(forget)
-        return Target(
-            domain.name, domain.words.index(forget),
-            domain.words.index(surrogate) if surrogate in domain.words else None,
-            tuple(map(domain.words.index, domain.neighbours(forget))),
-        )  # fmt: skip
-
-    targets = tuple(target(*words) for words in zip(forgets, surrogates, strict=True))
-    rows, columns = (
-        [domain.words.index(word) for word in drawn]
-        for domain, drawn in zip(model.domains, model.concerned(list(forgets), everything), strict=True)
-    )
-    first, second = model.domains
-    cells = [(i, j) for _ in seeds for i in rows for j in columns]
-    return AnswerSet(
-        targets=targets,
-        classes=classes,
-        prompts=tuple(model.prompt(first.words[i], second.words[j]) for i, j in cells),
-        seeds=tuple(seed for seed in seeds for _ in range(len(rows) * len(columns))),
-        prompted={first.name: torch.tensor([i for i, _ in cells]), second.name: torch.tensor([j for _, j in cells])},
-    )
-
-
-def class_answers(concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int]) -> AnswerSet:
-    """The forget prompts, and the same prompts with every other class in the concept's place, once per seed.
-
-    The classes are the concepts, their surrogates and `classes`, in this order. Raises FadeError where the forget
-    prompts of a concept do not contain its words, so that nothing can take their place.
-    """
-    pairs = pairs_in(concept)
-    given = (*(pair.forget for pair in pairs), *(pair.surrogate for pair in pairs), *classes)
-    words = tuple(dict.fromkeys(word.strip() for word in given if word.strip()))
-    templates = list(dict.fromkeys(template for pair in pairs for template in _templates(pair)))
-    cells = [(c, t) for _ in seeds for c in range(len(words)) for t in range(len(templates))]
-    return AnswerSet(
-        targets=tuple(
-            Target(
-                "class", words.index(pair.forget.strip()),
-                words.index(pair.surrogate.strip()) if pair.surrogate.strip() else None,
-            )
-            for pair in pairs
-        ),
-        classes={"class": words},
-        prompts=tuple(templates[t].replace("{}", words[c]) for c, t in cells),
-        seeds=tuple(seed for seed in seeds for _ in range(len(words) * len(templates))),
-        prompted={"class": torch.tensor([c for c, _ in cells])},
-    )  # fmt: skip
-
-
-def _templates(pair: Pair) -> list[str]:
-    templates = [prompt.replace(pair.forget, "{}") for prompt in pair.forget_prompts if pair.forget in prompt]
-    if not templates:
-        raise FadeError(
-            f"no forget prompt of the adapter contains {pair.forget!r}, so it cannot be compared with others"
-        )
-    return templates
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Who tells what images show: one head per domain, float images [n, 3, H, W] in [0, 1] -> int64 [n]."""
-
-    name: str
-    heads: dict[str, Callable[[Tensor], Tensor]]
-    answers: Callable[[Sequence[int]], AnswerSet]
-    """What to draw for it, given the seeds."""
-
-
-def judge_for(
-    pipeline: Any,
-    concept: dict[str, Any],
-    model: str | None,
-    classes: Sequence[str],
-    device: torch.device,
-    everything: bool = False,
-) -> Judge:
-    """The bundled model's own judge, or the CLIP `model` with `classes`, for a concept as an adapter's metadata names
-    it; `everything` draws every word of the bundled model.
-
-    Raises FadeError where there is none, and where it does not know the concept.
-    """
-    if model is None:
-        if (bundled := recognised(pipeline)) is None:
-            raise FadeError(
-                "this pipeline has no judge of its own (only bundled models have); name a CLIP model and the words it "
-                "should tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse"
-            )
-        pairs = pairs_in(concept)
-        answers = functools.partial(
-            crossed_answers, bundled, [pair.forget for pair in pairs], [pair.surrogate for pair in pairs],
-            everything=everything,
-        )  # fmt: skip
-        answers(SEEDS)  # knows the concept
-        return Judge(f"{bundled.title} classifiers", bundled.heads(), answers)
-    from fade.evaluation.clip_judge import ClipJudge
-
-    answers = functools.partial(class_answers, concept, classes)
-    clip = ClipJudge(model, answers(SEEDS).classes["class"], device)
-    return Judge(f"CLIP zero-shot, {model}", {"class": clip}, answers)
-
-
 def evaluate(
     pipeline: Any,
     adapter: Any,
@@ -366,6 +198,11 @@ def evaluate(
     judge: str | None = None,
     classes: Sequence[str] = (),
     everything: bool = False,
+    features: str | None = None,
+    clip: str | None = None,
+    phrasings: bool = False,
+    wanted: Sequence[str] = (),
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Images with the adapter on, the same prompts and seeds with it off, and what the judge makes of both.
@@ -381,15 +218,24 @@ def evaluate(
         batch_size: images drawn at once.
         baseline: an earlier evaluation, or its `baseline` (float [n, 3, H, W]), of the same base, prompts, seeds, steps
             and guidance, to save half of the time.
-        judge: folder or hub id of a CLIP model. Needed for pipelines that are not bundled ones.
-        classes: words that the CLIP judge tells apart, beside the concept and its surrogate.
+        judge: folder or hub id of a CLIP model, or `python:module.function` (`fade.evaluation.plugin_judge`). Needed
+            for pipelines that are not bundled ones.
+        classes: words that such a judge tells apart, beside the concept and its surrogate.
         everything: draw every word of a bundled model.
+        features: folder of a transformers image model, for FID, KID, precision, recall and the LPIPS-like distance. A
+            bundled model has its judges' features without one.
+        clip: folder or hub id of a CLIP model for the CLIP score. A CLIP judge is taken without it.
+        phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`).
+        wanted: names of metrics that must be measurable; asked before anything is drawn.
+        cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
 
     Raises:
-        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images.
+        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images; a model that
+            cannot be loaded, a judge of the user's that fails, or a wanted metric that is unknown or lacks its model.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
+    asked = known_metrics(wanted)
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
     drawn = drawing(pipeline, steps, guidance_scale)
@@ -403,11 +249,15 @@ def evaluate(
     if baseline is not None and len(baseline) != len(answers.prompts):
         raise FadeError(f"the baseline has {len(baseline)} images, but these seeds ask for {len(answers.prompts)}")
 
-    def draw(description: str) -> Tensor:
-        return backbone.generate(
-            answers.prompts, answers.seeds, drawn.steps, drawn.guidance_scale, batch_size, progress, description
-        ).cpu()  # fmt: skip
-
+    instruments = {
+        "features": chosen.features if features is None else ModelFeatures(features, backbone.device),
+        "clip": _clip(clip or chosen.clip, backbone.device),
+    }
+    for metric in asked:
+        if metric.needs and not (phrasings if metric.needs == "phrasings" else instruments[metric.needs]):
+            raise FadeError(f"{metric.name} cannot be measured without {_GIVEN_BY[metric.needs]}")
+    drawings = Drawings(backbone, drawn, batch_size, progress, cache)
+    draw = functools.partial(drawings, answers.prompts, answers.seeds)
     if baseline is None:
         adapter.disable()
         try:
@@ -421,7 +271,13 @@ def evaluate(
         "images": len(answers.prompts),
         "seeds": list(seeds),
         **vars(drawn),
+        **{name: model.name for name, model in instruments.items() if model is not None},
     }
+    if phrasings:
+        instruments["phrasings"] = held_out(
+            pipeline, adapter, seeds=seeds, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
+            judge=judge, classes=classes, cache=cache, progress=progress,
+        )  # fmt: skip
     return _summarise(
         answers,
         {domain: head(baseline) for domain, head in chosen.heads.items()},
@@ -429,7 +285,23 @@ def evaluate(
         baseline,
         images,
         settings,
+        **instruments,
     )
+
+
+_GIVEN_BY = {
+    "features": "features to compare pictures by: give --features FOLDER, an image model of transformers",
+    "clip": "a CLIP model: give --clip MODEL",
+    "phrasings": "drawing other words: give --phrasings",
+}
+
+
+def _clip(model: str | None, device: torch.device) -> Any:
+    if model is None:
+        return None
+    from fade.evaluation.clip_judge import Clip
+
+    return Clip(model, device)
 
 
 def _summarise(
@@ -439,16 +311,11 @@ def _summarise(
     baseline: Tensor,
     images: Tensor,
     settings: dict[str, Any],
+    **instruments: Any,
 ) -> Evaluation:
-    """All numbers from images and the judges' answers (int64 [n] per domain)."""
-    sizes = {domain: len(words) for domain, words in answers.classes.items()}
-    forgotten = answers.forgotten
-
-    def measure(judged: dict[str, Tensor]) -> dict[str, float | None]:
-        return {
-            **metrics_of_several(answers.prompted, judged, sizes, answers.targets),
-            "NA": neighbour_accuracy(answers.prompted, judged, sizes, answers.targets),
-        }
+    """All numbers from images and the judges' answers (int64 [n] per domain); `instruments` is the rest of `Drawn`."""
+    drawn = Drawn(answers, baseline, images, judged_before, judged_after, **instruments)
+    sizes = drawn.sizes
 
     def rows(judged: dict[str, Tensor]) -> dict[str, list[float]]:
         return {d: (100 * receiver_accuracy(answers.prompted[d], judged[d], sizes[d])).tolist() for d in sizes}
@@ -459,10 +326,6 @@ def _summarise(
         table = cell_accuracy(answers.prompted[first], answers.prompted[second], right, (height, width))
         return (100 * table[answers.prompted[first].unique()][:, answers.prompted[second].unique()]).tolist()
 
-    kept = ~forgotten
-    metrics = measure(judged_after)
-    metrics["drift"] = rms_difference(images[kept], baseline[kept]) if bool(kept.any()) else None
-    metrics["drift_forget"] = rms_difference(images[forgotten], baseline[forgotten])
     before, after = rows(judged_before), rows(judged_after)
     shown = {
         domain: torch.cat(
@@ -492,9 +355,7 @@ def _summarise(
         )
     return Evaluation(
         answers=answers,
-        metrics=metrics,
-        base=measure(judged_before),
-        intervals=intervals_of_several(answers.prompted, judged_after, answers.targets),
+        values={metric.name: metric.measure(drawn) for metric in METRICS if metric.measurable(drawn)},
         receivers={
             domain: {
                 word: {"before": before[domain][i], "after": after[domain][i]}
@@ -513,4 +374,5 @@ def _summarise(
         settings=settings,
         images=images,
         baseline=baseline,
+        phrasings=drawn.phrasings,
     )

@@ -11,6 +11,12 @@ from fade.config import Config
 from fade.digitcanvas.models import TEXT_WIDTH, build_scheduler, build_text_encoder, build_tokenizer, build_vae
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer sets that a command keeps are this test's own."""
+    monkeypatch.setenv("FADE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -24,8 +24,9 @@ from fade.emojicanvas import OBJECTS, STYLES
 from fade.emojicanvas.bundled import MODEL as EMOJICANVAS
 from fade.errors import FadeError
 from fade.evaluation import Evaluation, evaluate, held_out
-from fade.evaluation.phrasings import held_out_prompts
-from fade.evaluation.run import _summarise, crossed_answers
+from fade.evaluation.answers import crossed_answers
+from fade.evaluation.metrics.phrasings import held_out_prompts
+from fade.evaluation.run import _summarise
 from fade.loading import load_model
 from fade.report import before_after_picture, outcome, render_report
 

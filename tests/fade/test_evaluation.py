@@ -22,16 +22,17 @@ from fade.digitcanvas import DIGITS, STYLES
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
-from fade.evaluation.clip_judge import ClipJudge
-from fade.evaluation.phrasings import HELD_OUT
-from fade.evaluation.run import _summarise, class_answers, crossed_answers
-from fade.evaluation.unlearncanvas import (
+from fade.evaluation.answers import class_answers, crossed_answers
+from fade.evaluation.clip_judge import Clip, ClipJudge
+from fade.evaluation.metrics.phrasings import HELD_OUT
+from fade.evaluation.metrics.unlearncanvas import (
     cell_accuracy,
     receiver_accuracy,
     unlearncanvas_intervals,
     unlearncanvas_metrics,
     wilson_interval,
 )
+from fade.evaluation.run import _summarise
 
 from .adapters import random_adapter
 
@@ -260,6 +261,24 @@ def test_clip_judge_picks_the_class_of_the_nearest_mean_text(tiny_clip: Path) ->
         assert int(torch.stack(likeness).argmax()) == answer
 
 
+def test_clip_score_is_the_cosine_of_a_picture_and_its_prompt(tiny_clip: Path) -> None:
+    images = torch.rand(5, 3, 40, 36, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+    prompts = ["three", "the digit eight in neon style", "zero", "ink", "a digit"]
+    clip = Clip(tiny_clip)
+    found = clip.score(images, prompts, batch_size=2)
+    model, tokenizer = CLIPModel.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)
+    processor = CLIPImageProcessor.from_pretrained(tiny_clip)
+    for image, prompt, score in zip(images, prompts, found.tolist(), strict=True):
+        levels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        pixels = processor(levels, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            output = model(**tokenizer([prompt], return_tensors="pt"), pixel_values=pixels)
+        cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+        assert score == pytest.approx(100 * max(0.0, cosine.item()), abs=1e-3)
+    with pytest.raises(FadeError, match="there is no CLIP model"):
+        Clip("nowhere")
+
+
 def test_clip_judge_says_what_is_wrong(tiny_clip: Path, tmp_path: Path) -> None:
     with pytest.raises(FadeError, match="two different classes"):
         ClipJudge(tiny_clip, ["three"])
@@ -282,6 +301,7 @@ def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_cl
     assert evaluation.metrics["drift"] > 0
     assert adapter.enabled
     json.loads(evaluation.to_json())
+    assert evaluation.metrics["CLIP"] >= 0 and evaluation.settings["clip"] == str(tiny_clip)  # the judge's
 
     again = evaluate(pipeline, adapter, **options, baseline=evaluation.baseline)
     assert torch.equal(again.images, evaluation.images)

@@ -17,7 +17,7 @@ from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import held_out
-from fade.evaluation.phrasings import HELD_OUT, held_out_prompts
+from fade.evaluation.metrics.phrasings import HELD_OUT, held_out_prompts
 from fade.unlearning import ADAPTER_FILE
 
 from .adapters import random_adapter

@@ -19,7 +19,8 @@ from fade.digitcanvas import DIGITS, STYLES
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError, printable
 from fade.evaluation import Evaluation
-from fade.evaluation.run import _summarise, class_answers
+from fade.evaluation.answers import class_answers
+from fade.evaluation.run import _summarise
 from fade.report import before_after_picture, human_bytes, outcome, render_report, short_layer_name, write_report
 
 from .test_evaluation import synthetic

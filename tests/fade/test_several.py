@@ -27,8 +27,13 @@ from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES, prompt
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
-from fade.evaluation.run import class_answers, crossed_answers
-from fade.evaluation.unlearncanvas import Target, intervals_of_several, metrics_of_several, unlearncanvas_metrics
+from fade.evaluation.answers import class_answers, crossed_answers
+from fade.evaluation.metrics.unlearncanvas import (
+    Target,
+    intervals_of_several,
+    metrics_of_several,
+    unlearncanvas_metrics,
+)
 from fade.request import slugs
 from fade_kernels import BitMask
 

@@ -18,10 +18,12 @@ from fade.backbones import backbone_for
 from fade.bundled import drawing
 from fade.cache_key import module_digest, pipeline_digests
 from fade.errors import FadeError, printable
+from fade.evaluation.answers import AnswerSet, first_seeds
 from fade.evaluation.attacks.registry import chosen_attacks
 from fade.evaluation.attacks.subject import Attack, Drawn, Subject
-from fade.evaluation.run import AnswerSet, first_seeds, judge_for
-from fade.evaluation.unlearncanvas import Target, wilson_interval
+from fade.evaluation.intervals import wilson_interval
+from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.unlearncanvas import Target
 from fade.files import atomic_write, check_writable, remove_parts
 from fade.images import listed
 from fade.modes import plain_mode

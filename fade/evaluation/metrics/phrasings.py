@@ -9,6 +9,7 @@ as a judge also finds the concept where nothing of it is left.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,10 @@ from fade.backbones import backbone_for
 from fade.bundled import BundledModel, drawing, recognised
 from fade.concept import pairs_in
 from fade.errors import FadeError
-from fade.evaluation.run import judge_for
-from fade.evaluation.unlearncanvas import wilson_interval
+from fade.evaluation.drawings import Drawings
+from fade.evaluation.intervals import wilson_interval
+from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,6 +102,7 @@ def held_out(
     baseline: PhrasingResult | None = None,
     judge: str | None = None,
     classes: Sequence[str] = (),
+    cache: Path | None = None,
     progress: bool = True,
 ) -> PhrasingResult:
     """Draws the held-out phrasings of the adapter's concepts with the adapter on and off, those of the surrogates with
@@ -110,7 +114,7 @@ def held_out(
             and 120 a style on EmojiCanvas, 10 elsewhere).
         baseline: an earlier result of the same concepts and surrogates, base, seeds, steps and guidance, to save two
             thirds of the time.
-        steps, guidance_scale, batch_size, judge, classes, progress: as for `fade.evaluation.evaluate`.
+        steps, guidance_scale, batch_size, judge, classes, cache, progress: as for `fade.evaluation.evaluate`.
 
     Raises:
         FadeError: no judge knows the concepts, `seeds` is empty, or `baseline` has other phrasings.
@@ -126,15 +130,12 @@ def held_out(
     rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]
     if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
         raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
-    targets = asked.answers(seeds).targets
+    targets, draw = asked.answers(seeds).targets, Drawings(backbone, drawn_as, batch_size, progress, cache)
 
     def shares(kind: str, description: str) -> Tensor:
         """Of each picture whether the judge finds its concept: float64 [n], 0 or 100."""
         drawn = [prompt for one in prompts[kind] for _, prompt in one for _ in seeds]
-        images = backbone.generate(
-            drawn, list(seeds) * (len(drawn) // len(seeds)), drawn_as.steps, drawn_as.guidance_scale, batch_size,
-            progress, description,
-        ).cpu()  # fmt: skip
+        images = draw(drawn, list(seeds) * (len(drawn) // len(seeds)), description)
         parts = images.split([len(one) * len(seeds) for one in prompts[kind]])
         found = [asked.heads[target.domain](part) == target.forget for target, part in zip(targets, parts, strict=True)]
         return 100.0 * torch.cat(found).double()
@@ -165,3 +166,14 @@ def held_out(
         interval_95=(100.0 * low, 100.0 * high),
         phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
     )
+
+
+def _measure(drawn: Drawn) -> Value:
+    found = drawn.phrasings
+    assert found is not None
+    return Value(found.adapted, found.base, Interval(*found.interval_95, found.images))
+
+
+METRICS = (
+    Metric("phrasings", "% recognised in words nothing was made with", "%", "lower", _measure, needs="phrasings"),
+)

@@ -5,11 +5,14 @@ denominators are spelled out here; per-receiver accuracies count as its `accurac
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fade.evaluation.intervals import grouped_interval, wilson_interval
+from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 
 def receiver_accuracy(prompted: Tensor, judged: Tensor, classes: int) -> Tensor:
@@ -30,18 +33,6 @@ def cell_accuracy(rows: Tensor, columns: Tensor, right: Tensor, shape: tuple[int
     cells = shape[0] * shape[1]
     asked = torch.bincount(index, minlength=cells).double()
     return (torch.bincount(index[right], minlength=cells).double() / asked).reshape(shape)
-
-
-def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default, as fractions; (0, 1) when nothing was counted."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low = 0.0 if right == 0 else max(0.0, centre - half)
-    high = 1.0 if right == total else min(1.0, centre + half)
-    return low, high
 
 
 @dataclass(frozen=True)
@@ -185,31 +176,43 @@ def intervals_of_several(
 ) -> dict[str, dict[str, float | int]]:
     """`unlearncanvas_intervals` of `metrics_of_several`, and of `neighbour_accuracy` where there is one: emitters are
     pooled like receivers, and an image counts once for each of them that its prompt names."""
-    kept = ~named_by_any(prompted, targets)
-    right = {domain: judged[domain] == prompted[domain] for domain in prompted}
-    own = {
-        domain: torch.isin(
-            prompted[domain], torch.tensor([t.forget for t in targets if t.domain == domain], dtype=torch.int64)
-        )
-        for domain in prompted
-    }
-    beside = [domain for domain in prompted if any(target.domain != domain for target in targets)]
-    counted = {
-        "UA": [~right[target.domain][target.named(prompted)] for target in targets],
-        "IRA": [right[domain][kept] for domain in dict.fromkeys(target.domain for target in targets)],
-        "CRA": [right[domain][~own[domain]] for domain in beside],
-        "NA": [
-            right[domain][kept & torch.isin(prompted[domain], torch.tensor(near, dtype=torch.int64))]
-            for domain, near in neighbours_of(targets).items()
-        ],
-    }
     intervals = {}
-    for name, parts in counted.items():
-        if parts:
+    for name, parts in _groups(prompted, judged, targets).items():
+        if parts and name in ("UA", "IRA", "CRA", "NA"):
             hits = torch.cat(parts)
             low, high = wilson_interval(int(hits.sum()), len(hits))
             intervals[name] = {"images": len(hits), "low": 100.0 * low, "high": 100.0 * high}
     return intervals
+
+
+def _groups(
+    prompted: Mapping[str, Tensor], judged: Mapping[str, Tensor], targets: Sequence[Target]
+) -> dict[str, list[Tensor]]:
+    """By metric, for each emitter or receiver that it is a mean over, which of its images count: bool [n_g] each."""
+    kept = ~named_by_any(prompted, targets)
+    of_emitters = list(dict.fromkeys(target.domain for target in targets))
+    beside = [domain for domain in prompted if any(target.domain != domain for target in targets)]
+    near = neighbours_of(targets)
+
+    def receivers(domains: Sequence[str], counted: Tensor, only: Mapping[str, list[int]] | None = None) -> list[Tensor]:
+        found = []
+        for domain in domains:
+            gone = {target.forget for target in targets if target.domain == domain}
+            for index in prompted[domain].unique().tolist() if only is None else only.get(domain, []):
+                own = counted & (prompted[domain] == index)
+                if index not in gone and bool(own.any()):
+                    found.append(judged[domain][own] == index)
+        return found
+
+    everything = torch.ones_like(kept)
+    return {
+        "UA": [judged[t.domain][t.named(prompted)] != t.forget for t in targets],
+        "IRA": receivers(of_emitters, kept),
+        "NA": receivers(of_emitters, kept, near),
+        "CRA": receivers(beside, everything),
+        "CRA_retained": receivers(beside, kept),
+        "redirected": [judged[t.domain][t.named(prompted)] == t.surrogate for t in targets if t.surrogate is not None],
+    }
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -222,3 +225,42 @@ def _check(prompted: Tensor, judged: Tensor, classes: int) -> None:
     for name, labels in (("prompted", prompted), ("judged", judged)):
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(f"{name} labels must be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
+
+
+def _measured(name: str) -> Callable[[Drawn], Value]:
+    """How the accuracy `name` is measured: Wilson's interval with receivers pooled, a paired one of its change."""
+
+    def measure(drawn: Drawn) -> Value:
+        answers, numbers, groups = drawn.answers, [], []
+        for judged in (drawn.judged_base, drawn.judged_adapted):
+            if name == "NA":
+                numbers.append(neighbour_accuracy(answers.prompted, judged, drawn.sizes, answers.targets))
+            else:
+                numbers.append(metrics_of_several(answers.prompted, judged, drawn.sizes, answers.targets)[name])
+            groups.append(_groups(answers.prompted, judged, answers.targets)[name])
+        base, adapted = numbers
+        if adapted is None:
+            return Value(None, base)
+        hits = torch.cat(groups[1])
+        low, high = wilson_interval(int(hits.sum()), len(hits))
+        changes = [100.0 * (after.double() - before.double()) for before, after in zip(*groups, strict=True)]
+        return Value(
+            adapted, base, Interval(100.0 * low, 100.0 * high, len(hits)),
+            Interval(*grouped_interval(changes), len(hits)),
+        )  # fmt: skip
+
+    return measure
+
+
+def _metric(name: str, meaning: str, shown: bool = True) -> Metric:
+    return Metric(name, meaning, "%", "higher", _measured(name), shown=shown)
+
+
+METRICS = (
+    _metric("UA", "% forgotten prompts no longer recognised"),
+    _metric("IRA", "% others of the same kind still right"),
+    _metric("NA", "% of the nearest look-alikes still right"),
+    _metric("CRA", "% of the other kind still right"),
+    _metric("CRA_retained", "CRA without the prompts that name the concept", shown=False),
+    _metric("redirected", "% forgotten prompts recognised as the surrogate"),
+)

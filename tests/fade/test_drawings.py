@@ -1,0 +1,120 @@
+"""Answer sets that are kept: nothing is drawn twice, and nothing is taken for something else."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from fade.backbones import backbone_for
+from fade.bundled import Drawing
+from fade.evaluation import drawings
+from fade.evaluation.drawings import Drawings, default_cache
+
+from .adapters import random_adapter
+
+PROMPTS, SEEDS = ("cat", "a photo of dog"), (3, 4)
+
+
+class Counted:
+    """A pipeline's drawings, and how often they were really drawn."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, cache: Path | None, **settings: Any) -> None:
+        self.drawn = 0
+        backbone = backbone_for(pipeline)
+        generate = backbone.generate
+
+        def counted(*arguments: Any) -> torch.Tensor:
+            self.drawn += 1
+            return generate(*arguments)
+
+        backbone.generate = counted
+        self._draw = Drawings(backbone, Drawing(**{"steps": 1, **settings}), batch_size=2, cache=cache)
+
+    def __call__(self, prompts: tuple[str, ...] = PROMPTS, seeds: tuple[int, ...] = SEEDS) -> torch.Tensor:
+        return self._draw(prompts, seeds, "drawing")
+
+
+def test_a_set_is_drawn_once(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    first, again = Counted(pipeline, tmp_path), Counted(pipeline, tmp_path)
+    images = first()
+    assert torch.equal(again(), images) and (first.drawn, again.drawn) == (1, 0)
+    assert torch.equal(Counted(pipeline, None)(), images)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_what_pictures_depend_on_tells_sets_apart(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    Counted(pipeline, tmp_path)()
+    draw = Counted(pipeline, tmp_path)
+    for prompts, seeds in ((PROMPTS[::-1], SEEDS), (PROMPTS, (3, 5)), (PROMPTS[:1], SEEDS[:1])):
+        draw(prompts, seeds)
+    assert draw.drawn == 3
+    for settings in ({"steps": 2}, {"guidance_scale": 1.5}):
+        other = Counted(pipeline, tmp_path, **settings)
+        other()
+        assert other.drawn == 1, settings
+
+    adapter = random_adapter(pipeline, strength=2.0)
+    with_it = Counted(pipeline, tmp_path)
+    images = with_it()
+    adapter.scale = 0.5
+    assert not torch.equal(with_it(), images)
+    adapter.scale = 1.0
+    assert torch.equal(with_it(), images) and with_it.drawn == 2
+    adapter.disable()
+    base = Counted(pipeline, tmp_path)
+    base()
+    assert base.drawn == 0  # the base model's pictures serve every adapter
+    adapter.remove()
+    other = random_adapter(pipeline, strength=2.0, seed=1)
+    another = Counted(pipeline, tmp_path)
+    assert not torch.equal(another(), images) and another.drawn == 1
+    other.remove()
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).mul_(1.5)
+    changed = Counted(pipeline, tmp_path)
+    changed()
+    assert changed.drawn == 1
+
+
+def test_a_damaged_set_is_drawn_again(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    images = Counted(pipeline, tmp_path)()
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    draw = Counted(pipeline, tmp_path)
+    with pytest.warns(UserWarning, match="damaged and are drawn again"):
+        assert torch.equal(draw(), images)
+    assert draw.drawn == 1 and torch.equal(Counted(pipeline, tmp_path)(), images)
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.warns(UserWarning, match="not kept"):
+        images = Counted(pipeline, blocked / "cache")()
+    assert len(images) == 2
+
+
+def test_the_oldest_sets_go(pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = Counted(pipeline, tmp_path)
+    for seed in range(3):
+        draw(PROMPTS[:1], (seed,))
+    for age, file in enumerate(sorted(tmp_path.iterdir())):
+        os.utime(file, (age, age))
+    oldest, *others = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(drawings, "MOST_BYTES", 3 * oldest.stat().st_size)
+    draw(PROMPTS[:1], (9,))
+    kept = set(tmp_path.iterdir())
+    assert oldest not in kept and set(others) < kept and len(kept) == 3
+
+
+def test_where_sets_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FADE_CACHE", str(tmp_path / "own"))
+    assert default_cache() == tmp_path / "own" / "answers"
+    monkeypatch.delenv("FADE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "fade" / "answers"

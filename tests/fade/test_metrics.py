@@ -1,0 +1,440 @@
+"""Each metric against an independent definition, the registry that table, JSON and report read, and requirements."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fade.bundled import model
+from fade.errors import FadeError
+from fade.evaluation import run
+from fade.evaluation.answers import class_answers, crossed_answers
+from fade.evaluation.features import JudgeFeatures, ModelFeatures
+from fade.evaluation.intervals import grouped_interval, mean_interval
+from fade.evaluation.metrics.composition import composed
+from fade.evaluation.metrics.distribution import frechet_distance, inside, kernel_distance, paired_kernel_terms
+from fade.evaluation.metrics.entangled import EPS, entangled, otsu, regions
+from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
+from fade.evaluation.metrics.perceptual import feature_distance
+from fade.evaluation.metrics.registry import METRICS, known_metrics
+from fade.evaluation.requirements import requirements, shortfalls
+from fade.evaluation.run import _summarise
+from fade.report import render_report
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh for each test; a failure names it among the test's arguments."""
+    return random.randrange(2**31)
+
+
+def features(seed: int, count: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(width, width, generator=generator)
+    return torch.randn(count, width, generator=generator) @ mixed + torch.randn(width, generator=generator)
+
+
+class Flat:
+    """Means over blocks of pixels as features."""
+
+    name = "blocks"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, 4).flatten(1)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        return [images, torch.nn.functional.avg_pool2d(images, 4)]
+
+
+def drawn(seed: int, forget: Any = "three", surrogate: Any = "eight", seeds: tuple[int, ...] = (1, 2)) -> Drawn:
+    """Random pictures and judgements of DigitCanvas's answer set."""
+    generator = torch.Generator().manual_seed(seed)
+    answers = crossed_answers(model("digitcanvas"), forget, surrogate, seeds)
+    count = len(answers.prompts)
+
+    def judged(wrong: float) -> dict[str, Tensor]:
+        return {
+            domain: torch.where(
+                torch.rand(count, generator=generator) < wrong,
+                torch.randint(len(words), (count,), generator=generator),
+                answers.prompted[domain],
+            )
+            for domain, words in answers.classes.items()
+        }
+
+    base = torch.rand(count, 3, 8, 8, generator=generator)
+    adapted = (base + 0.1 * torch.randn(base.shape, generator=generator)).clamp(0, 1)
+    return Drawn(answers, base, adapted, judged(0.1), judged(0.4), features=Flat())
+
+
+def value(name: str, of: Drawn) -> Value:
+    (metric,) = known_metrics([name])
+    return metric.measure(of)
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [(40, 60), (9, 200)], ids=["full rank", "fewer than features"])
+def test_frechet_distance_against_its_definition(seed: int, counts: tuple[int, int]) -> None:
+    first, second = features(seed, counts[0], 12).double(), features(seed + 1, counts[1], 12).double()
+    means, covariances = (first.mean(0), second.mean(0)), (first.T.cov(), second.T.cov())
+    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    expected = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * root
+    assert frechet_distance(first.float(), second.float()) == pytest.approx(expected.item(), rel=1e-4)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9 * covariances[0].trace().item())
+    with pytest.raises(ValueError, match="two pictures"):
+        frechet_distance(first[:1], second)
+
+
+def test_kernel_distance_against_its_definition(seed: int) -> None:
+    first, second = features(seed, 7, 5).double(), features(seed + 1, 9, 5).double()
+
+    def mean(a: Tensor, b: Tensor, apart: bool) -> float:
+        found = [((x @ y).item() / 5 + 1) ** 3 for i, x in enumerate(a) for j, y in enumerate(b) if not apart or i != j]
+        return sum(found) / len(found)
+
+    expected = mean(first, first, True) + mean(second, second, True) - 2 * mean(first, second, False)
+    assert kernel_distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+    other = second[:7]
+    terms = paired_kernel_terms(first, other)
+    paired = mean(first, first, True) + mean(other, other, True) - 2 * mean(first, other, True)
+    assert terms.sum().item() / 42 == pytest.approx(paired, rel=1e-9)
+    assert paired_kernel_terms(first, first).abs().max() == 0  # where the unpaired estimate is below zero
+    assert kernel_distance(first, first) < 0
+
+
+def test_fid_and_kid_are_torchmetrics(seed: int) -> None:
+    image = pytest.importorskip("torchmetrics.image")
+
+    class Identity(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    first, second = features(seed, 50, 12), features(seed + 1, 50, 12)
+    fid = image.fid.FrechetInceptionDistance(Identity(), input_img_size=(1, 1, 1)).set_dtype(torch.float64)
+    kid = image.kid.KernelInceptionDistance(Identity(), subsets=1, subset_size=50)
+    for metric in (fid, kid):
+        metric.update(first, real=True)
+        metric.update(second, real=False)
+    assert frechet_distance(first, second) == pytest.approx(fid.compute().item(), rel=1e-4)
+    assert kernel_distance(first, second) == pytest.approx(kid.compute()[0].item(), rel=1e-4)
+
+
+def test_precision_against_its_definition(seed: int) -> None:
+    points, manifold = features(seed, 15, 3), features(seed, 20, 3)[5:]
+    expected = []
+    for point in points.double():
+        found = False
+        for i, centre in enumerate(manifold.double()):
+            others = sorted((centre - o).norm().item() for j, o in enumerate(manifold.double()) if j != i)
+            found |= (point - centre).norm().item() <= others[2]
+        expected.append(found)
+    assert inside(points, manifold).tolist() == expected
+    assert bool(inside(manifold, manifold).all())
+    assert not bool(inside(points + 1e6, manifold).any())
+    with pytest.raises(ValueError, match="need more than 3"):
+        inside(points, manifold[:3])
+
+
+def test_distributions_are_of_retained_pictures_and_fid_needs_more_than_it_has_features(seed: int) -> None:
+    few = drawn(seed)
+    kept = ~few.answers.forgotten
+    pair = Flat()(few.base[kept]), Flat()(few.adapted[kept])
+    fid = value("FID", few)
+    assert fid.adapted == pytest.approx(frechet_distance(*pair), rel=1e-9)
+    assert fid.interval.low <= fid.adapted <= fid.interval.high and fid.interval.images == 144
+    kid = value("KID", few)
+    assert kid.interval.low <= kid.adapted <= kid.interval.high
+    assert value("precision", few).adapted == 100 * inside(pair[1], pair[0]).double().mean().item()
+    assert value("recall", few).adapted == 100 * inside(pair[0], pair[1]).double().mean().item()
+
+    wide = dataclasses.replace(few, features=lambda images: images.flatten(1))
+    fid = value("FID", wide)
+    assert fid.adapted is None and fid.interval is None
+    assert "more than 192 images" in fid.note and f"KID is {value('KID', wide).adapted:.4g}" in fid.note
+
+    same = dataclasses.replace(few, adapted=few.base)
+    assert value("KID", same) == Value(0.0, interval=Interval(0.0, 0.0, 144))
+    assert value("FID", same).adapted == pytest.approx(0, abs=1e-9)
+
+
+# --- pairs of pictures -----------------------------------------------------------------------------------------------
+
+
+def test_entangled_against_its_formulas(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(2, 3, 6, 5, generator=generator)
+    mask = torch.rand(6, 5, generator=generator) < 0.4
+    mask[0, :2] = torch.tensor([True, False])
+    cells = {
+        inner: [(c, i, j) for c in range(3) for i in range(6) for j in range(5) if bool(mask[i, j]) == inner]
+        for inner in (True, False)
+    }
+
+    def rmse(inner: bool) -> float:
+        return math.sqrt(sum((x[c].item() - y[c].item()) ** 2 for c in cells[inner]) / len(cells[inner]))
+
+    def spread(inner: bool) -> tuple[float, float]:
+        values = [y[c].item() for c in cells[inner]]
+        mean = sum(values) / len(values)
+        return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+    s_in, s_out = 1 - rmse(True), rmse(False)
+    s = 2 * s_in * (1 - s_out) / (s_in + 1 - s_out + EPS)
+    c = 1.0
+    for a, b in zip(spread(True), spread(False), strict=True):
+        c *= 2 * a * b / (a * a + b * b + EPS)
+    found = entangled(x, y, mask)
+    expected = {"s_in": s_in, "s_out": s_out, "s": s, "c": c, "d": s * c / (0.5 * c + 0.5 * s + EPS)}
+    assert dataclasses.asdict(found) == pytest.approx(expected, rel=1e-5)
+    assert entangled(x, y, torch.zeros(6, 5, dtype=torch.bool)).s_in == 1.0
+    with pytest.raises(ValueError, match="shapes"):
+        entangled(x, y, mask[:5])
+
+
+def test_otsu_parts_where_the_variance_between_is_largest(seed: int) -> None:
+    values = torch.cat([torch.rand(30, generator=torch.Generator().manual_seed(seed)), torch.tensor([3.0, 3.2, 2.9])])
+
+    def between(threshold: float) -> float:
+        low, high = values[values <= threshold], values[values > threshold]
+        return (len(low) * len(high) * (low.mean() - high.mean()) ** 2).item() if len(high) else 0.0
+
+    best = max(between(v) for v in values.tolist())
+    assert between(otsu(values)) == pytest.approx(best, rel=1e-5)
+
+
+def test_the_region_to_forget_is_where_the_concept_is_drawn(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    concept = {"forget": "dog", "surrogate": "cat", "forget_prompts": ["a dog", "dog on grass"]}
+    answers = class_answers(concept, ["horse"], (5, 6))
+    scenes = {key: torch.rand(3, 8, 8, generator=generator) * 0.5 for key in (("a", 5), ("a", 6), ("g", 5), ("g", 6))}
+    pictures = []
+    for prompt, at in zip(answers.prompts, answers.seeds, strict=True):
+        picture = scenes["g" if "grass" in prompt else "a", at].clone()
+        if "dog" in prompt:
+            picture[:, 2:5, 3:7] = 1.0
+        pictures.append(picture)
+    base = torch.stack(pictures)
+    judged = answers.prompted
+    found = regions(Drawn(answers, base, base, judged, judged))
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 3:7] = True
+    assert list(found) == answers.forgotten.nonzero().flatten().tolist()
+    assert all(torch.equal(one, mask) for one in found.values())
+
+    gone = base.clone()
+    gone[answers.forgotten] *= 0.5
+    pair = Drawn(answers, base, gone, judged, judged)
+    assert value("S_in", pair).adapted < 1 and value("S_out", pair).adapted > 0
+    assert value("S_in", Drawn(answers, base, base, judged, judged)).adapted == 1.0
+    assert value("Entangled-S", pair).adapted == value("C", pair).adapted
+    alone = class_answers({**concept, "surrogate": ""}, [], (5,))
+    nothing = Drawn(alone, base[:2], base[:2], alone.prompted, alone.prompted)
+    assert value("Entangled-D", nothing).adapted is None and value("Entangled-D", nothing).note
+
+
+def test_feature_distance_against_its_formula(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layers = [[torch.randn(2, c, h, w, generator=generator) for c, h, w in ((4, 3, 2), (6, 2, 2))] for _ in range(2)]
+    found = feature_distance(*layers)
+    for n in range(2):
+        expected = 0.0
+        for x, y in zip(*layers, strict=True):
+            places = [(i, j) for i in range(x.shape[2]) for j in range(x.shape[3])]
+            likeness = [torch.cosine_similarity(x[n, :, i, j], y[n, :, i, j], dim=0).item() for i, j in places]
+            expected += sum(2 - 2 * cosine for cosine in likeness) / len(places)
+        assert found[n].item() == pytest.approx(expected, rel=1e-4)
+    assert feature_distance(layers[0], layers[0]).abs().max() == 0
+
+
+def test_the_lpips_like_distance_is_zero_only_where_nothing_changed(seed: int) -> None:
+    pair = drawn(seed)
+    kept = ~pair.answers.forgotten
+    held = dataclasses.replace(pair, adapted=torch.where(kept[:, None, None, None], pair.base, pair.adapted))
+    assert value("LPIPS-like", held).adapted == 0
+    assert value("LPIPS-like_forget", held).adapted > 0
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forget", [["three"], ["neon"], ["three", "neon"]], ids=str)
+def test_composition_counts_pictures_one_at_a_time(seed: int, forget: list[str]) -> None:
+    pair = drawn(seed, forget, [None] * len(forget))
+    words, hits = pair.answers.classes, []
+    for judged in (pair.judged_base, pair.judged_adapted):
+        found = []
+        for word in forget:
+            for i, prompt in enumerate(pair.answers.prompts):
+                _, _, digit, _, style, _ = prompt.split()
+                own, other = ("digit", "style") if word == digit else ("style", "digit")
+                if word not in (digit, style) or (set(forget) <= {digit, style} and len(forget) == 2):
+                    continue
+                rest = style if own == "digit" else digit
+                found.append(words[own][int(judged[own][i])] != word and words[other][int(judged[other][i])] == rest)
+        hits.append(100 * sum(found) / len(found))
+    composition = value("composition", pair)
+    assert (composition.base, composition.adapted) == pytest.approx(tuple(hits))
+    assert composition.change.low <= composition.adapted - composition.base <= composition.change.high
+    concept = {"forget": "dog", "surrogate": "cat", "forget_prompts": ["a dog"]}
+    answers = class_answers(concept, [], (1,))
+    assert composed(Drawn(answers, *torch.rand(2, 2, 3, 4, 4), answers.prompted, answers.prompted)) is None
+
+
+def test_accuracies_have_paired_intervals_of_their_change(seed: int) -> None:
+    pair = drawn(seed)
+    for name in ("UA", "IRA", "NA", "CRA", "CRA_retained", "redirected"):
+        found = value(name, pair)
+        assert found.change.low <= found.adapted - found.base <= found.change.high, name
+        assert found.interval.low <= 100 and found.interval.images == found.change.images > 0
+    unchanged = dataclasses.replace(pair, judged_adapted=pair.judged_base)
+    assert value("IRA", unchanged).change == Interval(0.0, 0.0, 144)
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    covered = 0
+    for _ in range(200):
+        low, high = mean_interval(torch.randn(60, generator=generator) + 5)
+        covered += low <= 5 <= high
+    assert 0.87 <= covered / 200 <= 1.0  # 95 % less the bootstrap's own bias and five standard errors
+
+
+def test_a_grouped_interval_weighs_groups_the_same(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    large, small = torch.randn(400, generator=generator), torch.randn(40, generator=generator) + 10
+    low, high = grouped_interval([large, small])
+    assert low < (large.mean() + small.mean()) / 2 < high and 4 < low < high < 6
+    assert grouped_interval([large]) == mean_interval(large)
+
+
+# --- feature extractors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digitcanvas", "emojicanvas"])
+def test_a_judges_features_are_what_its_last_layer_reads(seed: int, name: str) -> None:
+    described = model(name)
+    judges = described.load_judges()
+    side = {"digitcanvas": 32, "emojicanvas": 64}[name]
+    images = torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    extractor = JudgeFeatures(described.title, judges)
+    found, start = extractor(images), 0
+    for domain in described.domains:
+        last = judges._classifiers[domain.name][-1]
+        own = found[:, start : start + last.in_features]
+        assert torch.equal(last(own).argmax(1), getattr(judges, domain.name)(images))
+        start += last.in_features
+    assert start == found.shape[1]
+    maps = extractor.maps(images)
+    assert len(maps) == 12 and all(len(layer) == 5 and layer.dim() == 4 for layer in maps)
+    assert torch.allclose(maps[5].mean((2, 3)), found[:, : maps[5].shape[1]], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **size)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_features_of_a_model_on_disk(vit: Path, seed: int) -> None:
+    from transformers import ViTImageProcessor, ViTModel
+
+    images = torch.rand(34, 3, 20, 20, generator=torch.Generator().manual_seed(seed))
+    extractor = ModelFeatures(vit)
+    found = extractor(images)
+    levels = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images]
+    pixels = ViTImageProcessor.from_pretrained(vit)(levels, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = ViTModel.from_pretrained(vit).eval()(pixels).pooler_output
+    torch.testing.assert_close(found, expected)
+    assert [tuple(layer.shape) for layer in extractor.maps(images)] == [(34, 16, 1, 5)] * 3
+    assert "vit" in extractor.name
+
+
+def test_what_is_no_image_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FadeError, match="there is no folder"):
+        ModelFeatures(tmp_path / "none")
+    with pytest.raises(FadeError, match="cannot load an image model"):
+        ModelFeatures(tmp_path)
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_metric_is_in_table_json_and_report(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = Metric("brightness", "mean level", "of 1", "higher", lambda d: Value(float(d.adapted.mean()), note="so"), 3)
+    hidden = dataclasses.replace(new, name="secret", shown=False)
+    monkeypatch.setattr(run, "METRICS", (*METRICS, new, hidden))
+    pair = drawn(seed)
+    evaluation = _summarise(
+        pair.answers, pair.judged_base, pair.judged_adapted, pair.base, pair.adapted, {}, features=Flat()
+    )
+    number = float(pair.adapted.mean())
+    record = json.loads(evaluation.to_json())
+    assert record["brightness"] == record["secret"] == number and record["notes"]["brightness"] == "so"
+    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings")} <= record.keys()
+    assert "CLIP" not in record and "FID" in record["interval_95"] and "IRA" in record["change_95"]
+    console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(evaluation.table())
+    text = console.export_text()
+    assert f"{number:.3f}" in text and "brightness: so" in text and "secret  " not in text
+    html = render_report(evaluation, {"concept": {}}, 1000)
+    assert f"{number:.3f}" in html and "brightness: so." in html
+
+
+def test_names_are_told_apart_and_each_says_what_it_means() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert all(metric.meaning and metric.better in ("higher", "lower") for metric in METRICS)
+    with pytest.raises(FadeError, match=r"no metric 'ua'; there are UA, IRA, .*FID"):
+        known_metrics(["ua"])
+
+
+# --- requirements ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ASR=3", "there are UA, IRA"), ("UA", "is no requirement"), ("UA=many", "is no requirement"),
+        ("UA=nan", "is no requirement"), ("UA=990", "percentage"), ("UA=9,UA=8", "twice"),
+        (" , ", "nothing is required"),
+    ],
+)  # fmt: skip
+def test_a_requirement_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FadeError, match=message):
+        requirements(text)
+
+
+def test_what_falls_short_is_named_in_the_metrics_own_direction(seed: int) -> None:
+    pair = drawn(seed)
+    evaluation = _summarise(pair.answers, pair.judged_base, pair.judged_adapted, pair.base, pair.adapted, {})
+    found = evaluation.metrics
+    text = ",".join(f"{name}={found[name]}" for name in ("UA", "IRA", "drift"))
+    assert shortfalls(evaluation, requirements(text)) == []  # met exactly
+    missed = shortfalls(evaluation, requirements(f"UA={found['UA'] / 2 + 50},drift={found['drift'] / 2},IRA=0"))
+    assert len(missed) == 2
+    assert missed[0].startswith(f"UA is {found['UA']:.6g} %; at least")
+    assert "at most" in missed[1] and missed[1].startswith("drift is")
+    evaluation.values["CRA"] = Value(None, note="of no use")
+    (line,) = shortfalls(evaluation, requirements("CRA=0"))
+    assert line == "CRA is undefined here (of no use); at least 0 % is required"
+    assert requirements(None) == ()
