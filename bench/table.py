@@ -1,0 +1,313 @@
+"""Every method beside every other: the same models, data, seeds, judges, metrics and attacks, from one command.
+
+    python -m bench.table            everything: hours on two cores; what the file lacks is run, cell by cell
+    python -m bench.table --quick    one concept and the quick attacks, in a quarter of an hour
+    python -m bench.table --show     run nothing: print the table of a file (--markdown: as README has it)
+
+A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
+failure is a line of the table with its reason. What it makes stays in `--folder` (adapter, attacks) until the file has
+it; a run that is stopped goes on where it was, also within a cell's attacks.
+
+    {"schema": 1, "kind": "table", "environment", "quick", "rows": [
+        {"model", "method", "forget", "surrogate", "seed", "seconds", "peak_memory_bytes", "adapter_bytes",
+         "metrics": {name: number}, "base": {name: number}, "attacks": {"attack, setting": success rate in percent},
+         "left_out": {attack: why}} | {..., "reason": why there is nothing}]}
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.files import ROOT, write_json
+
+SCHEMA = 1
+RESULTS = ROOT / "bench" / "results" / "table.json"
+FOLDER = ROOT / "build" / "table"
+SHOWN = ("UA", "IRA", "CRA", "NA", "drift", "KID")
+"""Metrics of the printed table; the file has all that the evaluation measures."""
+PICTURES = 8
+"""That an attack draws."""
+QUICK_ATTACKS = ("removal", "completion", "noise-probe", "quantising")
+PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    "digitcanvas": (
+        ("three", "eight"), ("seven", "one"), ("four", "nine"), ("zero", "six"), ("neon", "plain"), ("ink", "pencil"),
+    ),
+    "emojicanvas": (
+        ("tiger", "dog"), ("pizza", "taco"), ("apple", "tomato"), ("guitar", "violin"), ("castle", "cactus"),
+        ("rocket", "airplane"), ("glossy", "flat"), ("ink", "twemoji"),
+    ),
+}  # fmt: skip
+"""Concepts and what takes their place, by bundled model."""
+TOLD = ("model", "method", "forget", "surrogate", "seed")
+"""What tells a row from another."""
+ATTACKED = {"digitcanvas": ("three", "neon"), "emojicanvas": ("tiger", "glossy")}
+"""Concepts on which every attack is made, with the first seed."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one concept; `attacks`: those that its adapter must stand."""
+
+    model: str
+    method: str
+    forget: str
+    surrogate: str
+    seed: int
+    attacks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.model, self.method, self.forget, self.surrogate, self.seed
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return dict(zip(TOLD, self.key, strict=True))
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part).replace(" ", "_") for part in self.key)
+
+
+def cells(quick: bool, methods: Sequence[str]) -> list[Cell]:
+    """In the order in which an interrupted table is most worth having."""
+    from fade.evaluation.attacks.registry import ATTACKS
+
+    if quick:
+        pair = PAIRS["digitcanvas"][0]
+        return [Cell("digitcanvas", method, *pair, 0, QUICK_ATTACKS) for method in methods]
+    return [
+        Cell(model, method, forget, surrogate, seed, tuple(ATTACKS) if seed == 0 and forget in ATTACKED[model] else ())
+        for model, pairs in PAIRS.items()
+        for seed in (0, 1)
+        for forget, surrogate in sorted(pairs, key=lambda pair, model=model: pair[0] not in ATTACKED[model])
+        for method in methods
+    ]
+
+
+# --- one cell, in a process of its own -------------------------------------------------------------------------------
+
+
+def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Unlearns, evaluates and attacks; what is in `folder` already is not done again."""
+    import fade
+    from fade import bundled
+    from fade.errors import FadeError
+    from fade.evaluation import evaluate
+    from fade.evaluation.attacks import attack
+    from fade.measure import measured
+
+    made, path = folder / cell.name, folder / f"{cell.name}.json"
+    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
+    pipeline = bundled.model(cell.model).load_pipeline()
+    try:
+        if "metrics" not in row:
+            with measured() as cost:
+                adapter = fade.unlearn(
+                    pipeline, cell.forget, cell.surrogate, method=cell.method,
+                    config=fade.Config().replace(seed=cell.seed), output=made, overwrite=True, progress=False,
+                )  # fmt: skip
+            row |= {"seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes}
+            row["adapter_bytes"] = (made / "adapter.safetensors").stat().st_size
+            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), progress=False)
+            row |= {"metrics": found.metrics, "base": found.base, "notes": found.notes}
+            write_json(path, row)
+        elif cell.attacks:
+            adapter = fade.load_adapter(pipeline, made / "adapter.safetensors")
+        if cell.attacks:
+            record = attack(
+                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", progress=False
+            )
+            row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in record.results}
+            row |= {"unattacked": record.unattacked.rate, "left_out": record.left_out}
+    except FadeError as reason:
+        row["reason"] = str(reason)
+    write_json(path, row)
+    return row
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def _finished(row: dict[str, Any], cell: Cell) -> bool:
+    if "reason" in row:
+        return True
+    known = {name.partition(",")[0] for name in row.get("attacks", {})} | set(row.get("left_out", {}))
+    return "metrics" in row and set(cell.attacks) <= known
+
+
+def _run(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The cell in its process; a process that fails leaves its last words as the reason."""
+    command = [sys.executable, "-m", "bench.table", "--cell", json.dumps(asdict(cell)), "--folder", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    path = folder / f"{cell.name}.json"
+    if done.returncode == 0 and path.exists():
+        return json.loads(path.read_text())
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+    return {**cell.told, "reason": f"the process failed: {last[0]}"}
+
+
+def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: bool) -> dict[str, Any]:
+    """Runs what the file lacks, and writes it after every cell."""
+    from bench.harness import environment
+    from fade.progress import progress_bar
+
+    payload = load(output) if output.exists() else {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
+    rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
+    wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar("table", len(wanted), True) as advance, ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_run, cell, folder): cell for cell in wanted}
+        for future in as_completed(futures):
+            cell, row = futures[future], future.result()
+            rows[cell.key] = row
+            payload |= {"environment": environment(), "rows": list(rows.values())}
+            write_json(output, payload)
+            reached = row.get("reason") or f"UA {row['metrics']['UA']:.0f}, {row['seconds']:.0f} s"
+            advance(f"{cell.method}, {cell.forget}: {reached}")
+    return payload
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A table's file. Raises SystemExit with a message for people where it is none."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a table: {error}") from error
+    if not isinstance(payload, dict) or payload.get("kind") != "table":
+        raise SystemExit(f"{path} is not a file of `python -m bench.table`")
+    return payload
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _middle(numbers: list[float]) -> str:
+    """The median, and where there are several the range of the middle half."""
+    if not numbers:
+        return ""
+    ordered = sorted(numbers)
+    text = f"{median(ordered):.3g}"
+    if len(ordered) < 4:
+        return text
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75))
+    return text if f"{low:.3g}" == f"{high:.3g}" else f"{text} ({low:.3g}-{high:.3g})"
+
+
+def lines(payload: dict[str, Any], model: str) -> list[list[str]]:
+    """Header and one line a method: metrics, each attack's worst setting, seconds, MB of memory, kB of the file."""
+    rows = [row for row in payload["rows"] if row["model"] == model]
+    attacks = list(dict.fromkeys(name.partition(",")[0] for row in rows for name in row.get("attacks", ())))
+    shown = [name for name in SHOWN if any(row.get("metrics", {}).get(name) is not None for row in rows)]
+    header = ["method", "cells", *shown, *attacks, "s", "MB", "kB"]
+    table = [header]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        good = [row for row in own if "metrics" in row]
+        if not good:
+            table.append([method, "0", own[0].get("reason", "not run"), *[""] * (len(header) - 3)])
+            continue
+        metrics = [
+            _middle([row["metrics"][name] for row in good if row["metrics"].get(name) is not None]) for name in shown
+        ]
+        rates = []
+        for attack in attacks:
+            worst = [
+                max(rate for name, rate in row["attacks"].items() if name.partition(",")[0] == attack)
+                for row in good
+                if any(name.partition(",")[0] == attack for name in row.get("attacks", ()))
+            ]
+            refused = any(attack in row.get("left_out", {}) for row in good)
+            rates.append(_middle(worst) or ("cannot" if refused else "-"))
+        costs = [(row["seconds"], row["peak_memory_bytes"] / 1e6, row["adapter_bytes"] / 1e3) for row in good]
+        table.append(
+            [method, str(len(good)), *metrics, *rates, *(_middle(list(column)) for column in zip(*costs, strict=True))]
+        )
+    return table
+
+
+def markdown(payload: dict[str, Any]) -> str:
+    """A table for each model, and the reasons of what is not there."""
+    text = []
+    for model in dict.fromkeys(row["model"] for row in payload["rows"]):
+        header, *rows = lines(payload, model)
+        text += [f"{model}:", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    reasons = {(row["method"], row["model"]): row["reason"] for row in payload["rows"] if "reason" in row}
+    text += [f"- {method} on {model}: {reason}" for (method, model), reason in reasons.items()]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def draw(payload: dict[str, Any], path: Path) -> None:
+    """What is kept against what attacks bring back, a point a method and model; a figure without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in payload["rows"]))
+    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, model in enumerate(models):
+        axes = figure.add_subplot(1, len(models), index + 1)
+        for method in dict.fromkeys(row["method"] for row in payload["rows"]):
+            own = [row for row in payload["rows"] if (row["model"], row["method"]) == (model, method)]
+            own = [row for row in own if "metrics" in row]
+            rates = [rate for row in own for rate in row.get("attacks", {}).values()]
+            if not rates:
+                continue
+            x, y = median(row["metrics"]["IRA"] for row in own), sum(rates) / len(rates)
+            forgets = median(row["metrics"]["UA"] for row in own) >= 95
+            axes.plot(x, y, "o", color="#1f77b4" if forgets else "#bbbbbb")
+            axes.annotate(method, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=8)
+        axes.set(title=model, xlabel="IRA in percent", ylabel="attacks that succeed, mean in percent")
+        axes.grid(alpha=0.3)
+    figure.suptitle("right and below is better; grey: the concept is not forgotten (UA under 95)", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from bench.harness import print_table
+    from fade.methods import METHODS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one concept, the quick attacks")
+    parser.add_argument("--output", type=Path, help="file to fill (default: bench/results/table[-quick].json)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept meanwhile")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--markdown", action="store_true", help="print as README has it")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    a = parser.parse_args(argv)
+    if a.cell:
+        given = json.loads(a.cell)
+        run_cell(replace(Cell(**given), attacks=tuple(given["attacks"])), a.folder)
+        return 0
+    output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
+    if a.show:
+        payload = load(output)
+    else:
+        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick)
+    if a.markdown:
+        print(markdown(payload), end="")
+    else:
+        for model in dict.fromkeys(row["model"] for row in payload["rows"]):
+            print(f"\n{model}: medians over cells, of each attack the setting that succeeds most, in percent")
+            header, *rows = lines(payload, model)
+            print_table(header, rows)
+    draw(payload, output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The table of methods: which cells there are, going on, reasons, what is shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import table
+from bench.table import Cell
+from fade.methods import METHODS
+
+
+def row(cell: Cell, **more: Any) -> dict[str, Any]:
+    found = {"model": cell.model, "method": cell.method, "forget": cell.forget, "surrogate": cell.surrogate}
+    return {**found, "seed": cell.seed, **more}
+
+
+def measured(cell: Cell, ua: float, attacks: dict[str, float] | None = None) -> dict[str, Any]:
+    numbers = {"UA": ua, "IRA": 99.0, "CRA": 98.5, "NA": None, "drift": 0.02, "KID": 0.1}
+    costs = {"seconds": 2.5, "peak_memory_bytes": 7e8, "adapter_bytes": 46_000}
+    return row(cell, metrics=numbers, base=numbers, attacks=attacks or {}, left_out={}, **costs)
+
+
+def test_every_method_meets_every_concept_and_every_attack() -> None:
+    found = table.cells(quick=False, methods=list(METHODS))
+    assert {cell.method for cell in found} == set(METHODS)
+    assert len({cell.key for cell in found}) == len(found) == 14 * 2 * len(METHODS)
+    for model, attacked in table.ATTACKED.items():
+        assert {cell.forget for cell in found if cell.attacks and cell.model == model} == set(attacked)
+    quick = table.cells(quick=True, methods=["uce", "ssd"])
+    assert [(cell.method, cell.forget, cell.attacks) for cell in quick] == [
+        (method, "three", table.QUICK_ATTACKS) for method in ("uce", "ssd")
+    ]
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(cell: Cell, folder: Path) -> dict[str, Any]:
+        asked.append(cell.method)
+        if cell.method == "ssd":
+            return row(cell, reason="the process failed: no luck")
+        return measured(cell, 100.0, {"removal, adapter off": 100.0})
+
+    monkeypatch.setattr(table, "_run", run)
+    todo = [Cell("digitcanvas", method, "three", "eight", 0, ("removal",)) for method in ("uce", "ssd", "both")]
+    path = tmp_path / "table.json"
+    table.fill(todo[:2], path, tmp_path / "cells", 1, True)
+    table.fill(todo, path, tmp_path / "cells", 1, True)
+    assert asked == ["uce", "ssd", "both"]
+    more = [Cell("digitcanvas", "uce", "three", "eight", 0, ("removal", "completion"))]  # an attack that it lacks
+    table.fill(more, path, tmp_path / "cells", 1, True)
+    assert asked[3:] == ["uce"]
+    assert [found["method"] for found in json.loads(path.read_text())["rows"]] == ["uce", "ssd", "both"]
+
+
+def test_a_cell_without_a_number_has_a_reason() -> None:
+    cells = [Cell("digitcanvas", method, "three", "eight", seed) for method in ("uce", "ssd") for seed in range(4)]
+    rows = [measured(cell, 90.0 + cell.seed, {"completion, after 5": 10.0 * cell.seed, "completion, after 2": 0.0})
+            for cell in cells[:4]]  # fmt: skip
+    rows += [row(cell, reason="no cross-attention") for cell in cells[4:]]
+    payload = {"rows": rows}
+    header, uce, ssd = table.lines(payload, "digitcanvas")
+    assert header == ["method", "cells", "UA", "IRA", "CRA", "drift", "KID", "completion", "s", "MB", "kB"]
+    assert uce[:3] == ["uce", "4", "91.5 (91-92)"] and uce[7] == "15 (10-20)" and uce[-3:] == ["2.5", "700", "46"]
+    assert ssd[:3] == ["ssd", "0", "no cross-attention"] and len(ssd) == len(header)
+    text = table.markdown(payload)
+    assert "| uce | 4 | 91.5 (91-92) |" in text and "- ssd on digitcanvas: no cross-attention" in text
+
+
+def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path) -> None:
+    cell = Cell("digitcanvas", "closed-form", "three", "eight", 0)
+    first = table.run_cell(cell, tmp_path)
+    assert first["metrics"]["UA"] >= 95 and first["adapter_bytes"] > 1000 and "attacks" not in first
+    seconds = first["seconds"]
+    again = table.run_cell(Cell(*cell.key[:1], "closed-form", "three", "eight", 0, ("removal",)), tmp_path)
+    assert again["seconds"] == seconds  # not made anew
+    assert all(name.startswith("removal") for name in again["attacks"]) and max(again["attacks"].values()) > 50
+
+
+def test_what_is_no_table_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match="not a file of `python -m bench.table`"):
+        table.main(["--show", "--output", str(path)])
+
+
+def test_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell("digitcanvas", "uce", "three", "eight", 0)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"schema": 1, "kind": "table", "rows": [measured(cell, 100.0, {"removal, off": 99.0})]}))
+    assert table.main(["--show", "--output", str(path)]) == 0
+    assert "uce" in capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
