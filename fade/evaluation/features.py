@@ -71,8 +71,11 @@ class ModelFeatures:
         return torch.cat([self._pooled(self._output(chunk)) for chunk in images.split(_BATCH)])
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        outputs = (self._output(chunk).hidden_states for chunk in images.split(_BATCH))
-        parts = [[_by_place(states) for states in hidden] for hidden in outputs]
+        parts = []
+        for chunk in images.split(_BATCH):
+            if (hidden := getattr(self._output(chunk), "hidden_states", None)) is None:
+                raise FadeError(f"the image model {self.name} does not give its hidden states; --features needs them")
+            parts.append([_by_place(states) for states in hidden])
         return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
     @torch.no_grad()

@@ -1,12 +1,11 @@
-"""Confidence intervals of 95 %: Wilson's of a share, the bootstrap's of anything else, paired where base and adapted
-model drew the same prompts from the same seeds.
+"""Confidence intervals of 95 %: Wilson's of a share, the bootstrap's of anything else. What the adapter changed has one
+that is paired, as both models drew the same prompts from the same seeds.
 
 Images are treated as independent draws. The bootstrap (Efron, 1979) resamples images with a fixed seed, so that the
 same images give the same interval, and takes percentiles.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +25,34 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
     return low, high
 
 
+def paired_share_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Newcombe's interval of the change of a share, of pairs: bool [n] and [n] -> fractions in [-1, 1].
+
+    Wilson's intervals of both shares, combined by how the two go together (Newcombe, Stat. Med. 17, 1998, method 10).
+    Unlike a bootstrap's it does not shrink to nothing where every pair, or none, has changed.
+    """
+    both, only_before, only_after, neither = (
+        int((first & second).sum()) for first in (before, ~before) for second in (after, ~after)
+    )
+    total = len(before)
+    shares, lows, highs = [], [], []
+    for right in (both + only_after, both + only_before):
+        low, high = wilson_interval(right, total)
+        share = right / total
+        shares.append(share)
+        lows.append(share - low)
+        highs.append(high - share)
+    margins = math.prod((both + only_before, only_after + neither, both + only_after, only_before + neither))
+    cross = both * neither - only_before * only_after
+    if cross > 0:
+        cross = max(cross - total / 2, 0.0)
+    together = cross / math.sqrt(margins) if margins else 0.0
+    change = shares[0] - shares[1]
+    down = math.sqrt(max(0.0, lows[0] ** 2 - 2 * together * lows[0] * highs[1] + highs[1] ** 2))
+    up = math.sqrt(max(0.0, highs[0] ** 2 - 2 * together * highs[0] * lows[1] + lows[1] ** 2))
+    return change - down, change + up
+
+
 def resampled(count: int, resamples: int = RESAMPLES) -> Tensor:
     """How often each of `count` images is in each resample: float64 [resamples, count], rows of sum `count`."""
     generator = torch.Generator().manual_seed(0)
@@ -43,16 +70,3 @@ def percentiles(statistics: Tensor) -> tuple[float, float]:
 def mean_interval(values: Tensor) -> tuple[float, float]:
     """Bootstrap interval of the mean of one number an image, [n]. Of differences of pairs, it is the paired one."""
     return percentiles(resampled(len(values)) @ values.double() / len(values))
-
-
-def grouped_interval(values: Sequence[Tensor]) -> tuple[float, float]:
-    """Bootstrap interval of a mean over groups of each group's mean, as an accuracy over receivers is.
-
-    `values` has one tensor [n_g] for each group; all images are resampled together, and a group that a resample misses
-    is left out of it.
-    """
-    pooled = torch.cat(list(values)).double()
-    groups = torch.cat([torch.full((len(part),), index) for index, part in enumerate(values)])
-    member = torch.nn.functional.one_hot(groups, len(values)).double()
-    weights = resampled(len(pooled))
-    return percentiles(((weights * pooled) @ member / (weights @ member)).nanmean(1))

@@ -24,6 +24,7 @@ from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.clip_judge import Clip, ClipJudge
+from fade.evaluation.features import ModelFeatures, levels
 from fade.evaluation.metrics.phrasings import HELD_OUT
 from fade.evaluation.metrics.unlearncanvas import (
     cell_accuracy,
@@ -279,6 +280,16 @@ def test_clip_score_is_the_cosine_of_a_picture_and_its_prompt(tiny_clip: Path) -
         Clip("nowhere")
 
 
+def test_clip_gives_features_too(tiny_clip: Path) -> None:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+    extractor = ModelFeatures(tiny_clip)
+    pixels = CLIPImageProcessor.from_pretrained(tiny_clip)(levels(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = CLIPModel.from_pretrained(tiny_clip).vision_model(pixels).pooler_output
+    torch.testing.assert_close(extractor(images), expected)
+    assert all(layer.shape == (3, 16, 1, 17) for layer in extractor.maps(images))
+
+
 def test_clip_judge_says_what_is_wrong(tiny_clip: Path, tmp_path: Path) -> None:
     with pytest.raises(FadeError, match="two different classes"):
         ClipJudge(tiny_clip, ["three"])
@@ -301,11 +312,16 @@ def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_cl
     assert evaluation.metrics["drift"] > 0
     assert adapter.enabled
     json.loads(evaluation.to_json())
+    assert "FID" not in evaluation.metrics  # nothing to compare by
     assert evaluation.metrics["CLIP"] >= 0 and evaluation.settings["clip"] == str(tiny_clip)  # the judge's
 
     again = evaluate(pipeline, adapter, **options, baseline=evaluation.baseline)
     assert torch.equal(again.images, evaluation.images)
     assert again.metrics == evaluation.metrics
+    compared = evaluate(pipeline, adapter, **options, baseline=evaluation, features=str(tiny_clip), wanted=["KID"])
+    assert compared.metrics["KID"] is not None and compared.metrics["LPIPS-like"] > 0
+    with pytest.raises(FadeError, match="there is no folder"):
+        evaluate(pipeline, adapter, **options, baseline=evaluation, features="nowhere")
     with pytest.raises(FadeError, match="baseline has 3 images"):
         evaluate(pipeline, adapter, **options, baseline=evaluation.baseline[:3])
 

@@ -17,7 +17,7 @@ from fade.errors import FadeError
 from fade.evaluation import run
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.features import JudgeFeatures, ModelFeatures
-from fade.evaluation.intervals import grouped_interval, mean_interval
+from fade.evaluation.intervals import mean_interval, paired_share_interval, wilson_interval
 from fade.evaluation.metrics.composition import composed
 from fade.evaluation.metrics.distribution import frechet_distance, inside, kernel_distance, paired_kernel_terms
 from fade.evaluation.metrics.entangled import EPS, entangled, otsu, regions
@@ -299,7 +299,9 @@ def test_accuracies_have_paired_intervals_of_their_change(seed: int) -> None:
         assert found.change.low <= found.adapted - found.base <= found.change.high, name
         assert found.interval.low <= 100 and found.interval.images == found.change.images > 0
     unchanged = dataclasses.replace(pair, judged_adapted=pair.judged_base)
-    assert value("IRA", unchanged).change == Interval(0.0, 0.0, 144)
+    held = value("IRA", unchanged).change
+    changed = value("IRA", pair).change
+    assert held.low < 0 < held.high and held.high - held.low < changed.high - changed.low
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -314,12 +316,20 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
     assert 0.87 <= covered / 200 <= 1.0  # 95 % less the bootstrap's own bias and five standard errors
 
 
-def test_a_grouped_interval_weighs_groups_the_same(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    large, small = torch.randn(400, generator=generator), torch.randn(40, generator=generator) + 10
-    low, high = grouped_interval([large, small])
-    assert low < (large.mean() + small.mean()) / 2 < high and 4 < low < high < 6
-    assert grouped_interval([large]) == mean_interval(large)
+def test_the_interval_of_a_change_covers_it_and_gains_by_pairing() -> None:
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    covered = 0
+    for _ in range(200):
+        before = torch.rand(60, generator=generator) < 0.8
+        after = before & (torch.rand(60, generator=generator) < 0.75)  # 0.8 -> 0.6
+        low, high = paired_share_interval(before, after)
+        covered += low <= -0.2 <= high
+    assert covered / 200 >= 0.87
+    halves = torch.arange(60) < 30
+    paired, apart = paired_share_interval(halves, halves), paired_share_interval(halves, halves.flip(0))
+    assert paired[0] < 0 < paired[1] and paired[1] - paired[0] < 0.5 * (apart[1] - apart[0])
+    gone, low_of_all = paired_share_interval(~halves & halves, halves | ~halves), wilson_interval(60, 60)[0]
+    assert gone == pytest.approx((1 - math.sqrt(2) * (1 - low_of_all), 1))
 
 
 # --- feature extractors ----------------------------------------------------------------------------------------------

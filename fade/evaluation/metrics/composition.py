@@ -7,7 +7,7 @@ other in the same picture, which UA and CRA, each counted alone, do not show.
 import torch
 from torch import Tensor
 
-from fade.evaluation.intervals import mean_interval, wilson_interval
+from fade.evaluation.intervals import paired_share_interval, wilson_interval
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 
@@ -34,12 +34,11 @@ def composed(drawn: Drawn) -> tuple[Tensor, Tensor] | None:
 def _measure(drawn: Drawn) -> Value:
     if (found := composed(drawn)) is None:
         return Value(None)
-    base, adapted = (100.0 * hits.double() for hits in found)
-    low, high = wilson_interval(int(found[1].sum()), len(adapted))
-    return Value(
-        adapted.mean().item(), base.mean().item(), Interval(100.0 * low, 100.0 * high, len(adapted)),
-        Interval(*mean_interval(adapted - base), len(adapted)),
-    )  # fmt: skip
+    base, adapted = found
+    low, high = (100.0 * bound for bound in wilson_interval(int(adapted.sum()), len(adapted)))
+    change = (100.0 * bound for bound in paired_share_interval(base, adapted))
+    shares = (100.0 * hits.double().mean().item() for hits in (adapted, base))
+    return Value(*shares, Interval(low, high, len(adapted)), Interval(*change, len(adapted)))
 
 
 METRICS = (Metric("composition", "% concept gone and the rest of the prompt right", "%", "higher", _measure),)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade.evaluation.intervals import grouped_interval, wilson_interval
+from fade.evaluation.intervals import paired_share_interval, wilson_interval
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
 
@@ -243,10 +243,10 @@ def _measured(name: str) -> Callable[[Drawn], Value]:
             return Value(None, base)
         hits = torch.cat(groups[1])
         low, high = wilson_interval(int(hits.sum()), len(hits))
-        changes = [100.0 * (after.double() - before.double()) for before, after in zip(*groups, strict=True)]
+        change = paired_share_interval(torch.cat(groups[0]), hits)
         return Value(
             adapted, base, Interval(100.0 * low, 100.0 * high, len(hits)),
-            Interval(*grouped_interval(changes), len(hits)),
+            Interval(100.0 * change[0], 100.0 * change[1], len(hits)),
         )  # fmt: skip
 
     return measure
