@@ -265,8 +265,10 @@ def test_examples_are_the_base_models_and_of_other_seeds(adapter: Adapter) -> No
     subject = subject_of(adapter)
     examples = subject.examples(4)
     assert len(examples) == 4
+    assert torch.equal(subject.examples(2), examples[:2])
     adapter.scale = 0.0
-    torch.testing.assert_close(subject.examples(4), examples, rtol=1e-4, atol=1e-4)
+    again = subject_of(adapter)
+    torch.testing.assert_close(again.examples(4), examples, rtol=1e-4, atol=1e-4)
     assert all((examples[0] - latent).abs().max() > 1e-2 for latent in subject.concept_latents)
 
 
@@ -400,18 +402,18 @@ def test_a_file_of_something_else_is_refused(adapter: Adapter, tmp_path: Path, a
 
 
 def test_attacks_by_name() -> None:
-    assert set(ATTACKS) == {"completion", "null-text-inversion", "embedding-inversion"}
+    assert {"completion", "null-text-inversion", "embedding-inversion", "relearning", "removal"} < set(ATTACKS)
     for name, variants in ATTACKS.items():
         assert variants
         assert {one.name for one in variants} == {name}
         assert all(one.needs for one in variants)
     everything = [one for variants in ATTACKS.values() for one in variants]
     assert list(chosen_attacks(None)) == everything
-    assert chosen_attacks(["null-text-inversion", Completion(0.3), "null-text-inversion"]) == (
-        NullTextInversion(),
+    assert chosen_attacks(["embedding-inversion", Completion(0.3), "embedding-inversion"]) == (
+        EmbeddingInversion(),
         Completion(0.3),
     )
-    with pytest.raises(FadeError, match="no attack 'jailbreak'; choose among completion, null-text-inversion, embed"):
+    with pytest.raises(FadeError, match="no attack 'jailbreak'; choose among removal, completion, .*, relearning"):
         chosen_attacks(["completion", "jailbreak"])
     with pytest.raises(FadeError, match="no attack is chosen"):
         chosen_attacks([])
@@ -473,7 +475,7 @@ def files(pipeline: StableDiffusionPipeline, adapter: Adapter, tmp_path: Path) -
 def test_the_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, adapter = files
     file, page = tmp_path / "attacks.json", tmp_path / "attacks.html"
-    words = ["attack", model, "--adapter", adapter, "--attack", "completion", "--json", file, "--report", page]
+    words = ["attack", model, "--adapter", adapter, "--attacks", "completion", "--json", file, "--report", page]
     words += ["--pictures", 2, "--steps", 2, "--device", "cpu", "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     out = capsys.readouterr().out
@@ -504,7 +506,9 @@ def test_the_command_says_what_is_wrong(
         assert len(lines) == 1
         return lines[0]
 
-    assert "choose among completion, null-text-inversion, embedding-inversion" in refused("nowhere", "--attack", "x")
+    for names in ("x", "completion,x", "x,completion"):
+        assert "no attack 'x'; choose among removal, completion," in refused("nowhere", "--attacks", names)
+    assert "no attack is chosen" in refused("nowhere", "--attacks", ",")
     assert "'--pictures'" in refused(model, "--pictures", 0)
     assert "it is a folder" in refused("nowhere", "--json", tmp_path)
     other = tmp_path / "other"

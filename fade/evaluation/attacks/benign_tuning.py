@@ -25,7 +25,7 @@ class BenignTuning:
     pictures: int = 24
     """Of retained prompts, chosen at random."""
     batch_size: int = 8
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     """Adam's, in units of a weight's root mean square."""
 
     def setting(self, subject: Subject) -> str:

@@ -4,11 +4,11 @@ model, and drawn from that noise again with the empty prompt.
 
 No word is used, so an edit of what prompts mean cannot stand in its way: it asks whether the model can still draw the
 concept. A step of drawing is z = α z' + β f(z'), f the denoiser's answer at the noisier level, and its inverse asks for
-z' = (z − β f(z')) / α. Plain inversion puts f(z) in f(z')'s place. TINA solves the equation at every step instead, with
-25 steps of AdamW; here it is solved by fixed-point iteration, z'_{i+1} = (z − β f(z'_i)) / α from z'_0 = z (Meiri et
-al., "Fixed-point inversion for text-to-image diffusion models", arXiv 2312.12540), which converges in a few passes and
-needs no gradients; one iteration is plain inversion. The pictures are the base model's latents themselves, without the
-loss of an image decoded and encoded again.
+z' = (z − β f(z')) / α. Plain inversion (DDIM's) asks f at z instead, as if the answer did not change within a step.
+TINA solves the equation at every step, with 25 steps of AdamW; here it is solved by fixed-point iteration, z'_{i+1} =
+(z − β f(z'_i)) / α from the plain inversion's z' (Meiri et al., "Fixed-point inversion for text-to-image diffusion
+models", arXiv 2312.12540), which converges in a few passes and needs no gradients. The pictures are the base model's
+latents themselves, without the loss of an image decoded and encoded again.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class NullTextInversion:
     steps: int = 50
     """Of the inversion, and of drawing from what it gives."""
     iterations: int = 1
-    """Of the fixed point, in each step of the inversion."""
+    """Of the fixed point, in each step of the inversion; 1 is plain inversion."""
 
     def setting(self, subject: Subject) -> str:
         return f"{self.steps} steps" + (f", {self.iterations} iterations each" if self.iterations > 1 else "")
@@ -54,9 +54,9 @@ class NullTextInversion:
             for chunk in chunks:
                 prompts = subject.empty_prompt.repeat(len(chunk))
                 for high, low in zip(path[-2::-1], path[:0:-1], strict=True):
-                    noisier = chunk
-                    for _ in range(self.iterations):
-                        keep, lead = high.step_to(low)
+                    keep, lead = high.step_to(low)
+                    noisier = high.noised(*low.estimates(chunk, ask(backbone, chunk, high, prompts)))
+                    for _ in range(self.iterations - 1):
                         noisier = (chunk - lead * ask(backbone, noisier, high, prompts)) / keep
                     chunk = noisier
                     advance()

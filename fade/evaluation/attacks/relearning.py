@@ -33,18 +33,19 @@ class Relearning:
 
     pictures: int = 10
     """That are trained on, m."""
-    checks: tuple[int, ...] = (10, 25, 50, 100, 200)
+    checks: tuple[int, ...] = (10, 20, 30, 50, 100, 200)
     """Optimiser steps after which pictures are drawn; the last is the budget."""
     enough: float = 0.9
     """The concept is back, and training stops, at this share of the pictures that the base model draws of it."""
     batch_size: int = 8
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     """Adam's, in units of a weight's root mean square."""
 
     def setting(self, subject: Subject) -> str:
         return f"{self.pictures} picture{'s' if self.pictures > 1 else ''}, up to {self.checks[-1]} steps"
 
     def __call__(self, subject: Subject) -> Drawn:
+        _ = subject.base_recognised  # drawn before any weight is changed
         examples = subject.examples(self.pictures)
         captions = subject.example_prompts(self.pictures)
         drawn, curve = self.curve(subject, examples, captions, subject.prompts, edited=True)

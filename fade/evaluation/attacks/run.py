@@ -95,6 +95,7 @@ class AttackResult:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> AttackResult:
         """Raises KeyError, TypeError or ValueError for what `to_dict` did not write."""
+        record = {"found": "", **record}  # which earlier versions did not tell
         result = cls(**{name: record[name] for name in cls.__dataclass_fields__ if name != "images"})
         texts = (result.attack, result.setting, result.found, result.needs, result.sheet)
         counts = (result.recognised, result.pictures)
@@ -309,6 +310,7 @@ def attack(
                 found.left_out[one.name] = str(error)
             else:
                 found.results.append(result)
+                found.left_out.pop(one.name, None)
             save()
     return found
 
@@ -340,6 +342,7 @@ def _earlier(path: Path, model: str, settings: dict[str, Any]) -> AttackRecord |
             base=AttackResult.from_dict(record["base"]),
             unattacked=AttackResult.from_dict(record["unattacked"]),
             results=[AttackResult.from_dict(result) for result in record["results"]],
+            left_out=dict(record.get("left_out", {})),
         )
         theirs = dict(found.settings)
     except (OSError, ValueError, KeyError, TypeError) as error:

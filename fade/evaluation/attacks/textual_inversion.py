@@ -22,6 +22,9 @@ from fade.modes import evaluation_mode, out_of_inference_mode
 from fade.noise import epoch_order, step_generator
 from fade.progress import progress_bar
 
+_PROBES = 4
+"""Batches on which the loss is told before and after."""
+
 
 @dataclass(frozen=True)
 class TextualInversion:
@@ -30,10 +33,10 @@ class TextualInversion:
 
     vectors: int = 1
     """New words, k."""
-    iterations: int = 150
+    iterations: int = 100
     pictures: int = 16
     batch_size: int = 8
-    learning_rate: float = 0.05
+    learning_rate: float = 0.2
     """Adam's, in units of the root mean square of the text encoder's embeddings."""
 
     def setting(self, subject: Subject) -> str:
@@ -53,8 +56,8 @@ class TextualInversion:
     def optimise(
         self, subject: Subject, words: Words, latents: Tensor, captions: tuple[str, ...]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The embeddings [1, k, width] by text encoder, float32, and the mean loss of the first and last tenth of the
-        iterations. Begins from the concept's own tokens. Raises FadeError where a gradient is not finite."""
+        """The embeddings [1, k, width] by text encoder, float32, and the mean loss before and after, on noise that is
+        in no iteration. Begins from the concept's own tokens. Raises FadeError where a gradient is not finite."""
         backbone = subject.backbone
         vectors = {name: self._begin(subject, encoder) for name, encoder in words.encoders.items()}
         groups = []
@@ -63,24 +66,27 @@ class TextualInversion:
             groups.append({"params": [vector], "lr": self.learning_rate * unit})
         optimizer = torch.optim.Adam(groups)
         free, count = list(vectors.values()), self.batch_size * latents[0].numel()
-        losses = []
+
+        def loss(number: int, stream: str) -> Tensor:
+            rows = epoch_order(subject.seed, stream, len(latents), number, self.batch_size)
+            conditioning = encoded(subject, words, [captions[row] for row in rows.tolist()], vectors)
+            return denoising_loss(backbone, latents[rows], conditioning, step_generator(subject.seed, stream, number))
+
+        @torch.no_grad()
+        def told() -> float:
+            return sum(loss(probe, f"{self.name} probes").item() for probe in range(_PROBES)) / _PROBES
+
         out_of_inference_mode(backbone.denoiser)
         with gradients_as_found(backbone.denoiser), evaluation_mode(backbone.denoiser):
             backbone.denoiser.requires_grad_(False)
+            before = told()
             with progress_bar("training new words", self.iterations, subject.progress) as advance:
                 for number in range(self.iterations):
-                    rows = epoch_order(subject.seed, self.name, len(latents), number, self.batch_size)
-                    generator = step_generator(subject.seed, self.name, number)
-                    conditioning = encoded(subject, words, [captions[row] for row in rows.tolist()], vectors)
-                    loss = denoising_loss(backbone, latents[rows], conditioning, generator)
-                    losses.append(descend(loss, free, optimizer, backbone, count, "textual inversion"))
-                    advance(f"loss {losses[-1]:.2e}")
-        tenth = max(1, len(losses) // 10)
-        told = {"loss_first": losses[:tenth], "loss_last": losses[-tenth:]} if losses else {}
-        return (
-            {name: vector.detach() for name, vector in vectors.items()},
-            {name: sum(values) / tenth for name, values in told.items()},
-        )
+                    value = descend(loss(number, self.name), free, optimizer, backbone, count, "textual inversion")
+                    advance(f"loss {value:.2e}")
+            after = told()
+        found = {name: vector.detach() for name, vector in vectors.items()}
+        return found, {"loss_before": before, "loss_after": after}
 
     def _begin(self, subject: Subject, encoder: Encoder) -> Tensor:
         """The mean of the concept's tokens, once for each new word."""

@@ -64,16 +64,14 @@ def words_of(subject: Subject) -> Words:
     """The words of the model under attack, in the first tokenizer's order. Raises CannotAttackError where there are
     none, and where a text encoder has no table of embeddings."""
     pipeline, family = subject.backbone.pipeline, subject.backbone.family
-    names = [name for name in family.encoders if name.startswith("tokenizer")]
-    pairs = {name.replace("tokenizer", "text_encoder"): getattr(pipeline, name, None) for name in names}
-    pairs = {
-        name: (getattr(tokenizer, "tokenizer", tokenizer), getattr(pipeline, name, None))
-        for name, tokenizer in pairs.items()
-    }
-    if not pairs or any(tokenizer is None or encoder is None for tokenizer, encoder in pairs.values()):
-        raise CannotAttackError(
-            f"this {type(pipeline).__name__} was loaded without a text encoder or its tokenizer; load it with all"
-        )
+    if missing := [name for name in family.encoders if getattr(pipeline, name, None) is None]:
+        raise CannotAttackError(f"this {type(pipeline).__name__} was loaded without its {missing[0]}; load it with one")
+    parts = {name: getattr(pipeline, name, None) for name in pipeline.components}
+    pairs = {}
+    for name, tokenizer in parts.items():
+        encoder = parts.get(read_by := name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+            pairs[read_by] = (getattr(tokenizer, "tokenizer", tokenizer), encoder)  # a processor has its tokenizer
     texts = _candidates(next(iter(pairs.values()))[0], subject)
     ids: dict[str, list[int | None]] = {name: _single(tokenizer, texts) for name, (tokenizer, _) in pairs.items()}
     kept = [i for i in range(len(texts)) if all(found[i] is not None for found in ids.values())]
@@ -94,14 +92,19 @@ def words_of(subject: Subject) -> Words:
 def _candidates(tokenizer: Any, subject: Subject) -> list[str]:
     """Every token of a vocabulary that is a word of its own."""
     special = set(tokenizer.all_special_ids)
-    texts = (tokenizer.decode([token]).strip() for token in range(len(tokenizer)) if token not in special)
+    # CLIP's mark of a word's end, which some versions of its tokenizer decode to nothing and some to itself.
+    texts = (
+        tokenizer.decode([token]).strip().removesuffix("</w>")
+        for token in range(len(tokenizer))
+        if token not in special
+    )
     words = (text for text in texts if text.isprintable() and text and not any(c.isspace() for c in text))
     return [word for word in dict.fromkeys(words) if not (subject.forget and mentions(word, subject.forget))]
 
 
 def _single(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
     """Of each text its token, where it is the same one at the beginning of a prompt and later."""
-    found = tokenizer([f"{text} {text} {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    found = tokenizer([f"{text} {text} {text}" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
     return [one[0] if len(one) == 3 and len(set(one)) == 1 else None for one in found]
 
 
