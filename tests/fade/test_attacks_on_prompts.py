@@ -42,7 +42,7 @@ def reading(name: str) -> Subject:
 
 
 @pytest.mark.parametrize(
-    "name", ["Stable Diffusion 1.x/2.x", "Stable Diffusion XL", "FLUX.1", "Stable Diffusion 3/3.5"]
+    "name", ["Stable Diffusion 1.x/2.x", "Stable Diffusion XL", "FLUX.1", "Stable Diffusion 3/3.5", "Kandinsky 5"]
 )
 def test_words_read_as_their_embeddings_in_every_text_encoder(name: str) -> None:
     subject = reading(name)
@@ -62,6 +62,15 @@ def test_words_read_as_their_embeddings_in_every_text_encoder(name: str) -> None
     for name in words.encoders:
         assert all(parameter.requires_grad for parameter in getattr(pipeline, name).parameters())
     assert not any(table._forward_hooks for encoder in words.encoders.values() for table in encoder.tables)
+
+
+@pytest.mark.parametrize("name", ["Sana", "HunyuanImage 2.1"])
+def test_a_family_that_reads_words_otherwise_is_refused_with_a_word(name: str) -> None:
+    subject = reading(name)
+    words = words_of(subject)
+    own = {name: encoder.embeddings()[:1, None] for name, encoder in words.encoders.items()}
+    with pytest.raises(CannotAttackError, match="puts around prompts has such words|does not ask its text_encoder_2"):
+        encoded(subject, words, [f"{words.placeholders(1)} a cat"], own)
 
 
 def test_one_row_of_embeddings_serves_every_prompt(subject: Subject) -> None:
@@ -89,7 +98,7 @@ def test_what_cannot_be_searched_is_refused(subject: Subject) -> None:
     with pytest.raises(CannotAttackError, match="'a dog' does not contain 'three'"):
         named_by_placeholders(subject, words, ("a dog",), 1)
     many = {"text_encoder": torch.randn(1, 40, words.encoders["text_encoder"].embeddings().shape[1])}
-    with pytest.raises(CannotAttackError, match=r"text_encoder reads \d+ of 40 replaced words"):
+    with pytest.raises(CannotAttackError, match=r"text_encoder reads \d+ words in the place of 40"):
         encoded(subject, words, [words.placeholders(40)], many)
     without = subject_of(subject.adapter, PROMPTS)
     with pytest.raises(CannotAttackError, match="without a surrogate"):

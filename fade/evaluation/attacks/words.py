@@ -72,12 +72,14 @@ def words_of(subject: Subject) -> Words:
         encoder = parts.get(read_by := name.replace("tokenizer", "text_encoder"))
         if name.startswith("tokenizer") and tokenizer is not None and encoder is not None:
             pairs[read_by] = (getattr(tokenizer, "tokenizer", tokenizer), encoder)  # a processor has its tokenizer
+    if not pairs:
+        raise CannotAttackError(f"{family.name} has no tokenizer beside a text encoder, whose words could be searched")
     texts = _candidates(next(iter(pairs.values()))[0], subject)
     ids: dict[str, list[int | None]] = {name: _single(tokenizer, texts) for name, (tokenizer, _) in pairs.items()}
     kept = [i for i in range(len(texts)) if all(found[i] is not None for found in ids.values())]
     prompts = (*subject.prompts, *subject.surrogates)
-    unused = [place for place, i in enumerate(kept) if not any(mentions(prompt, texts[i]) for prompt in prompts)]
-    if len(kept) < 2 or not unused:
+    unused = (place for place, i in enumerate(kept) if not any(mentions(prompt, texts[i]) for prompt in prompts))
+    if len(kept) < 2 or (placeholder := next(unused, None)) is None:
         raise CannotAttackError(
             f"{family.name}'s tokenizers have no words in common that are one token wherever they stand in a prompt, "
             "so there is nothing to search in; attack with embedding-inversion instead"
@@ -86,7 +88,7 @@ def words_of(subject: Subject) -> Words:
         name: Encoder(tokenizer, module, _tables(module), torch.tensor([ids[name][i] for i in kept]))
         for name, (tokenizer, module) in pairs.items()
     }
-    return Words(tuple(texts[i] for i in kept), encoders, unused[0])
+    return Words(tuple(texts[i] for i in kept), encoders, placeholder)
 
 
 def _candidates(tokenizer: Any, subject: Subject) -> list[str]:
@@ -162,7 +164,8 @@ def _replaced(words: Words, embeddings: Embeddings) -> Iterator[set[str]]:
         count = values.shape[1]
         if not (found.sum(1) == count).all():
             raise CannotAttackError(
-                f"{name} reads {found.sum(1).min().item()} of {count} replaced words; a shorter prompt, or fewer words"
+                f"{name} reads {found.sum(1).min().item()} words in the place of {count}: the prompt is too long for it, "
+                "or what the family puts around prompts has such words, too"
             )
         read.add(name)
         place = (found.cumsum(1) - 1).clamp(0, count - 1)
