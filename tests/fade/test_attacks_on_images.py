@@ -183,8 +183,8 @@ def test_the_fixed_point_leads_back_to_the_picture(pipeline: StableDiffusionPipe
     pictures = subject.sample(subject.prompts, subject.seeds, "").float()
 
     def away(iterations: int) -> float:
-        noise = NullTextInversion(8, iterations).inverted(subject, pictures)
-        drawn = subject.backbone.ode(noise, subject.empty_prompt, 8, batch_size=1)
+        noise = NullTextInversion(5, iterations).inverted(subject, pictures)
+        drawn = subject.backbone.ode(noise, subject.empty_prompt, 5, batch_size=1)
         return (drawn - pictures).square().mean().sqrt().item()
 
-    assert away(12) < 0.1 * away(1)
+    assert away(8) < 0.2 * away(1)

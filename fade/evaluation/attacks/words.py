@@ -164,8 +164,8 @@ def _replaced(words: Words, embeddings: Embeddings) -> Iterator[set[str]]:
         count = values.shape[1]
         if not (found.sum(1) == count).all():
             raise CannotAttackError(
-                f"{name} reads {found.sum(1).min().item()} words in the place of {count}: the prompt is too long for it, "
-                "or what the family puts around prompts has such words, too"
+                f"{name} reads {found.sum(1).min().item()} words in the place of {count}: the prompt is too long for "
+                "it, or what the family puts around prompts has such words, too"
             )
         read.add(name)
         place = (found.cumsum(1) - 1).clamp(0, count - 1)
