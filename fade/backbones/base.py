@@ -166,6 +166,15 @@ class Backbone(ABC):
         batch_size: int = 64,
     ) -> Conditioning:
         """`encode_prompts` by another function of a pipeline, prompts and the device to encode on."""
+        return self.encoded_with_gradients(encode, prompts, batch_size)
+
+    def encoded_with_gradients(
+        self,
+        encode: Callable[[Any, list[str], torch.device], Mapping[str, Rows]],
+        prompts: Sequence[str],
+        batch_size: int = 64,
+    ) -> Conditioning:
+        """`encoded`, through which gradients pass where the caller's mode and the text encoders let them."""
         for name in self.family.encoders:
             self._part(name)
         size, parts = min(batch_size, self.prompts_at_once), []
@@ -381,6 +390,11 @@ class Backbone(ABC):
         Returns float32 [n, C, h, w] on the denoiser's device. Raises FadeError for steps out of range and where the
         scheduler states no noise levels.
         """
+
+    @abstractmethod
+    def grid(self, steps: int) -> Tensor:
+        """The times [steps + 1] between which `ode` goes, from noise to a picture, on the CPU. Raises FadeError for
+        steps out of range and where the scheduler states no noise levels."""
 
     # --- noise -------------------------------------------------------------------------------------------------------
 

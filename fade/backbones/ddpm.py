@@ -93,8 +93,7 @@ class DdpmBackbone(Backbone):
         """DDIM (Song et al., arXiv 2010.02502), with the noise levels and the prediction type that the model was
         trained with, whatever scheduler the pipeline draws with. Inverted and drawn again with the same prompts and
         steps, latents come back but for what the network's answer changes within a step."""
-        if not 1 <= steps <= self.time_span:
-            raise FadeError(f"denoising steps must be between 1 and the model's {self.time_span}, not {steps}")
+        self._check_steps(steps)
         scheduler = self._ddim_scheduler(DDIMInverseScheduler if invert else DDIMScheduler)
         scheduler.set_timesteps(steps, self.device)
         latents = latents.to(self.device, torch.float32)
@@ -112,6 +111,16 @@ class DdpmBackbone(Backbone):
                     advance()
                 parts.append(chunk)
         return torch.cat(parts)
+
+    def grid(self, steps: int) -> Tensor:
+        self._check_steps(steps)
+        scheduler = self._ddim_scheduler(DDIMScheduler)
+        scheduler.set_timesteps(steps)
+        return torch.cat([scheduler.timesteps, scheduler.timesteps.new_zeros(1)]).long()
+
+    def _check_steps(self, steps: int) -> None:
+        if not 1 <= steps <= self.time_span:
+            raise FadeError(f"denoising steps must be between 1 and the model's {self.time_span}, not {steps}")
 
     def _ddim_scheduler(self, kind: type[DDIMScheduler] | type[DDIMInverseScheduler]) -> Any:
         given = self.pipeline.scheduler.config

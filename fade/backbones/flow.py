@@ -105,10 +105,7 @@ class FlowBackbone(Backbone):
     ) -> Tensor:
         """Euler's method on the pipeline's own levels. Inverting, each step asks for the velocity at the level that
         drawing will ask for it."""
-        if steps < 1:
-            raise FadeError(f"there must be at least one denoising step, not {steps}")
-        shares = torch.linspace(1, 0, steps + 1)
-        times = shares if self.family.told_share else self.shifted(shares, self.image_tokens)
+        times = self.grid(steps)
         levels = self.sigma(times, latents)
         latents = latents.to(self.device, torch.float32)
         if conditioning.count == 1:
@@ -127,6 +124,12 @@ class FlowBackbone(Backbone):
                     advance()
                 parts.append(chunk)
         return torch.cat(parts)
+
+    def grid(self, steps: int) -> Tensor:
+        if steps < 1:
+            raise FadeError(f"there must be at least one denoising step, not {steps}")
+        shares = torch.linspace(1, 0, steps + 1)
+        return shares if self.family.told_share else self.shifted(shares, self.image_tokens)
 
 
 def _linear_shift(backbone: Backbone, tokens: int) -> float:

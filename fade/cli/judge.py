@@ -133,7 +133,9 @@ def attack(
     adapter: AdapterPath,
     attacks: Annotated[
         list[str] | None,
-        typer.Option("--attack", metavar="NAME", help="Attack to try; repeat for several. Default: all there are."),
+        typer.Option(
+            "--attacks", "--attack", metavar="NAME,NAME", help="Attacks to try, by name. Default: all there are."
+        ),
     ] = None,
     forget: Annotated[
         str | None,
@@ -171,7 +173,8 @@ def attack(
     from fade.loading import load_model
     from fade.report import where_it_sits, write_attack_report
 
-    chosen = chosen_attacks(attacks or None)
+    names = [name.strip() for given in attacks or () for name in listed(given)]
+    chosen = chosen_attacks(names if attacks else None)
     for wanted in (json_file, report):
         if wanted is not None:
             check_writable(wanted)
@@ -183,6 +186,8 @@ def attack(
         progress=not quiet,
     )  # fmt: skip
     terminal().print(record.table())
+    for name, reason in record.left_out.items():
+        say(f"{name} was left out: {reason}")
     say(f"the edit sits in {where_it_sits(record.path)}")
     if json_file is not None:
         say(f"numbers and pictures: {json_file}")

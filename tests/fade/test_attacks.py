@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,20 +14,31 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 import fade
-from fade import cli
-from fade.adapter import Adapter
+from fade import bundled, cli
+from fade.adapter import Adapter, attach, new_metadata
 from fade.backbones import backbone_for
+from fade.base_model import base_name, fingerprint, target_layers
 from fade.concept import bundled_concept, together
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline, prompt
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.digitcanvas.models import build_scheduler
 from fade.errors import FadeError
-from fade.evaluation.attacks import ATTACKS, AttackRecord, Drawn, Subject, attack, chosen_attacks
+from fade.evaluation.attacks import (
+    ATTACKS,
+    Attack,
+    AttackRecord,
+    CannotAttackError,
+    Drawn,
+    Subject,
+    attack,
+    chosen_attacks,
+)
 from fade.evaluation.attacks.completion import Completion
 from fade.evaluation.attacks.embedding_inversion import EmbeddingInversion
 from fade.evaluation.attacks.null_text_inversion import NullTextInversion
 from fade.noise import step_generator
 from fade.report import render_report, write_attack_report
+from fade_kernels import BitMask
 
 from .adapters import random_adapter
 from .conftest import same_bits, tiny_pipeline, weights
@@ -265,8 +276,10 @@ def test_examples_are_the_base_models_and_of_other_seeds(adapter: Adapter) -> No
     subject = subject_of(adapter)
     examples = subject.examples(4)
     assert len(examples) == 4
+    assert torch.equal(subject.examples(2), examples[:2])
     adapter.scale = 0.0
-    torch.testing.assert_close(subject.examples(4), examples, rtol=1e-4, atol=1e-4)
+    again = subject_of(adapter)
+    torch.testing.assert_close(again.examples(4), examples, rtol=1e-4, atol=1e-4)
     assert all((examples[0] - latent).abs().max() > 1e-2 for latent in subject.concept_latents)
 
 
@@ -400,18 +413,18 @@ def test_a_file_of_something_else_is_refused(adapter: Adapter, tmp_path: Path, a
 
 
 def test_attacks_by_name() -> None:
-    assert set(ATTACKS) == {"completion", "null-text-inversion", "embedding-inversion"}
+    assert {"completion", "null-text-inversion", "embedding-inversion", "relearning", "removal"} < set(ATTACKS)
     for name, variants in ATTACKS.items():
         assert variants
         assert {one.name for one in variants} == {name}
         assert all(one.needs for one in variants)
     everything = [one for variants in ATTACKS.values() for one in variants]
     assert list(chosen_attacks(None)) == everything
-    assert chosen_attacks(["null-text-inversion", Completion(0.3), "null-text-inversion"]) == (
-        NullTextInversion(),
+    assert chosen_attacks(["embedding-inversion", Completion(0.3), "embedding-inversion"]) == (
+        EmbeddingInversion(),
         Completion(0.3),
     )
-    with pytest.raises(FadeError, match="no attack 'jailbreak'; choose among completion, null-text-inversion, embed"):
+    with pytest.raises(FadeError, match="no attack 'jailbreak'; choose among removal, completion, .*, relearning"):
         chosen_attacks(["completion", "jailbreak"])
     with pytest.raises(FadeError, match="no attack is chosen"):
         chosen_attacks([])
@@ -473,7 +486,7 @@ def files(pipeline: StableDiffusionPipeline, adapter: Adapter, tmp_path: Path) -
 def test_the_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, adapter = files
     file, page = tmp_path / "attacks.json", tmp_path / "attacks.html"
-    words = ["attack", model, "--adapter", adapter, "--attack", "completion", "--json", file, "--report", page]
+    words = ["attack", model, "--adapter", adapter, "--attacks", "completion", "--json", file, "--report", page]
     words += ["--pictures", 2, "--steps", 2, "--device", "cpu", "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     out = capsys.readouterr().out
@@ -504,10 +517,105 @@ def test_the_command_says_what_is_wrong(
         assert len(lines) == 1
         return lines[0]
 
-    assert "choose among completion, null-text-inversion, embedding-inversion" in refused("nowhere", "--attack", "x")
+    for names in ("x", "completion,x", "x,completion"):
+        assert "no attack 'x'; choose among removal, completion," in refused("nowhere", "--attacks", names)
+    assert "no attack is chosen" in refused("nowhere", "--attacks", ",")
     assert "'--pictures'" in refused(model, "--pictures", 0)
     assert "it is a folder" in refused("nowhere", "--json", tmp_path)
     other = tmp_path / "other"
     tiny_pipeline(tokenizer, seed=1).save_pretrained(other)
     capsys.readouterr()
     assert "was trained on" in refused(other)
+
+
+# --- every attack ----------------------------------------------------------------------------------------------------
+
+QUICKLY: dict[str, dict[str, Any]] = {
+    "null-text-inversion": {"steps": 2},
+    "embedding-inversion": {"iterations": 1, "pictures": 1},
+    "textual-inversion": {"iterations": 1, "pictures": 1, "batch_size": 1},
+    "prompt-tokens": {"iterations": 1, "draws": 1},
+    "token-search": {"generations": 1, "population": 4},
+    "benign-fine-tuning": {"steps": 1, "pictures": 2, "batch_size": 1},
+    "relearning": {"pictures": 1, "checks": (1,), "batch_size": 1},
+}
+"""Of the attacks that take long, a budget of next to nothing."""
+
+
+def quickly() -> list[Attack]:
+    """Every attack there is, once, on that budget."""
+    return [replace(variants[-1], **QUICKLY.get(name, {})) for name, variants in ATTACKS.items()]
+
+
+def test_every_attack_from_the_run_to_the_page(adapter: Adapter, tmp_path: Path) -> None:
+    pipeline, file = adapter.pipeline, tmp_path / "attacks.json"
+    before = weights(pipeline)
+    record = attack(pipeline, adapter, quickly(), record=file, pictures=2, steps=2, progress=False)
+    assert record.left_out == {}
+    assert [result.attack for result in record.results] == list(ATTACKS)
+    assert all(result.pictures == 2 and result.images.isfinite().all() for result in record.results)
+    assert same_bits(before, weights(pipeline))
+    assert adapter.enabled
+    again = attack(pipeline, adapter, quickly(), record=file, pictures=2, steps=2, progress=False)
+    assert again.results == record.results
+    write_attack_report(tmp_path / "page.html", again, adapter.metadata)
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.open == []
+    assert len(page.images) == 2 + len(ATTACKS)
+
+
+def test_every_attack_takes_emojicanvas() -> None:
+    model = bundled.model("emojicanvas")
+    pipeline = model.load_pipeline()
+    denoiser = pipeline.transformer
+    layers = target_layers(denoiser, backbone_for(pipeline).targets)
+    masks = {name: BitMask.pack(torch.rand(layer.weight.shape) < 0.01) for name, layer in layers.items()}
+    concept = bundled_concept(model, *model.demo)
+    about = new_metadata(concept, fade.Config(), base_name(pipeline), fingerprint(denoiser), 1.0)
+    adapter = attach(pipeline, "fade", masks, rank=1, alpha=1.0, values=True, metadata=about).enable()
+    for parameter in adapter.parameters():
+        parameter.data.normal_(0, 0.05)
+    before = [parameter.detach().clone() for parameter in denoiser.parameters()]
+    record = attack(pipeline, adapter, quickly(), pictures=1, steps=2, progress=False)
+    assert record.left_out == {}
+    assert [result.attack for result in record.results] == list(ATTACKS)
+    assert all(torch.equal(a, b) for a, b in zip(before, denoiser.parameters(), strict=True))
+
+
+def test_a_record_of_an_earlier_version_is_gone_on_with(adapter: Adapter, tmp_path: Path, asked: list[int]) -> None:
+    file = tmp_path / "attacks.json"
+    attack(adapter.pipeline, adapter, [Counted(1)], record=file, **QUICK)
+    record = json.loads(file.read_text())
+    del record["left_out"]
+    for result in (record["base"], record["unattacked"], *record["results"]):
+        del result["found"]
+    file.write_text(json.dumps(record))
+    attack(adapter.pipeline, adapter, [Counted(1)], record=file, **QUICK)
+    assert asked == [1]
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """Cannot attack anything."""
+
+    name: ClassVar[str] = "refusing"
+    needs: ClassVar[str] = "nothing"
+
+    def setting(self, subject: Subject) -> str:
+        return "any"
+
+    def __call__(self, subject: Subject) -> Drawn:
+        raise CannotAttackError("this family has no <gate>")
+
+
+def test_an_attack_that_cannot_take_a_model_is_left_out_with_a_word(
+    adapter: Adapter, tmp_path: Path, asked: list[int]
+) -> None:
+    file = tmp_path / "attacks.json"
+    attack(adapter.pipeline, adapter, [Refusing(), Counted(1)], record=file, **QUICK)
+    record = attack(adapter.pipeline, adapter, [Counted(2)], record=file, **QUICK)
+    assert [result.setting for result in record.results] == ["number 1", "number 2"]
+    assert record.left_out == {"refusing": "this family has no <gate>"}
+    write_attack_report(tmp_path / "page.html", record, adapter.metadata)
+    text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+    assert "refusing was left out: this family has no <gate>." in text

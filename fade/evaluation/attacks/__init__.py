@@ -6,6 +6,16 @@ base and adapted model draw when nobody attacks, and keeps the record.
 
 from fade.evaluation.attacks.registry import ATTACKS, chosen_attacks
 from fade.evaluation.attacks.run import AttackRecord, AttackResult, attack
-from fade.evaluation.attacks.subject import Attack, Drawn, Subject
+from fade.evaluation.attacks.subject import Attack, CannotAttackError, Drawn, Subject
 
-__all__ = ["ATTACKS", "Attack", "AttackRecord", "AttackResult", "Drawn", "Subject", "attack", "chosen_attacks"]
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackRecord",
+    "AttackResult",
+    "CannotAttackError",
+    "Drawn",
+    "Subject",
+    "attack",
+    "chosen_attacks",
+]

@@ -3,13 +3,39 @@
 from collections.abc import Sequence
 
 from fade.errors import FadeError
-from fade.evaluation.attacks import completion, embedding_inversion, null_text_inversion
+from fade.evaluation.attacks import (
+    benign_tuning,
+    completion,
+    embedding_inversion,
+    image_to_image,
+    inpainting,
+    noise_probe,
+    null_text_inversion,
+    prompt_tokens,
+    pruning,
+    quantising,
+    relearning,
+    removal,
+    textual_inversion,
+    token_search,
+)
 from fade.evaluation.attacks.subject import Attack
 
 ATTACKS: dict[str, tuple[Attack, ...]] = {
+    "removal": removal.VARIANTS,
     "completion": completion.VARIANTS,
+    "noise-probe": noise_probe.VARIANTS,
+    "image-to-image": image_to_image.VARIANTS,
+    "inpainting": inpainting.VARIANTS,
+    "token-search": token_search.VARIANTS,
+    "prompt-tokens": prompt_tokens.VARIANTS,
+    "quantising": quantising.VARIANTS,
+    "pruning": pruning.VARIANTS,
     "null-text-inversion": null_text_inversion.VARIANTS,
+    "textual-inversion": textual_inversion.VARIANTS,
     "embedding-inversion": embedding_inversion.VARIANTS,
+    "benign-fine-tuning": benign_tuning.VARIANTS,
+    "relearning": relearning.VARIANTS,
 }
 """Each attack with the settings it is tried with, cheap ones first."""
 

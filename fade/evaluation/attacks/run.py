@@ -17,10 +17,11 @@ from torch import Tensor
 from fade.backbones import backbone_for
 from fade.bundled import drawing
 from fade.cache_key import module_digest, pipeline_digests
+from fade.concept import pairs_in, substitute
 from fade.errors import FadeError, printable
 from fade.evaluation.answers import AnswerSet, first_seeds
 from fade.evaluation.attacks.registry import chosen_attacks
-from fade.evaluation.attacks.subject import Attack, Drawn, Subject
+from fade.evaluation.attacks.subject import Attack, CannotAttackError, Drawn, Subject
 from fade.evaluation.intervals import wilson_interval
 from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.unlearncanvas import Target
@@ -51,12 +52,19 @@ class AttackResult:
     settings: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     """The attack's own, such as losses."""
+    found: str = ""
+    """What the count does not tell, such as the steps that it took."""
     needs: str = ""
     """What whoever attacks must have."""
     sheet: str = field(default="", repr=False)
     """The pictures side by side: WebP as a data URI."""
     images: Tensor | None = field(default=None, repr=False, compare=False)
     """The pictures, float32 [n, 3, H, W] in [0, 1]; None where the result comes from a file."""
+
+    @property
+    def told(self) -> str:
+        """The setting, and what was found with it."""
+        return f"{self.setting} ({self.found})" if self.found else self.setting
 
     @property
     def rate(self) -> float:
@@ -81,6 +89,7 @@ class AttackResult:
             "seconds": self.seconds,
             "settings": self.settings,
             "numbers": self.numbers,
+            "found": self.found,
             "needs": self.needs,
             "sheet": self.sheet,
         }
@@ -88,8 +97,9 @@ class AttackResult:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> AttackResult:
         """Raises KeyError, TypeError or ValueError for what `to_dict` did not write."""
+        record = {"found": "", **record}  # which earlier versions did not tell
         result = cls(**{name: record[name] for name in cls.__dataclass_fields__ if name != "images"})
-        texts = (result.attack, result.setting, result.needs, result.sheet)
+        texts = (result.attack, result.setting, result.found, result.needs, result.sheet)
         counts = (result.recognised, result.pictures)
         if not (
             all(isinstance(text, str) for text in texts)
@@ -120,6 +130,8 @@ class AttackRecord:
     unattacked: AttackResult
     """So does the adapted one."""
     results: list[AttackResult] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Attacks that were asked for and cannot take this model, by name, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, the pictures as data URIs."""
@@ -132,6 +144,7 @@ class AttackRecord:
             "base": self.base.to_dict(),
             "unattacked": self.unattacked.to_dict(),
             "results": [result.to_dict() for result in self.results],
+            "left_out": self.left_out,
         }
 
     def find(self, attack: Attack) -> AttackResult | None:
@@ -153,7 +166,7 @@ class AttackRecord:
         for result in self.results:
             low, high = result.interval
             table.add_row(
-                escape(printable(result.attack)), escape(printable(result.setting)), f"{result.rate:.1f}",
+                escape(printable(result.attack)), escape(printable(result.told)), f"{result.rate:.1f}",
                 f"{low:.1f}–{high:.1f}", f"{self.base.rate:.1f}", f"{self.unattacked.rate:.1f}",
                 f"{result.seconds:.1f}",
             )  # fmt: skip
@@ -196,7 +209,8 @@ def attack(
 
     Raises:
         FadeError: an unknown attack, no judge that knows the concept, settings out of range, or a `record` of something
-            else; in each case before anything is drawn.
+            else; in each case before anything is drawn. An attack that cannot take the model (`CannotAttackError`) is
+            left out, and the record says why.
     """
     wanted = chosen_attacks(attacks)
     if pictures < 1:
@@ -211,12 +225,19 @@ def attack(
     prompts = int(target.named(asked.answers(first_seeds(1)).prompted).sum())
     answers = asked.answers(first_seeds(math.ceil(pictures / prompts)))
     rows = target.named(answers.prompted).nonzero().flatten()[:pictures]
+    word, surrogate = answers.words(target)
+    pair = next(pair for pair in pairs_in(concept) if pair.forget.strip() == word)
     subject = Subject(
         backbone=backbone,
         adapter=adapter.enable(),
         prompts=tuple(answers.prompts[row] for row in rows.tolist()),
         seeds=tuple(answers.seeds[row] for row in rows.tolist()),
         recognised=lambda images: asked.heads[target.domain](images) == target.forget,
+        forget=word,
+        surrogates=tuple(
+            substitute(answers.prompts[row], word, pair.surrogate, apart=pair.apart) for row in rows.tolist()
+        ),
+        retained=tuple(concept.get("retain_prompts", ())),
         steps=drawn_as.steps,
         guidance_scale=drawn_as.guidance_scale,
         batch_size=batch_size,
@@ -253,6 +274,7 @@ def attack(
             seconds=round(seconds, 2),
             settings=options or {},
             numbers=drawn.numbers,
+            found=drawn.found,
             needs=needs,
             sheet=data_uri(strip(drawn.images, columns=columns), exact=drawn.images.shape[-1] <= TILE),
             images=drawn.images,
@@ -271,7 +293,6 @@ def attack(
         def adapted() -> Drawn:
             return Drawn(subject.decode(subject.sample(subject.prompts, subject.seeds, "drawing with the adapter")))
 
-        word, surrogate = answers.words(target)
         found = AttackRecord(
             forget=word,
             surrogate=surrogate,
@@ -285,9 +306,13 @@ def attack(
     for one in wanted:
         if found.find(one) is None:
             options = json.loads(json.dumps(asdict(one)))
-            found.results.append(
-                measure(one.name, one.setting(subject), lambda one=one: one(subject), one.needs, options)
-            )
+            try:
+                result = measure(one.name, one.setting(subject), lambda one=one: one(subject), one.needs, options)
+            except CannotAttackError as error:
+                found.left_out[one.name] = str(error)
+            else:
+                found.results.append(result)
+                found.left_out.pop(one.name, None)
             save()
     return found
 
@@ -319,6 +344,7 @@ def _earlier(path: Path, model: str, settings: dict[str, Any]) -> AttackRecord |
             base=AttackResult.from_dict(record["base"]),
             unattacked=AttackResult.from_dict(record["unattacked"]),
             results=[AttackResult.from_dict(result) for result in record["results"]],
+            left_out=dict(record.get("left_out", {})),
         )
         theirs = dict(found.settings)
     except (OSError, ValueError, KeyError, TypeError) as error:

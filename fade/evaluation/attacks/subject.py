@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+from fade.errors import FadeError
 
 if TYPE_CHECKING:
     from fade.adapter import Adapter
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 
 _EXAMPLE_SEEDS = 1_000_000
 """Where the seeds of `Subject.examples` begin: far from those that pictures are counted with."""
+
+
+class CannotAttackError(FadeError):
+    """A model, a concept or a family that an attack cannot take; the message says why. Raised before it draws."""
 
 
 @dataclass
@@ -38,6 +45,12 @@ class Subject:
     seed: int = 0
     """Of everything random in an attack but the noise that pictures begin from."""
     progress: bool = False
+    forget: str = ""
+    """The concept in words."""
+    surrogates: tuple[str, ...] = ()
+    """The prompts with what stands for the concept in its place, in their order."""
+    retained: tuple[str, ...] = ()
+    """Prompts of what was to be kept."""
 
     def sample(
         self,
@@ -68,13 +81,41 @@ class Subject:
         with self.adapter.disabled():
             return self.sample(self.prompts, self.seeds, "drawing with the base model")
 
-    def examples(self, count: int) -> Tensor:
-        """Pictures of the concept that an attacker has, as latents [count, C, h, w]: drawn by the base model from the
-        same prompts in turn, with seeds that no counted picture has."""
+    @functools.cached_property
+    def base_recognised(self) -> int:
+        """How many pictures of `concept_latents` the judge recognises."""
+        return self.count(self.concept_latents)
+
+    def count(self, latents: Tensor) -> int:
+        """How many pictures the judge recognises, of latents [n, C, h, w]: of picture i the concept of prompt i."""
+        return int(self.recognised(self.decode(latents)).sum())
+
+    def example_prompts(self, count: int) -> tuple[str, ...]:
+        """The forget prompts in turn."""
         prompts = list(dict.fromkeys(self.prompts))
-        chosen = tuple(prompts[i % len(prompts)] for i in range(count))
-        with self.adapter.disabled():
-            return self.sample(chosen, tuple(range(_EXAMPLE_SEEDS, _EXAMPLE_SEEDS + count)), "drawing examples")
+        return tuple(prompts[i % len(prompts)] for i in range(count))
+
+    def examples(self, count: int) -> Tensor:
+        """Pictures of the concept that an attacker has, as latents [count, C, h, w]: drawn by the base model from
+        `example_prompts`, with seeds that no counted picture has. The first ones do not depend on the count."""
+        return self.drawn_by_base(self.example_prompts(count))
+
+    def drawn_by_base(self, prompts: tuple[str, ...]) -> Tensor:
+        """Pictures for training, as latents [n, C, h, w]: the base model's, of seeds that no counted picture has. What
+        was drawn already is not drawn again."""
+        drawn = self._examples
+        wanted = list(enumerate(prompts))
+        missing = [one for one in wanted if one not in drawn]
+        if missing:
+            seeds = tuple(_EXAMPLE_SEEDS + place for place, _ in missing)
+            with self.adapter.disabled():
+                latents = self.sample(tuple(prompt for _, prompt in missing), seeds, "drawing examples")
+            drawn |= dict(zip(missing, latents, strict=True))
+        return torch.stack([drawn[one] for one in wanted])
+
+    @functools.cached_property
+    def _examples(self) -> dict[tuple[int, str], Tensor]:
+        return {}
 
     @functools.cached_property
     def empty_prompt(self) -> Conditioning:
@@ -89,12 +130,15 @@ class Drawn:
 
     images: Tensor
     numbers: dict[str, Any] = field(default_factory=dict)
+    found: str = ""
+    """What the count of pictures does not tell, in a few words for a table."""
 
 
 class Attack(Protocol):
     """One way to get a forgotten concept back: a frozen dataclass whose fields are its settings, ready for JSON.
 
-    It leaves weights, adapter and gradients as they were.
+    It leaves weights, adapter and gradients as they were. What it cannot attack it refuses with CannotAttackError,
+    before it draws.
     """
 
     name: ClassVar[str]
