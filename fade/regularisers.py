@@ -85,11 +85,11 @@ class ImportancePenalty:
 
     def __call__(self) -> Tensor:
         """w Σ Ω (Δ − Δ⁰)², float32 []."""
-        found = torch.zeros(())
-        for name, layer in self._layers.items():
-            moved = self._delta(layer) - self._start[name]
-            found = found.to(moved.device) + (self._importance[name] * moved.square()).sum()
-        return self._weight * found
+        terms = [
+            (self._importance[name] * (self._delta(layer) - self._start[name]).square()).sum()
+            for name, layer in self._layers.items()
+        ]
+        return self._weight * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def _delta(self, layer: MaskedLoraLayer) -> Tensor:
         """What the adapter adds at its mask's positions, [nnz]."""

@@ -77,8 +77,9 @@ def test_the_change_is_the_papers_on_gradients_of_autograd(
 def test_the_concept_changes_more_and_the_file_does_the_same(tmp_path: Path) -> None:
     pipeline = DIGITCANVAS.load_pipeline()
     config = Config.of("ssd", options={"alpha": 1.0}).replace(
-        data__forget_samples=16, data__retain_samples=32, locate__passes=2
-    )
+        data__forget_samples=8, data__retain_samples=16, data__sampling_steps=4, locate__passes=2, locate__batch_size=8,
+        locate__targets=("attn2.to_k", "attn2.to_v"),
+    )  # fmt: skip
     adapter = fade.unlearn(pipeline, "three", "eight", method="ssd", config=config, output=tmp_path, progress=False)
     assert adapter.run["method"] == "ssd" and adapter.run["losses"] == {"forget": [], "retain": []}
     metadata = read_adapter_file(tmp_path / "adapter.safetensors").metadata
