@@ -73,6 +73,7 @@ RETRACK = Method(
         "overwrite__forget_weight": 1.0,
         "overwrite__retain_weight": 1.0,
         "overwrite__learning_rate": 1e-3,
+        "overwrite__steps": 100,
         "overwrite__stop_forget": 0.0,
     },
     options=Options,

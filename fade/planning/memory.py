@@ -328,7 +328,8 @@ class Run:
             return 0
         passes, count = self.model.passes(dtype), self.config.locate.batch_size
         layers = {name: self.layers[name] for name in self.editable}
-        most = passes.student("locate", count, checkpointing, layers, self.regions)
+        at_once = 2 * count if self.config.saliency == "guided" else count  # asked twice before the backward pass
+        most = passes.student("locate", at_once, checkpointing, layers, self.regions)
         taught = self.config.saliency in ("distillation", "auto")
         return max(most, passes.frozen(count)) if taught else most
 
