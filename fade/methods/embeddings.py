@@ -17,6 +17,7 @@ from fade.conditioning import Conditioning
 from fade.errors import FadeError
 from fade.methods.base import Editing
 from fade.quantised import float_weight
+from fade.regions import matrix_shape
 from fade.saliency import Located, located_in
 from fade_kernels import BitMask
 
@@ -81,11 +82,12 @@ def edited_layers(editing: Editing, ends: tuple[str, ...]) -> dict[str, dict[str
 def product_edit(editing: Editing, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Located, dict[str, Tensor]]:
     """Of factors D and X by layer, float64 [k, K] each, the edit W Dᵀ X of these layers as `Edit` has it: masks of
     whole matrices, and every entry's change."""
-    masks = {name: BitMask.full(tuple(editing.layers[name].weight.shape)) for name in factors}
+    layers = {name: editing.layers[name] for name in factors}
+    masks = {name: BitMask.full(matrix_shape(layer), layer.weight.device) for name, layer in layers.items()}
     located = located_in(editing.layers, masks, {}, 0.0)
     values = {name: torch.zeros(0) for name in editing.layers}
     for name, (difference, reading) in factors.items():
-        weight = float_weight(editing.layers[name]).to(difference)
+        weight = float_weight(layers[name]).to(difference)
         values[name] = ((weight @ difference.T) @ reading).flatten().float().cpu()
     return located, values
 
