@@ -193,10 +193,11 @@ class OverwriteConfig:
     """Bounds of the band as fractions of the training timesteps."""
     checkpoint_every: int = 50
     """Steps between checkpoints, when there is an output folder."""
-    training_mode: TrainingMode = "exact"
+    training_mode: TrainingMode = "auto"
     """How a model in 16 bits is trained (`fade.training_mode`; the run's record says what each layer used): `exact`
     sums x Wᵀ and x Δᵀ in float32, `one-product` multiplies by W + Δ stochastically rounded once a step, `auto` takes
-    for each layer what the cost model prefers on a GPU. In float32 there is nothing to round: always exact."""
+    for each layer what the cost model prefers on a GPU, and is exact on a CPU. In float32 there is nothing to round:
+    always exact."""
     cuda_graph: CudaGraph = "auto"
     """Record the student's pass once as a CUDA graph and replay it, which spares the launches from Python: `auto` where
     it can be, `on` also keeps whatever memory that takes and warns where it cannot be, `off` never."""

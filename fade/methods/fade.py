@@ -21,5 +21,6 @@ FADE = Method(
         "overwrite__steps": 200,
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 0,
+        "overwrite__training_mode": "exact",
     },
 )
