@@ -1,7 +1,7 @@
 """What comes before the first number on a GPU machine: build the extension, run the GPU tests, run the sanitizers.
 
-Each step is a process of its own with a time limit, and leaves a record: its status, its seconds and the end of its
-output. Without passed tests a run records times but prints no speed-up.
+Each step is a process of its own with a time limit, and leaves a record: its status, its seconds and, where it did
+not go well, the end of its output. Without passed tests a run records times but prints no speed-up.
 """
 
 import os
@@ -50,7 +50,9 @@ def _run(command: Sequence[str], limit: float, environment: Mapping[str, str] | 
 
 
 def _step(status: str, start: float, output: str = "", **more: Any) -> Step:
-    return {"status": status, "seconds": time.perf_counter() - start, "output": output[-30_000:], **more}
+    """A record; of a step that went well only the last line is kept: the rest is about the machine, not the kernels."""
+    kept = output.strip().rpartition("\n")[2] if status in ("passed", "built") else output[-30_000:]
+    return {"status": status, "seconds": time.perf_counter() - start, "output": kept, **more}
 
 
 def build(limit: float) -> Step:

@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, nargs="+", metavar="I", help="numbers of the runs, from 0 (default: all)")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu_run.json")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu tries the program without one")
     payload: dict[str, Any] = {"schema": SCHEMA, "kind": "GPU run", "environment": environment(), "runs": []}
     warm: set[tuple[str, str, str]] = set()
     for index, (method, dtype, graph, mode) in enumerate(RUNS):

@@ -380,6 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="one tiny problem in fp32: a test of this program")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "tilings.json")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu tries the program without one")
     begin = time.perf_counter()
     payload: dict[str, Any] = {"schema": SCHEMA, "kind": "tilings", "environment": environment(), "complete": False}
     payload["rows"], payload["troubles"] = [], []

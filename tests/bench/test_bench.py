@@ -302,6 +302,12 @@ def test_status_of_the_gpu_tests(tmp_path, monkeypatch):
         assert not checks.green({"tests": step})
 
 
+def test_what_went_well_leaves_one_line_and_what_did_not_its_output():
+    said = "platform of this machine\n=== 3 passed in 1 s ===\n"
+    assert checks._step("passed", 0.0, said)["output"] == "=== 3 passed in 1 s ==="
+    assert checks._step("failed", 0.0, said)["output"] == said
+
+
 def test_steps_that_cannot_be_done(monkeypatch):
     assert checks.gpu_tests(5, "tests/none.py")["status"] == "absent"
     monkeypatch.setattr(checks, "find_sanitizer", lambda: None)

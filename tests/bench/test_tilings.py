@@ -50,6 +50,14 @@ def test_an_unknown_kernel_is_named(tmp_path: Path) -> None:
     assert code == 2 and "invalid choice: 'nothing'" in output
 
 
+@pytest.mark.parametrize("program", ["bench.tilings", "bench.gpu_run"])
+def test_without_a_gpu_one_line_says_so(program: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", program, "--device", "cuda", "--output", str(tmp_path / "none.json")]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device here" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_committed_file_is_of_a_gpu_and_right() -> None:
     payload = json.loads((ROOT / "bench" / "results" / "tilings.json").read_text())
     assert payload["complete"] and payload["environment"]["gpu"]
