@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.files import ROOT, write_json
+from bench.files import ROOT, load_kind, write_json
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "table.json"
@@ -161,7 +161,8 @@ def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: 
     from bench.harness import environment
     from fade.progress import progress_bar
 
-    payload = load(output) if output.exists() else {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
+    empty = {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
+    payload = load_kind(output, "table") if output.exists() else empty
     rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,17 +175,6 @@ def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: 
             write_json(output, payload)
             reached = row.get("reason") or f"UA {row['metrics']['UA']:.0f}, {row['seconds']:.0f} s"
             advance(f"{cell.method}, {cell.forget}: {reached}")
-    return payload
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A table's file. Raises SystemExit with a message for people where it is none."""
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as a table: {error}") from error
-    if not isinstance(payload, dict) or payload.get("kind") != "table":
-        raise SystemExit(f"{path} is not a file of `python -m bench.table`")
     return payload
 
 
@@ -295,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
     if a.show:
-        payload = load(output)
+        payload = load_kind(output, "table")
     else:
         payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick)
     if a.markdown:
