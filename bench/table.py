@@ -6,7 +6,8 @@
 
 A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
 failure is a line of the table with its reason. What it makes stays in `--folder` (adapter, attacks) until the file has
-it; a run that is stopped goes on where it was, also within a cell's attacks.
+it; a run that is stopped goes on where it was, also within a cell's attacks. What depends on the base model alone, all
+cells share (`kept` in that folder).
 
     {"schema": 1, "kind": "table", "environment", "quick", "rows": [
         {"model", "method", "forget", "surrogate", "seed", "seconds", "peak_memory_bytes", "adapter_bytes",
@@ -105,7 +106,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     from fade.evaluation.attacks import attack
     from fade.measure import measured
 
-    made, path = folder / cell.name, folder / f"{cell.name}.json"
+    made, path, kept = folder / cell.name, folder / f"{cell.name}.json", folder / "kept"
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
     pipeline = bundled.model(cell.model).load_pipeline()
     try:
@@ -117,15 +118,16 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
                 )  # fmt: skip
             row |= {"seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes}
             row["adapter_bytes"] = (made / "adapter.safetensors").stat().st_size
-            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), progress=False)
+            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False)
             row |= {"metrics": found.metrics, "base": found.base, "notes": found.notes}
             write_json(path, row)
         elif cell.attacks:
             adapter = fade.load_adapter(pipeline, made / "adapter.safetensors")
         if cell.attacks:
             record = attack(
-                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", progress=False
-            )
+                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", cache=kept,
+                progress=False,
+            )  # fmt: skip
             row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in record.results}
             row |= {"unattacked": record.unattacked.rate, "left_out": record.left_out}
     except FadeError as reason:
