@@ -24,6 +24,7 @@ from fade.noise import step_generator
 from .conftest import same_bits, weights
 from .test_attacks import PREDICTIONS, QUICK, adapter_on, predicting, subject_of
 
+CURVES = ("recognised_after", "anew_recognised_after")
 TINY = {"checks": (1, 2), "batch_size": 2}
 
 
@@ -153,6 +154,22 @@ def test_relearning_counts_after_each_check_and_stops_once_the_concept_is_back(a
     }
     assert drawn.found == "half back after 2; anew: half back after 3"
     assert len(shown) == 8
+
+
+def test_what_is_drawn_before_any_step_is_drawn_once_for_all_settings(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of(adapter, surrogates=("a house", "a tree", "a house"))
+    drawn: list[str] = []
+    sample = subject.sample
+    monkeypatch.setattr(
+        subject, "sample", lambda prompts, seeds, description: drawn.append(description) or sample(prompts, seeds, "")
+    )
+    shown = [Relearning(count, checks=(1,), batch_size=2, enough=2.0)(subject).numbers for count in (1, 2)]
+    assert all(list(numbers[name]) == ["0", "1"] for numbers in shown for name in CURVES)
+    assert all(shown[0][name]["0"] == shown[1][name]["0"] for name in CURVES)
+    counted = {step: drawn.count(f"drawing after {step} steps") for step in (0, 1)}
+    assert counted == {0: 2, 1: 4}  # edited and anew
 
 
 def test_a_judge_of_more_patience_goes_on_with_what_was_learnt_anew(adapter: Adapter, tmp_path: Path) -> None:
