@@ -38,7 +38,7 @@ from fade.evaluation.attacks.completion import Completion
 from fade.evaluation.attacks.embedding_inversion import EmbeddingInversion
 from fade.evaluation.attacks.null_text_inversion import NullTextInversion
 from fade.evaluation.attacks.token_search import TokenSearch
-from fade.evaluation.drawings import Kept
+from fade.evaluation.drawings import Kept, default_cache
 from fade.noise import step_generator
 from fade.report import render_report, write_attack_report
 from fade_kernels import BitMask
@@ -506,6 +506,16 @@ def test_the_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert cli.main([str(word) for word in [*words, "--scale", 0.5]]) == 2
     assert "scale = [1.0], not [0.5]" in capsys.readouterr().err
     assert json.loads(file.read_text()) == record
+
+
+def test_the_command_keeps_what_the_base_draws_unless_told_otherwise(files: tuple[Path, Path]) -> None:
+    model, adapter = files
+    words = ["attack", model, "--adapter", adapter, "--attacks", "removal", "--pictures", 2, "--steps", 2]
+    words = [str(word) for word in [*words, "--device", "cpu", "--quiet"]]
+    assert cli.main([*words, "--no-cache"]) == 0
+    assert not default_cache().exists()
+    assert cli.main(words) == 0
+    assert len(list(default_cache().glob("*.safetensors"))) == 2  # with the adapter off and on
 
 
 def test_the_command_says_what_is_wrong(
