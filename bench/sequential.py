@@ -183,10 +183,16 @@ def draw(payload: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     titles = {"UA": "UA: forgotten, of all so far", "UA_least": "UA of the concept least forgotten", "IRA": "IRA: kept"}
     for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in payload["rows"]):
+        for index, method in enumerate(dict.fromkeys(row["method"] for row in payload["rows"])):
             own = [row for row in payload["rows"] if row["method"] == method and "reason" not in row]
-            axes.plot([row["request"] for row in own], [row[name] for row in own], ".-", label=method)
+            style = {
+                "marker": "osD^v"[index % 5],
+                "markersize": max(3, 8 - index),
+                "alpha": 0.8,
+            }  # lines may lie on one another
+            axes.plot([row["request"] for row in own], [row[name] for row in own], label=method, **style)
         axes.set(title=title, xlabel="requests, one after another", ylabel="percent", ylim=(-3, 103))
+        axes.set_xticks(range(1, len(CONCEPTS) + 1))
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
