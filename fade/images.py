@@ -15,7 +15,7 @@ import posixpath
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
-from fade.errors import FadeError
+from fade.errors import FadeError, printable
 
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as in most viewers."""
@@ -342,6 +342,31 @@ def read_square(path: str | Path, side: int) -> Image.Image:
             _scale_key(image)
             image.load()
             return square(image, side, drafted and drafted[1][2:])
+
+
+def readable(
+    pictures: Iterable[Picture], side: int, unreadable: dict[str, str]
+) -> Iterator[tuple[Picture, Image.Image]]:
+    """The pictures that can be read, each with its `read_square`, one at a time; of the others, by name, why not."""
+    for picture in pictures:
+        try:
+            image = read_square(picture.path, side)
+        except Exception as error:  # decoders raise anything for broken files
+            unreadable[picture.name] = (str(error).splitlines() or [type(error).__name__])[0]
+            continue
+        yield picture, image
+
+
+def report_unreadable(folder: Path, unreadable: Mapping[str, str], read: bool) -> None:
+    """Warns of the images that `readable` skipped, if any. Raises FadeError where none could be `read`."""
+    if not unreadable:
+        return
+    named = f"{listed(unreadable)}; of the first: {shown(next(iter(unreadable.values())))}"
+    if not read:
+        raise FadeError(
+            f"none of the {len(unreadable)} images in {folder} can be read; are they really images? {named}"
+        )
+    warnings.warn(printable(f"skipped {len(unreadable)} unreadable image(s) in {folder}: {named}"), stacklevel=3)
 
 
 def square(image: Image.Image, side: int, extent: tuple[float, float] | None = None) -> Image.Image:

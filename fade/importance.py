@@ -65,7 +65,10 @@ class Importance:
                     )  # fmt: skip
                 for name in names:
                     device = self.layers[name].weight.device
-                    yield name, {
-                        part: found.pop(name).flatten(1).to(device).div_(self._batches[part])
-                        for part, found in sums.items()
-                    }
+                    yield (
+                        name,
+                        {
+                            part: found.pop(name).flatten(1).to(device).div_(self._batches[part])
+                            for part, found in sums.items()
+                        },
+                    )

@@ -20,7 +20,7 @@ from fade.concept import Concept
 from fade.config import DataConfig
 from fade.errors import FadeError, printable
 from fade.files import read_tensors, write_tensors
-from fade.images import Picture, PictureFolder, find_pictures, listed, read_square, shown
+from fade.images import Picture, PictureFolder, find_pictures, listed, readable, report_unreadable
 from fade.progress import progress_bar, tell
 
 MOST_PIXELS_AT_ONCE = 2**21
@@ -256,12 +256,8 @@ def _read(
     batch: list[Image.Image] = []
     unreadable: dict[str, str] = {}
     with progress_bar(f"encoding {found.folder.name}", min(most, len(candidates)), progress) as advance:
-        for picture in candidates:
-            try:
-                batch.append(read_square(picture.path, side))
-            except Exception as error:  # decoders raise anything for broken files
-                unreadable[picture.name] = (str(error).splitlines() or [type(error).__name__])[0]
-                continue
+        for picture, image in readable(candidates, side, unreadable):
+            batch.append(image)
             captions.append(picture.caption)
             advance()
             if len(batch) == batch_size or len(captions) == most:
@@ -271,14 +267,7 @@ def _read(
                 break
     if batch:
         parts.append(backbone.encode_images(batch, config.resolution, generator))
-    if unreadable:
-        named = f"{listed(unreadable)}; of the first: {shown(next(iter(unreadable.values())))}"
-        if not parts:
-            raise FadeError(
-                f"none of the {len(unreadable)} images in {found.folder} can be read; are they really images? {named}"
-            )
-        text = f"skipped {len(unreadable)} unreadable image(s) in {found.folder}: {named}"
-        warnings.warn(printable(text), stacklevel=2)
+    report_unreadable(found.folder, unreadable, bool(parts))
     return torch.cat(parts), captions
 
 

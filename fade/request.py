@@ -121,8 +121,7 @@ def concepts_of(backbone: Backbone, adapters: Sequence[str | Path | Adapter]) ->
         check_same_base(
             metadata["fingerprint"],
             found,
-            f"{shown} was trained on {metadata.get('base', 'another model')} "
-            f"({short_digest(metadata['fingerprint'])})",
+            f"{shown} was trained on {metadata.get('base', 'another model')} ({short_digest(metadata['fingerprint'])})",
             f", and the new adapter cannot act beside it on {base_name(backbone.pipeline)} ({short_digest(found)})",
         )
         pairs += pairs_in(metadata["concept"])

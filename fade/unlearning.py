@@ -589,9 +589,7 @@ def _locate(
     return located_in(layers, masks, spread, min(thresholds), regions)
 
 
-def _run_record(
-    costs: dict[str, Measurement], located: Located, left: dict[str, float] | None
-) -> dict[str, Any]:
+def _run_record(costs: dict[str, Measurement], located: Located, left: dict[str, float] | None) -> dict[str, Any]:
     solved = {} if left is None else {"residual": {name: float(f"{share:.5g}") for name, share in left.items()}}
     return {
         **solved,

@@ -37,6 +37,15 @@ def evaluate(
     phrasings: Annotated[
         bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
     ] = False,
+    phrasing: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--phrasing",
+            metavar="TEXT",
+            help="Ask for the concept in these words instead, say in another language: 'ein Foto von {}', or "
+            "'une photo de {chat=chien}', which names concept and surrogate. May be given several times.",
+        ),
+    ] = None,
     require: Annotated[
         str | None,
         typer.Option(
@@ -57,6 +66,13 @@ def evaluate(
     clip: Annotated[
         str | None,
         typer.Option(metavar="CLIP", help="Folder or hub id of a CLIP model for the CLIP score. Default: the judge."),
+    ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Real pictures of what must stay, to which FID-real and KID-real compare both models.",
+        ),
     ] = None,
     every_word: Annotated[
         bool,
@@ -99,8 +115,8 @@ def evaluate(
     with measured(pipeline.device) as cost:
         evaluation = run(
             pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            judge=judge, classes=listed(classes), everything=every_word, features=features, clip=clip,
-            phrasings=phrasings, wanted=[one.metric.name for one in required],
+            judge=judge, classes=listed(classes), everything=every_word, features=features, clip=clip, real=real,
+            phrasings=phrasing or phrasings, wanted=[one.metric.name for one in required],
             cache=None if no_cache else default_cache(), progress=not quiet,
         )  # fmt: skip
     evaluation.settings["scale"] = scale

@@ -4,6 +4,7 @@ A bundled model's judges give their penultimate features; `--features` takes an 
 Numbers of different extractors are not comparable with one another, so each has a name, which the record keeps.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fade.errors import FadeError
+from fade.images import PictureFolder, readable, report_unreadable
 from fade.judges import Classifiers
+from fade.progress import progress_bar
 
 _BATCH = 32
 
@@ -89,6 +92,25 @@ class ModelFeatures:
             states = output.last_hidden_state
             pooled = states.mean(1) if states.dim() == 3 else states.mean((2, 3))
         return pooled.flatten(1).float().cpu()
+
+
+def features_of_folder(found: PictureFolder, side: int, features: FeatureExtractor, progress: bool = False) -> Tensor:
+    """Of every picture in a folder, each a square of `side` pixels (`fade.images.read_square`): float32 [m, D].
+
+    Read and shown to the extractor a batch at a time. Raises FadeError where none can be read; others that cannot be
+    are skipped with a warning.
+    """
+    parts: list[Tensor] = []
+    unreadable: dict[str, str] = {}
+    images = (image for _, image in readable(found.pictures, side, unreadable))
+    with progress_bar(f"features of {found.folder.name}", len(found.pictures), progress) as advance:
+        while batch := list(itertools.islice(images, _BATCH)):
+            pixels = np.stack([np.asarray(image) for image in batch])
+            parts.append(features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255))
+            for _ in batch:
+                advance()
+    report_unreadable(found.folder, unreadable, bool(parts))
+    return torch.cat(parts)
 
 
 def levels(images: Tensor) -> list[np.ndarray]:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from fade.backbones import backbone_for
 from fade.bundled import drawing
+from fade.concept import pairs_in
 from fade.errors import FadeError
 from fade.evaluation.answers import SEEDS, AnswerSet
 from fade.evaluation.drawings import Drawings
-from fade.evaluation.features import ModelFeatures
+from fade.evaluation.features import ModelFeatures, features_of_folder
 from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.metric import Drawn, Metric, Value
-from fade.evaluation.metrics.phrasings import PhrasingResult, held_out
+from fade.evaluation.metrics.phrasings import PhrasingResult, held_out, own_prompts
 from fade.evaluation.metrics.registry import METRICS, known_metrics
 from fade.evaluation.metrics.unlearncanvas import cell_accuracy, metrics_of_several, receiver_accuracy
+from fade.images import find_pictures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -200,7 +202,8 @@ def evaluate(
     everything: bool = False,
     features: str | None = None,
     clip: str | None = None,
-    phrasings: bool = False,
+    real: str | Path | None = None,
+    phrasings: bool | Sequence[str] = False,
     wanted: Sequence[str] = (),
     cache: Path | None = None,
     progress: bool = True,
@@ -225,13 +228,16 @@ def evaluate(
         features: folder of a transformers image model, for FID, KID, precision, recall and the LPIPS-like distance. A
             bundled model has its judges' features without one.
         clip: folder or hub id of a CLIP model for the CLIP score. A CLIP judge is taken without it.
-        phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`).
+        real: folder of real pictures of what must stay, to which FID-real and KID-real compare both models by the same
+            features.
+        phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`); or these.
         wanted: names of metrics that must be measurable; asked before anything is drawn.
         cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
 
     Raises:
         FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images; a model that
-            cannot be loaded, a judge of the user's that fails, or a wanted metric that is unknown or lacks its model.
+            cannot be loaded, a judge of the user's that fails, a wanted metric that is unknown or lacks its model, real
+            pictures that cannot be read or have no features to go by, or a phrasing without the concept.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
@@ -253,8 +259,14 @@ def evaluate(
         "features": chosen.features if features is None else ModelFeatures(features, backbone.device),
         "clip": _clip(clip or chosen.clip, backbone.device),
     }
+    given = {**instruments, "phrasings": phrasings, "real": real}
+    if real is not None and instruments["features"] is None:
+        raise FadeError(f"real pictures cannot be compared without {_GIVEN_BY['features']}")
+    found = None if real is None else find_pictures(real)
+    if not isinstance(phrasings, bool):
+        own_prompts(phrasings, pairs_in(concept))
     for metric in asked:
-        if metric.needs and not (phrasings if metric.needs == "phrasings" else instruments[metric.needs]):
+        if metric.needs and not given[metric.needs]:
             raise FadeError(f"{metric.name} cannot be measured without {_GIVEN_BY[metric.needs]}")
     drawings = Drawings(backbone, drawn, batch_size, progress, cache)
     draw = functools.partial(drawings, answers.prompts, answers.seeds)
@@ -273,10 +285,14 @@ def evaluate(
         **vars(drawn),
         **{name: model.name for name, model in instruments.items() if model is not None},
     }
+    if found is not None:
+        instruments["real"] = features_of_folder(found, images.shape[-1], instruments["features"], progress)
+        settings["real"] = f"{len(instruments['real'])} pictures in {found.folder.name}"
     if phrasings:
         instruments["phrasings"] = held_out(
-            pipeline, adapter, seeds=seeds, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size,
-            judge=judge, classes=classes, cache=cache, progress=progress,
+            pipeline, adapter, phrasings=None if phrasings is True else phrasings, seeds=seeds, steps=steps,
+            guidance_scale=guidance_scale, batch_size=batch_size, judge=judge, classes=classes, cache=cache,
+            progress=progress,
         )  # fmt: skip
     return _summarise(
         answers,
@@ -293,6 +309,7 @@ _GIVEN_BY = {
     "features": "features to compare pictures by: give --features FOLDER, an image model of transformers",
     "clip": "a CLIP model: give --clip MODEL",
     "phrasings": "drawing other words: give --phrasings",
+    "real": "real pictures to compare with: give --real FOLDER",
 }
 
 

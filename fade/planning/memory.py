@@ -318,9 +318,19 @@ class Run:
             if not self.on_gpu:  # else it waits in host memory
                 one = math.prod(self.model.latent) * DTYPES[dtype].itemsize
                 pool = 2 * one * self.step_latents * self.config.overwrite.pool
-            # Beside the adapter its gradients and two moments of AdamW.
-            most = max(most, self.step_bytes(dtype, checkpointing) + 3 * self.adapter_bytes + pool)
+            # Beside the adapter its gradients and two moments of AdamW; GIFT's start and gradients before the pull.
+            beside = (5 if self.config.overwrite.gift else 3) * self.adapter_bytes + pool
+            if self.config.overwrite.ekpc:
+                most = max(most, self.importance_bytes(dtype, checkpointing))
+                beside += 2 * 4 * self.kept  # importances and where the values began
+            most = max(most, self.step_bytes(dtype, checkpointing) + beside)
         return self.mask_bytes + self.adapter_bytes + most
+
+    def importance_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
+        """What EKPC takes before the training to measure every weight's importance, all of it on the device."""
+        count, layers = self.config.overwrite.retain_batch_size, {name: self.layers[name] for name in self.editable}
+        once = self.model.passes(dtype).student("locate", count, checkpointing, layers, self.regions)
+        return 4 * sum(self.editable.values()) + once + 4 * self.kept
 
     def locate_pass(self, dtype: Dtype, checkpointing: bool) -> int:
         """Bytes of a backward pass of stage 1; 0 where it makes none."""

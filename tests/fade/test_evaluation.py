@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from transformers import (
     CLIPConfig,
@@ -300,7 +301,7 @@ def test_clip_judge_says_what_is_wrong(tiny_clip: Path, tmp_path: Path) -> None:
         ClipJudge(tmp_path, ["three", "eight"])
 
 
-def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_clip: Path) -> None:
+def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_clip: Path, tmp_path: Path) -> None:
     adapter = random_adapter(pipeline, strength=2.0)
     options = {"seeds": (1, 2), "steps": 2, "progress": False, "judge": str(tiny_clip), "classes": ["horse"]}
     evaluation = evaluate(pipeline, adapter, **options)
@@ -320,6 +321,20 @@ def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_cl
     assert again.metrics == evaluation.metrics
     compared = evaluate(pipeline, adapter, **options, baseline=evaluation, features=str(tiny_clip), wanted=["KID"])
     assert compared.metrics["KID"] is not None and compared.metrics["LPIPS-like"] > 0
+    real = tmp_path / "real"
+    real.mkdir()
+    for i, image in enumerate(evaluation.baseline[:5]):
+        Image.fromarray(levels(image[None])[0]).save(real / f"{i}.png")
+    compared = evaluate(
+        pipeline, adapter, **options, baseline=evaluation, features=str(tiny_clip), real=real, wanted=["KID-real"]
+    )
+    assert compared.metrics["KID-real"] is not None and compared.settings["real"] == "5 pictures in real"
+    with pytest.raises(FadeError, match="real pictures cannot be compared without features .*--features FOLDER"):
+        evaluate(pipeline, adapter, **options, baseline=evaluation, real=real)
+    with pytest.raises(FadeError, match="KID-real cannot be measured without .*--real FOLDER"):
+        evaluate(pipeline, adapter, **options, features=str(tiny_clip), wanted=["KID-real"])
+    with pytest.raises(FadeError, match="there is no image folder"):
+        evaluate(pipeline, adapter, **options, baseline=evaluation, features=str(tiny_clip), real=real / "none")
     with pytest.raises(FadeError, match="there is no folder"):
         evaluate(pipeline, adapter, **options, baseline=evaluation, features="nowhere")
     with pytest.raises(FadeError, match="baseline has 3 images"):

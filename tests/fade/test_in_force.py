@@ -190,9 +190,7 @@ def test_unpinned_it_is_an_adapter_like_others(
     assert not adapter.enabled
 
 
-@pytest.mark.parametrize(
-    ("dtype", "values"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)]
-)
+@pytest.mark.parametrize(("dtype", "values"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, False)])
 def test_fused_and_unfused_any_number_of_times(
     pipeline: StableDiffusionPipeline, seed: int, dtype: torch.dtype, values: bool
 ) -> None:

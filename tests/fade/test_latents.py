@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fade import images as images_module
 from fade import latents as latents_module
 from fade.backbones import backbone_for
 from fade.cache_key import module_digest
@@ -253,7 +254,7 @@ def test_pictures_are_dropped_as_soon_as_they_are_encoded(
 ) -> None:
     forget = folder_of(tmp_path / "forget", 11)
     alive = most = 0
-    read = latents_module.read_square
+    read = images_module.read_square
 
     def dropped() -> None:
         nonlocal alive
@@ -268,7 +269,7 @@ def test_pictures_are_dropped_as_soon_as_they_are_encoded(
         most = max(most, alive)
         return image
 
-    monkeypatch.setattr(latents_module, "read_square", watched)
+    monkeypatch.setattr(images_module, "read_square", watched)
     config = DataConfig(forget_images=str(forget), retain_samples=1, sampling_steps=1, batch_size=4)
     latents = prepare_latents(backbone_for(pipeline), CONCEPT, config, 0, "base")
     assert len(latents.forget) == 11 and most <= 5

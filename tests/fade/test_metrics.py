@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from fade.bundled import model
 from fade.errors import FadeError
 from fade.evaluation import run
 from fade.evaluation.answers import class_answers, crossed_answers
-from fade.evaluation.features import JudgeFeatures, ModelFeatures
+from fade.evaluation.features import JudgeFeatures, ModelFeatures, features_of_folder
 from fade.evaluation.intervals import mean_interval, paired_share_interval, wilson_interval
 from fade.evaluation.metrics.composition import composed
 from fade.evaluation.metrics.distribution import frechet_distance, inside, kernel_distance, paired_kernel_terms
@@ -26,6 +28,7 @@ from fade.evaluation.metrics.perceptual import feature_distance
 from fade.evaluation.metrics.registry import METRICS, known_metrics
 from fade.evaluation.requirements import requirements, shortfalls
 from fade.evaluation.run import _summarise
+from fade.images import find_pictures, square
 from fade.report import render_report
 
 
@@ -167,6 +170,20 @@ def test_distributions_are_of_retained_pictures_and_fid_needs_more_than_it_has_f
     same = dataclasses.replace(few, adapted=few.base)
     assert value("KID", same) == Value(0.0, interval=Interval(0.0, 0.0, 144))
     assert value("FID", same).adapted == pytest.approx(0, abs=1e-9)
+
+
+def test_real_pictures_are_compared_with_what_both_models_retain(seed: int) -> None:
+    real = features(seed, 60, 12)
+    compared = dataclasses.replace(drawn(seed), real=real)
+    kept = ~compared.answers.forgotten
+    base, adapted = Flat()(compared.base[kept]), Flat()(compared.adapted[kept])
+    for name, distance in (("FID-real", frechet_distance), ("KID-real", kernel_distance)):
+        found = value(name, compared)
+        assert found.adapted == pytest.approx(distance(real, adapted), rel=1e-9)
+        assert found.base == pytest.approx(distance(real, base), rel=1e-9)
+    few = dataclasses.replace(compared, real=real[:12])
+    assert value("FID-real", few).adapted is None and "more than 12 images a side" in value("FID-real", few).note
+    assert value("KID-real", few).adapted == pytest.approx(kernel_distance(real[:12], adapted))
 
 
 # --- pairs of pictures -----------------------------------------------------------------------------------------------
@@ -380,6 +397,24 @@ def test_features_of_a_model_on_disk(vit: Path, seed: int) -> None:
     assert "vit" in extractor.name
 
 
+def test_features_of_a_folder_are_those_of_its_pictures(tmp_path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (35, 9, 8, 3), dtype=np.uint8)
+    (tmp_path / "more").mkdir()
+    for i, one in enumerate(pixels):
+        Image.fromarray(one).save((tmp_path / "more" if i % 2 else tmp_path) / f"{i:02}.png")
+    found = features_of_folder(find_pictures(tmp_path), 8, Flat())
+    squares = [np.asarray(square(Image.fromarray(one), 8)) for one in (*pixels[::2], *pixels[1::2])]
+    expected = Flat()(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255)
+    torch.testing.assert_close(found.sort(0).values, expected.sort(0).values)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable .*broken\.png"):
+        assert len(features_of_folder(find_pictures(tmp_path), 8, Flat())) == 35
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "broken.png").rename(tmp_path / "alone" / "broken.png")
+    with pytest.raises(FadeError, match="none of the 1 images in .* can be read"):
+        features_of_folder(find_pictures(tmp_path / "alone"), 8, Flat())
+
+
 def test_what_is_no_image_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FadeError, match="there is no folder"):
         ModelFeatures(tmp_path / "none")
@@ -401,7 +436,7 @@ def test_a_new_metric_is_in_table_json_and_report(seed: int, monkeypatch: pytest
     number = float(pair.adapted.mean())
     record = json.loads(evaluation.to_json())
     assert record["brightness"] == record["secret"] == number and record["notes"]["brightness"] == "so"
-    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings")} <= record.keys()
+    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings", "real")} <= record.keys()
     assert "CLIP" not in record and "FID" in record["interval_95"] and "IRA" in record["change_95"]
     console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(evaluation.table())

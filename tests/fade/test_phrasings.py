@@ -9,14 +9,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import fade
-from fade.backbones import backbone_for
+from fade.backbones import Backbone, backbone_for
 from fade.cli import main
 from fade.concept import PHRASINGS, TEMPLATES, bundled_concept, concept_from_words
 from fade.config import Config
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
-from fade.evaluation import held_out
+from fade.evaluation import evaluate, held_out
 from fade.evaluation.metrics.phrasings import HELD_OUT, held_out_prompts
 from fade.unlearning import ADAPTER_FILE
 
@@ -94,6 +94,40 @@ def test_several_concepts_are_asked_for_one_by_one() -> None:
     assert found.base == pytest.approx(100 * float(torch.cat(shown).double().mean()), abs=2.0)
 
 
+def test_phrasings_of_ones_own() -> None:
+    pipeline = load_pipeline()
+    adapter = fade.unlearn(pipeline, "three", "eight", config=SOLVED, progress=False)
+    texts = ("ink {three=five}", "a {} in ink", "a {} in ink")
+    found = held_out(pipeline, adapter, phrasings=texts, **QUICK)
+    assert list(found.phrasings) == list(dict.fromkeys(texts)) and found.images == 2
+    for kind, prompts in (("base", ["ink three", "a three in ink"]), ("surrogate", ["ink five", "a eight in ink"])):
+        adapter.disable()
+        shown = load_judges().digit(backbone_for(pipeline).generate(prompts, [5, 5], 2, 3.0)) == DIGITS.index("three")
+        adapter.enable()
+        assert [found.phrasings[text][kind] for text in found.phrasings] == (100.0 * shown.double()).tolist()
+    assert evaluate(pipeline, adapter, phrasings=texts, **QUICK).phrasings == found
+
+
+@pytest.mark.parametrize(
+    ("forget", "text", "message"),
+    [
+        ({"three": "eight"}, "a digit", r"must say where the concept goes: with \{\}"),
+        ({"three": "eight"}, "a {digit}", "must say where the concept goes"),
+        ({"three": "eight"}, "{} {", "must say where the concept goes"),
+        ({"three": "eight", "neon": "plain"}, "{drei=acht}", "names one concept, but the adapter forgets 2"),
+    ],
+)
+def test_a_phrasing_without_the_concept_is_refused_before_anything_is_drawn(
+    forget: dict[str, str], text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline()
+    adapter = fade.unlearn(pipeline, forget, config=SOLVED, progress=False)
+    monkeypatch.setattr(Backbone, "generate", lambda *args, **kwargs: pytest.fail("drawn"))
+    for measure in (evaluate, held_out):
+        with pytest.raises(FadeError, match=message):
+            measure(pipeline, adapter, phrasings=["{}", text], **QUICK)
+
+
 def test_a_pipeline_without_a_judge(pipeline: StableDiffusionPipeline) -> None:
     adapter = random_adapter(pipeline)
     pipeline.unet.register_to_config(sample_size=16)  # no longer DigitCanvas
@@ -109,3 +143,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "held-out phrasings" in capsys.readouterr().out
     record = json.loads((tmp_path / "m.json").read_text())["held_out_phrasings"]
     assert set(record) == {"adapted", "base", "surrogate", "images", "interval_95", "phrasings"}
+    options += ["--phrasing", "ein Bild in {neon=plain}", "--phrasing", "{}"]
+    assert main(["evaluate", "digitcanvas", "--adapter", file, *options]) == 0
+    record = json.loads((tmp_path / "m.json").read_text())["held_out_phrasings"]
+    assert list(record["phrasings"]) == ["ein Bild in {neon=plain}", "{}"]

@@ -242,6 +242,22 @@ def test_a_plan_counts_what_there_is() -> None:
     assert column.peaks["locate"]["plain"] > record["accumulator_bytes"] + column.denoiser
 
 
+def test_what_holds_an_adapter_near_its_start_is_counted() -> None:
+    model = Model.of("digitcanvas")
+
+    def run(**settings: float) -> Run:
+        return Run(model, Config().replace(overwrite__method="distillation", **settings))
+
+    plain, pulled, held = (run(**one) for one in ({}, {"overwrite__gift": 1e-4}, {"overwrite__ekpc": 1e-3}))
+    more = pulled.overwrite_bytes("fp32", False) - plain.overwrite_bytes("fp32", False)
+    assert more == 2 * plain.adapter_bytes
+    weights = sum(plain.editable.values())
+    assert held.importance_bytes("fp32", False) > 4 * weights
+    assert held.overwrite_bytes("fp32", False) >= max(
+        plain.overwrite_bytes("fp32", False) + 2 * 4 * plain.kept, 4 * weights + plain.mask_bytes
+    )
+
+
 def test_larger_pictures_and_batches_take_more() -> None:
     model = Model.of("digitcanvas")
     sizes = [Run(model, with_batch(Config(), count)).step_bytes("fp32", False) for count in (2, 4, 8)]

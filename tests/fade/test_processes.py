@@ -120,9 +120,7 @@ def test_a_process_that_is_killed_is_missed_at_once() -> None:
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "per_sample"), [("denoising", False), ("distillation", True), ("contrast", False)]
-)
+@pytest.mark.parametrize(("kind", "per_sample"), [("denoising", False), ("distillation", True), ("contrast", False)])
 def test_saliency_is_that_of_one_process(started: Processes, kind: str, per_sample: bool) -> None:
     """Seven latents in batches of three, twice through: six batches; then one batch, which leaves a process without."""
     for batch_size, passes in ((3, 2), (7, 1)):

@@ -164,5 +164,3 @@ def test_what_cannot_be_is_told() -> None:
             Config().replace(**{f"overwrite__{name}": -1.0})
         with pytest.raises(FadeError, match="would be ignored: the method closed-form trains nothing"):
             Config().replace(**{f"overwrite__{name}": 1.0, "overwrite__method": "closed-form"})
-
-

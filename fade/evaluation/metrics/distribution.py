@@ -3,7 +3,8 @@ and recall, on whatever features the evaluation has.
 
 What is compared is the answer set without what is to be forgotten, as UnlearnCanvas does; it has real pictures on the
 other side, which nobody has for a concept of their own, so the base model's pictures of the same prompts and seeds
-stand there. The features are not Inception's unless such a model is given: compare numbers of one extractor alone.
+stand there. FID-real and KID-real compare both models with a folder of real pictures, where one is given. The features
+are not Inception's unless such a model is given: compare numbers of one extractor alone.
 """
 
 import math
@@ -127,6 +128,20 @@ def _shares(adapted_in_base: bool) -> Callable[[Drawn], Value]:
     return measure
 
 
+def _to_real(distance: Callable[[Tensor, Tensor], float], whole_rank: bool) -> Callable[[Drawn], Value]:
+    def measure(drawn: Drawn) -> Value:
+        base, adapted = drawn.once(retained_features)
+        assert drawn.real is not None
+        count, width = min(len(adapted), len(drawn.real)), adapted.shape[1]
+        if whole_rank and count <= width:
+            return Value(None, note=f"needs more than {width} images a side for {width} features, there are {count}")
+        if count < 2:
+            return Value(None, note="needs two images of retained prompts and two real ones at least")
+        return Value(distance(drawn.real, adapted), distance(drawn.real, base))
+
+    return measure
+
+
 METRICS = (
     Metric("FID", "Fréchet distance of retained images to base's", "", "lower", _fid, 4, needs="features"),
     Metric("KID", "kernel distance of the same, for few images", "", "lower", _kid, None, needs="features"),
@@ -137,5 +152,11 @@ METRICS = (
     Metric(
         "recall", "% of base's variety that they still cover", "%", "higher", _shares(False),
         needs="features",
+    ),
+    Metric(
+        "FID-real", "Fréchet distance to real images", "", "lower", _to_real(frechet_distance, True), 4, needs="real",
+    ),
+    Metric(
+        "KID-real", "kernel distance to real images", "", "lower", _to_real(kernel_distance, False), None, needs="real",
     ),
 )  # fmt: skip

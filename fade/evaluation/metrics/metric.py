@@ -27,7 +27,8 @@ class Drawn:
     """The pictures of both models, and what was made of them.
 
     `base` and `adapted` are float32 [n, 3, H, W] in [0, 1], picture i of both from prompt and seed i of `answers`;
-    `judged_base` and `judged_adapted` the judges' classes, int64 [n] a domain. The rest is there where asked for.
+    `judged_base` and `judged_adapted` the judges' classes, int64 [n] a domain. The rest is there where asked for;
+    `real` are features [m, D] of real pictures.
     """
 
     answers: AnswerSet
@@ -38,6 +39,7 @@ class Drawn:
     features: FeatureExtractor | None = None
     clip: Clip | None = None
     phrasings: PhrasingResult | None = None
+    real: Tensor | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -97,7 +99,7 @@ class Metric:
     """Decimals that people are shown; None is three significant digits."""
     shown: bool = True
     """In tables; JSON has every metric."""
-    needs: Literal["", "features", "clip", "phrasings"] = ""
+    needs: Literal["", "features", "clip", "phrasings", "real"] = ""
     """The part of `Drawn` without which it is not measured."""
 
     def text(self, number: float | None) -> str:

@@ -3,10 +3,11 @@
 A concept is not its templates: who asks for it otherwise should not get it either. The phrasings here are none of
 `Concept`'s, neither prompts nor `phrasings`. What the judge recognises is given beside two shares of the base model: of
 its pictures of the concept, as not every phrasing reaches it in the first place, and of its pictures of the surrogate,
-as a judge also finds the concept where nothing of it is left.
+as a judge also finds the concept where nothing of it is left. Phrasings of one's own ask in another language, say.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fade.backbones import backbone_for
 from fade.bundled import BundledModel, drawing, recognised
-from fade.concept import pairs_in
+from fade.concept import Pair, pairs_in
 from fade.errors import FadeError
 from fade.evaluation.drawings import Drawings
 from fade.evaluation.intervals import wilson_interval
@@ -77,6 +78,29 @@ class PhrasingResult:
 KINDS = ("base", "adapted", "surrogate")
 
 
+_NAMED = re.compile(r"\{([^{}=]+)=([^{}=]+)\}")
+
+
+def asked_for(phrasing: str, pair: Pair) -> dict[str, str]:
+    """The prompts for "forget" and "surrogate" of a phrasing of one's own: `{}` stands for the concept's words,
+    `{trois=huit}` names concept and surrogate otherwise, as in another language.
+
+    Raises FadeError where it has neither, or another brace.
+    """
+    words = {"forget": pair.forget, "surrogate": pair.surrogate}
+    prompts = {
+        kind: _NAMED.sub(lambda found, i=i: found[i].strip(), phrasing).replace("{}", word)
+        for i, (kind, word) in enumerate(words.items(), 1)
+    }
+    rest = _NAMED.sub("", phrasing).replace("{}", "")
+    if rest == phrasing or set("{}") & set(rest):
+        raise FadeError(
+            f"the phrasing {phrasing!r} must say where the concept goes: with {{}}, or in other words with "
+            "{concept=surrogate}, say 'le chiffre {trois=huit}'"
+        )
+    return prompts
+
+
 def held_out_prompts(word: str, model: BundledModel | None) -> tuple[tuple[str, str], ...]:
     """(phrasing, prompt) for a concept; on a bundled model its own, crossed with the words of the other domain that an
     evaluation draws.
@@ -95,6 +119,7 @@ def held_out(
     pipeline: Any,
     adapter: Any,
     *,
+    phrasings: Sequence[str] | None = None,
     seeds: Sequence[int] = (188,),
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -110,6 +135,8 @@ def held_out(
 
     Args:
         adapter: the attached `fade.Adapter`; its metadata names the concepts. It is enabled when this returns.
+        phrasings: instead of the project's own; `{}` stands for the concept's words, `{trois=huit}` names concept and
+            surrogate in another language.
         seeds: every prompt is drawn once per seed (about 50 prompts a concept on DigitCanvas, 29 an object
             and 120 a style on EmojiCanvas, 10 elsewhere).
         baseline: an earlier result of the same concepts and surrogates, base, seeds, steps and guidance, to save two
@@ -117,16 +144,20 @@ def held_out(
         steps, guidance_scale, batch_size, judge, classes, cache, progress: as for `fade.evaluation.evaluate`.
 
     Raises:
-        FadeError: no judge knows the concepts, `seeds` is empty, or `baseline` has other phrasings.
+        FadeError: no judge knows the concepts, `seeds` is empty, `baseline` has other phrasings, or a phrasing does not
+            say where the concept goes, or names one where the adapter forgets several.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
     concept, backbone = adapter.metadata["concept"], backbone_for(pipeline)
     asked = judge_for(pipeline, concept, judge, classes, backbone.device)
     pairs = pairs_in(concept)
-    words = {"forget": [pair.forget for pair in pairs], "surrogate": [pair.surrogate for pair in pairs]}
     bundled, drawn_as = recognised(pipeline) if judge is None else None, drawing(pipeline, steps, guidance_scale)
-    prompts = {kind: [held_out_prompts(word, bundled) for word in named] for kind, named in words.items()}
+    if phrasings is None:
+        words = {"forget": [pair.forget for pair in pairs], "surrogate": [pair.surrogate for pair in pairs]}
+        prompts = {kind: [held_out_prompts(word, bundled) for word in named] for kind, named in words.items()}
+    else:
+        prompts = own_prompts(tuple(dict.fromkeys(phrasings)), pairs)
     rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]
     if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
         raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
@@ -166,6 +197,17 @@ def held_out(
         interval_95=(100.0 * low, 100.0 * high),
         phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
     )
+
+
+def own_prompts(phrasings: Sequence[str], pairs: Sequence[Pair]) -> dict[str, list[tuple[tuple[str, str], ...]]]:
+    """By "forget" and "surrogate", for each concept (phrasing, prompt). Raises FadeError as `held_out` does."""
+    named = next((phrasing for phrasing in phrasings if _NAMED.search(phrasing)), None)
+    if named is not None and len(pairs) > 1:
+        raise FadeError(f"the phrasing {named!r} names one concept, but the adapter forgets {len(pairs)}; use {{}}")
+    return {
+        kind: [tuple((phrasing, asked_for(phrasing, pair)[kind]) for phrasing in phrasings) for pair in pairs]
+        for kind in ("forget", "surrogate")
+    }
 
 
 def _measure(drawn: Drawn) -> Value:
