@@ -3,10 +3,11 @@
     python -m bench.sequential [--methods closed-form both uce speed] [--show] [--markdown]
 
 The requests and their order are `bench_stack`'s. Each is made on DigitCanvas with what was made for the requests before
-it on, and told what that forgets (`fade.unlearn(beside=…)`), so that the changes add up; an earlier one could not know
-of a later. After each the sum is measured: UA over everything that was forgotten so far (mean and least), IRA, CRA and
-drift of what is left, seconds. At the end one concept is taken back: how much of it is recognised again, and whether
-the others stay forgotten. A method that cannot go on says why, in its last row.
+it on, and told what that forgets (`fade.unlearn(beside=…)`), so that the changes add up; like every adapter it is made
+against the base model's weights. An earlier one could not know of a later. After each the sum is measured: UA over
+everything that was forgotten so far (mean and least), IRA, CRA and drift of what is left, seconds. At the end one
+concept is taken back: how much of it is recognised again, and whether the others stay forgotten. A method that cannot
+go on says why, in its last row.
 
 What is made stays in `--folder`; a run that is stopped goes on at the request where it was.
 
