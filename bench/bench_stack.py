@@ -35,6 +35,7 @@ def measure(
         "UA": evaluation.metrics["UA"],
         "UA_least": min(concept["UA"] for concept in evaluation.concepts),
         "IRA": evaluation.metrics["IRA"],
+        "CRA": evaluation.metrics["CRA"],
         "drift": evaluation.metrics["drift"],
     }
     if back is not None:

@@ -15,3 +15,14 @@ def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(payload, indent=2) + "\n")
     temporary.replace(path)
+
+
+def load_kind(path: str | Path, kind: str) -> dict[str, Any]:
+    """A result file of a script that says its kind. Raises SystemExit with a message for people where it is none."""
+    try:
+        payload = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a {kind} file: {error}") from error
+    if not isinstance(payload, dict) or payload.get("kind") != kind:
+        raise SystemExit(f"{path} is not a file of `python -m bench.{kind}`")
+    return payload

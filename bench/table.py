@@ -6,7 +6,8 @@
 
 A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
 failure is a line of the table with its reason. What it makes stays in `--folder` (adapter, attacks) until the file has
-it; a run that is stopped goes on where it was, also within a cell's attacks.
+it; a run that is stopped goes on where it was, also within a cell's attacks. What depends on the base model alone, all
+cells share (`kept` in that folder).
 
     {"schema": 1, "kind": "table", "environment", "quick", "rows": [
         {"model", "method", "forget", "surrogate", "seed", "seconds", "peak_memory_bytes", "adapter_bytes",
@@ -26,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.files import ROOT, write_json
+from bench.files import ROOT, load_kind, write_json
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "table.json"
@@ -105,7 +106,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     from fade.evaluation.attacks import attack
     from fade.measure import measured
 
-    made, path = folder / cell.name, folder / f"{cell.name}.json"
+    made, path, kept = folder / cell.name, folder / f"{cell.name}.json", folder / "kept"
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
     pipeline = bundled.model(cell.model).load_pipeline()
     try:
@@ -117,15 +118,16 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
                 )  # fmt: skip
             row |= {"seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes}
             row["adapter_bytes"] = (made / "adapter.safetensors").stat().st_size
-            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), progress=False)
+            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False)
             row |= {"metrics": found.metrics, "base": found.base, "notes": found.notes}
             write_json(path, row)
         elif cell.attacks:
             adapter = fade.load_adapter(pipeline, made / "adapter.safetensors")
         if cell.attacks:
             record = attack(
-                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", progress=False
-            )
+                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", cache=kept,
+                progress=False,
+            )  # fmt: skip
             row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in record.results}
             row |= {"unattacked": record.unattacked.rate, "left_out": record.left_out}
     except FadeError as reason:
@@ -161,7 +163,8 @@ def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: 
     from bench.harness import environment
     from fade.progress import progress_bar
 
-    payload = load(output) if output.exists() else {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
+    empty = {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
+    payload = load_kind(output, "table") if output.exists() else empty
     rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,17 +177,6 @@ def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: 
             write_json(output, payload)
             reached = row.get("reason") or f"UA {row['metrics']['UA']:.0f}, {row['seconds']:.0f} s"
             advance(f"{cell.method}, {cell.forget}: {reached}")
-    return payload
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A table's file. Raises SystemExit with a message for people where it is none."""
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read as a table: {error}") from error
-    if not isinstance(payload, dict) or payload.get("kind") != "table":
-        raise SystemExit(f"{path} is not a file of `python -m bench.table`")
     return payload
 
 
@@ -295,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
     if a.show:
-        payload = load(output)
+        payload = load_kind(output, "table")
     else:
         payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick)
     if a.markdown:

@@ -28,11 +28,13 @@ def run_demo(
     *,
     model: str = bundled.DEFAULT,
     overwrite: bool = False,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Unlearns `forget` in the bundled `model`; adapter, report, metrics and a before/after picture go to `output`.
 
-    Without words, the model's own for this. Returns the evaluation (of three seeds) and what `metrics.json` holds.
+    Without words, the model's own for this. `cache` is the folder of pictures that were drawn before, as for
+    `fade.evaluate`. Returns the evaluation (of three seeds) and what `metrics.json` holds.
     Raises FadeError for a model that is not bundled, for words that it does not know, for one word without the other,
     and where `output` is in use without `overwrite`.
     """
@@ -50,7 +52,7 @@ def run_demo(
     for stale in (REPORT_FILE, METRICS_FILE, PICTURE_FILE):
         (output / stale).unlink(missing_ok=True)
     with measured() as evaluating:
-        evaluation = evaluate(pipeline, adapter, progress=progress)
+        evaluation = evaluate(pipeline, adapter, cache=cache, progress=progress)
     size = (output / ADAPTER_FILE).stat().st_size
     total = time.perf_counter() - start
     write_report(

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from fade import bundled
-from fade.cli.options import Keep, Overwrite, OverwriteMethod, Quiet, Seed, TrainingSteps, config_from, refuse_ignored
+from fade.cli.options import (
+    Keep,
+    NoCache,
+    Overwrite,
+    OverwriteMethod,
+    Quiet,
+    Seed,
+    TrainingSteps,
+    config_from,
+    refuse_ignored,
+)
 from fade.cli.output import open_in_browser, say, terminal
 
 
@@ -33,6 +43,7 @@ def demo(
     steps: TrainingSteps = None,
     seed: Seed = None,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     open_report: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the report in the browser where there is a display.")
     ] = True,
@@ -43,12 +54,14 @@ def demo(
     Example: [bold]fade demo --model emojicanvas --forget rose --surrogate cactus[/bold]
     """
     from fade.demo import REPORT_FILE, run_demo
+    from fade.evaluation.drawings import default_cache
 
     config = config_from(None, overwrite__method=method, locate__keep=keep, overwrite__steps=steps, seed=seed)
     refuse_ignored(config, steps=steps)
     evaluation, record = run_demo(
-        output, forget, surrogate, config, model=model, overwrite=overwrite, progress=not quiet
-    )
+        output, forget, surrogate, config, model=model, overwrite=overwrite,
+        cache=None if no_cache else default_cache(), progress=not quiet,
+    )  # fmt: skip
     console = terminal()
     console.print(evaluation.table())
     seconds = record["seconds"]

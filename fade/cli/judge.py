@@ -17,6 +17,7 @@ from fade.cli.options import (
     Guidance,
     JudgeModel,
     Model,
+    NoCache,
     Overwrite,
     Quiet,
     Seed,
@@ -85,12 +86,7 @@ def evaluate(
     steps: DrawSteps = None,
     guidance: Guidance = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images drawn at once.")] = 64,
-    no_cache: Annotated[
-        bool,
-        typer.Option(
-            "--no-cache", help="Draw everything, and keep no pictures for a rerun ($FADE_CACHE, else ~/.cache/fade)."
-        ),
-    ] = False,
+    no_cache: NoCache = False,
     device: Device = None,
     dtype: Dtype = None,
     any_base: AnyBase = False,
@@ -175,6 +171,7 @@ def attack(
     device: Device = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
+    no_cache: NoCache = False,
     any_base: AnyBase = False,
     quiet: Quiet = False,
 ) -> None:
@@ -185,6 +182,7 @@ def attack(
     from fade.adapter import load_adapter
     from fade.evaluation.attacks import attack as run
     from fade.evaluation.attacks import chosen_attacks
+    from fade.evaluation.drawings import default_cache
     from fade.files import check_writable
     from fade.loading import load_model
     from fade.report import where_it_sits, write_attack_report
@@ -199,7 +197,7 @@ def attack(
     record = run(
         pipeline, attached, chosen, pictures=pictures, steps=steps, guidance_scale=guidance, batch_size=batch_size,
         seed=seed or 0, forget=forget, judge=judge, classes=listed(classes), record=json_file, overwrite=overwrite,
-        progress=not quiet,
+        cache=None if no_cache else default_cache(), progress=not quiet,
     )  # fmt: skip
     terminal().print(record.table())
     for name, reason in record.left_out.items():

@@ -54,6 +54,12 @@ TrainingSteps = Annotated[
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache", help="Draw everything, and keep no pictures for a rerun ($FADE_CACHE, else ~/.cache/fade)."
+    ),
+]
 AdapterPath = Annotated[Path, typer.Option("--adapter", metavar="FILE", help="Adapter file (.safetensors).")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Attach the adapter although it was trained on other weights.")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,42 @@ def default_cache() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "fade" / "answers"
 
 
+class Kept:
+    """What takes long to compute, found again by all that it depends on. In memory for as long as this lives, and in
+    files of a folder, unless that is None."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, request: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors on the CPU, by name: those that were kept for a request (ready for JSON), or `compute()`."""
+        text = json.dumps({"format": _FORMAT, **request}, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key in self._held:
+            return self._held[key]
+        path = None if self.folder is None else self.folder / f"{key}.safetensors"
+        found = None if path is None else _load(path)
+        if found is None:
+            found = {name: tensor.cpu() for name, tensor in compute().items()}
+            if path is not None:
+                _save(path, found)
+        self._held[key] = found
+        return found
+
+
+def drawing_conditions(backbone: Backbone, batch_size: int) -> dict[str, Any]:
+    """What pictures depend on beside the denoiser, their prompts, seeds and settings. Arithmetic, and with it the last
+    bits, differs by device, dtype and batch."""
+    return {
+        "pipeline": pipeline_digests(backbone.pipeline),
+        "libraries": {**library_versions(), "torch": torch.__version__},
+        "device": backbone.device.type,
+        "dtype": str(backbone.dtype),
+        "batch_size": batch_size,
+    }
+
+
 class Drawings:
     """Draws with a pipeline as it is at each call; `cache` is the folder of answer sets, None keeps none."""
 
@@ -44,62 +80,54 @@ class Drawings:
     ) -> None:
         self._backbone, self._drawn, self._batch_size, self._progress = backbone, drawn, batch_size, progress
         self._cache = cache
-        self._others = None if cache is None else pipeline_digests(backbone.pipeline)
+        self._conditions = {} if cache is None else drawing_conditions(backbone, batch_size)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], description: str) -> Tensor:
         """One picture a prompt and seed: float32 [n, 3, H, W] in [0, 1], on the CPU."""
-        path = None if self._cache is None else self._cache / f"{self._key(prompts, seeds)}.safetensors"
-        if path is not None and (found := _load(path)) is not None:
-            return found
-        images = self._backbone.generate(
-            prompts, seeds, self._drawn.steps, self._drawn.guidance_scale, self._batch_size, self._progress, description
-        ).cpu()  # fmt: skip
-        if path is not None:
-            _save(path, images)
-        return images
 
-    def _key(self, prompts: Sequence[str], seeds: Sequence[int]) -> str:
-        backbone = self._backbone
-        request: dict[str, Any] = {
-            "format": _FORMAT,
-            "denoiser": module_digest(backbone.denoiser),
-            "pipeline": self._others,
-            "libraries": {**library_versions(), "torch": torch.__version__},
-            # Arithmetic, and with it the last bits, differs by device, dtype and batch.
-            "device": backbone.device.type,
-            "dtype": str(backbone.dtype),
-            "batch_size": self._batch_size,
+        def draw() -> dict[str, Tensor]:
+            images = self._backbone.generate(
+                prompts, seeds, self._drawn.steps, self._drawn.guidance_scale, self._batch_size, self._progress,
+                description,
+            )  # fmt: skip
+            return {"images": images}
+
+        if self._cache is None:
+            return draw()["images"].cpu()
+        request = {
+            **self._conditions,
+            "denoiser": module_digest(self._backbone.denoiser),
             "prompts": list(prompts),
             "seeds": list(seeds),
             **vars(self._drawn),
         }
-        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return Kept(self._cache)(request, draw)["images"]
 
 
-def _load(path: Path) -> Tensor | None:
-    """The pictures in a file; None where there is none or, with a warning, where it is damaged."""
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """The tensors in a file; None where there is none or, with a warning, where it is damaged."""
     if not path.is_file():
         return None
     try:
-        images = read_tensors(path)[0]["images"]
-    except (FadeError, KeyError) as error:
-        warnings.warn(f"kept pictures are damaged and are drawn again: {error}", stacklevel=3)
+        tensors = read_tensors(path)[0]
+    except FadeError as error:
+        warnings.warn(f"kept pictures are damaged and are drawn again: {error}", stacklevel=4)
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # the oldest go first
-    return images
+    return tensors
 
 
-def _save(path: Path, images: Tensor) -> None:
-    """Keeps pictures; that they cannot be kept is a warning, not an error."""
-    if images.nbytes > MOST_BYTES:
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Keeps tensors; that they cannot be kept is a warning, not an error."""
+    if sum(tensor.nbytes for tensor in tensors.values()) > MOST_BYTES:
         return
     try:
         remove_parts(path)
-        write_tensors(path, {"images": images}, {})
+        write_tensors(path, tensors, {})
         _prune(path.parent)
     except (FadeError, OSError) as error:
-        warnings.warn(f"the pictures are not kept, a rerun draws them again: {error}", stacklevel=3)
+        warnings.warn(f"the pictures are not kept, a rerun draws them again: {error}", stacklevel=4)
 
 
 def _prune(folder: Path) -> None:

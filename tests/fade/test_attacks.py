@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import fade
 from fade import bundled, cli
 from fade.adapter import Adapter, attach, new_metadata
 from fade.backbones import backbone_for
+from fade.backbones.ddpm import DdpmBackbone
 from fade.base_model import base_name, fingerprint, target_layers
 from fade.concept import bundled_concept, together
 from fade.digitcanvas import DIGITS, STYLES, load_judges, load_pipeline, prompt
@@ -36,6 +37,8 @@ from fade.evaluation.attacks import (
 from fade.evaluation.attacks.completion import Completion
 from fade.evaluation.attacks.embedding_inversion import EmbeddingInversion
 from fade.evaluation.attacks.null_text_inversion import NullTextInversion
+from fade.evaluation.attacks.token_search import TokenSearch
+from fade.evaluation.drawings import Kept, default_cache
 from fade.noise import step_generator
 from fade.report import render_report, write_attack_report
 from fade_kernels import BitMask
@@ -505,6 +508,16 @@ def test_the_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert json.loads(file.read_text()) == record
 
 
+def test_the_command_keeps_what_the_base_draws_unless_told_otherwise(files: tuple[Path, Path]) -> None:
+    model, adapter = files
+    words = ["attack", model, "--adapter", adapter, "--attacks", "removal", "--pictures", 2, "--steps", 2]
+    words = [str(word) for word in [*words, "--device", "cpu", "--quiet"]]
+    assert cli.main([*words, "--no-cache"]) == 0
+    assert not default_cache().exists()
+    assert cli.main(words) == 0
+    assert len(list(default_cache().glob("*.safetensors"))) == 2  # with the adapter off and on
+
+
 def test_the_command_says_what_is_wrong(
     files: tuple[Path, Path], tokenizer: CLIPTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -562,6 +575,61 @@ def test_every_attack_from_the_run_to_the_page(adapter: Adapter, tmp_path: Path)
     page = Page((tmp_path / "page.html").read_text())
     assert page.open == []
     assert len(page.images) == 2 + len(ATTACKS)
+
+
+def test_what_depends_on_the_base_alone_is_done_once_for_all_adapters(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, cache = adapter.pipeline, tmp_path / "cache"
+    chosen = [one for one in quickly() if one.name not in ("completion", "quantising", "pruning", "textual-inversion")]
+    budget = {"pictures": 2, "steps": 2, "progress": False}
+    attack(pipeline, adapter, chosen, cache=cache, **budget)
+    adapter.remove()
+    asked: list[str] = []
+
+    def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def noting(*arguments: Any, **named: Any) -> Any:
+            on = any(one.enabled or one.merged for one in fade.adapters(pipeline).values())
+            asked.append(f"{name}, {'adapted' if on else 'base'}")
+            return function(*arguments, **named)
+
+        return noting
+
+    for name in ("sample_latents", "predict"):
+        monkeypatch.setattr(DdpmBackbone, name, noted(getattr(DdpmBackbone, name), name))
+    monkeypatch.setattr(TokenSearch, "search", noted(TokenSearch.search, "words"))
+    other = adapter_on(pipeline, strength=0.3)
+    kept = attack(pipeline, other, chosen, cache=cache, **budget)
+    assert set(asked) == {"sample_latents, adapted", "predict, adapted"}
+    asked.clear()
+    anew = attack(pipeline, other, chosen, **budget)
+    assert {"sample_latents, base", "predict, base"} <= set(asked) and any("words" in one for one in asked)
+    for one, two in zip(
+        (kept.base, kept.unattacked, *kept.results), (anew.base, anew.unattacked, *anew.results), strict=True
+    ):
+        assert (one.recognised, one.numbers, one.found) == (two.recognised, two.numbers, two.found)
+        assert torch.equal(one.images, two.images), one.attack
+
+
+def test_what_attacks_keep_is_told_apart(adapter: Adapter, tmp_path: Path) -> None:
+    def found(subject: Subject, **depends_on: Any) -> tuple[float, float]:
+        """What is drawn, with the adapter off and on; drawn as a number of its own each time."""
+        draw = lambda: {"number": torch.rand(1)}  # noqa: E731
+        return tuple(of("x", depends_on, draw)["number"].item() for of in (subject.of_base, subject.of_adapted))
+
+    def subject(**more: Any) -> Subject:
+        return replace(subject_of(adapter), kept=Kept(tmp_path), **more)
+
+    base, adapted = found(subject())
+    assert base != adapted
+    assert found(subject()) == (base, adapted)
+    assert not {base, adapted} & {*found(subject(), seed=1), *found(subject(steps=5)), *found(subject(batch_size=1))}
+    adapter.scale = 0.5
+    again, other = found(subject())
+    assert again == base and other != adapted
+    with torch.no_grad():
+        next(adapter.pipeline.vae.parameters()).mul_(1.5)
+    assert not {base, adapted} & {*found(subject())}
 
 
 def test_every_attack_takes_emojicanvas() -> None:

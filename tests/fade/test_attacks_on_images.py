@@ -14,7 +14,7 @@ from fade.evaluation.attacks.image_to_image import ImageToImage
 from fade.evaluation.attacks.inpainting import Inpainting
 from fade.evaluation.attacks.noise_probe import NoiseProbe, ancestral
 from fade.evaluation.attacks.null_text_inversion import NullTextInversion
-from fade.evaluation.attacks.trajectory import Level, deterministic, levels, start_noise, walk
+from fade.evaluation.attacks.trajectory import Level, ask, deterministic, levels, start_noise, walk
 
 from .backbones.pipelines import build
 from .test_attacks import PREDICTIONS, adapter_on, predicting, subject_of
@@ -79,6 +79,21 @@ def test_a_guided_walk_is_the_pipelines_own(pipeline: StableDiffusionPipeline) -
     prompts = subject.backbone.encode_prompts(list(subject.prompts))
     found = walk(subject, noise, prompts, lambda rows: deterministic, 5)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Z-Image", "HiDream-I1"])
+def test_a_guided_walk_asks_with_and_without_the_prompt_whatever_their_lengths(name: str) -> None:
+    backbone = backbone_for(build(name))
+    subject = alone(backbone, guidance_scale=4.0)
+    prompts, without = backbone.encode_prompts(["a cat", "a very long dog with a hat"]), backbone.negative()
+    noise = torch.randn_like(subject.sample(subject.prompts, subject.seeds, "").float())
+    now, then = levels(backbone, 1, noise.shape)
+    with torch.no_grad():
+        with_it, without_it = (ask(backbone, noise, now, one) for one in (prompts, without.repeat(2)))
+    z, e = now.estimates(noise, without_it + 4.0 * (with_it - without_it))
+    subject.batch_size = 2
+    found = walk(subject, noise, prompts, lambda rows: deterministic, 1)
+    torch.testing.assert_close(found, then.noised(z, e), rtol=1e-3, atol=1e-3)
 
 
 # --- noise probe -----------------------------------------------------------------------------------------------------

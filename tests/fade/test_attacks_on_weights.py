@@ -1,5 +1,9 @@
 """Attacks that change weights: each one's rule against its definition, and every bit back afterwards."""
 
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,11 +18,13 @@ from fade.evaluation.attacks.quantising import Quantising, rounded
 from fade.evaluation.attacks.relearning import Relearning
 from fade.evaluation.attacks.removal import Removal
 from fade.evaluation.attacks.weights import all_layers, edited_layers, fine_tuned, open_weights
+from fade.evaluation.drawings import Kept
 from fade.noise import step_generator
 
 from .conftest import same_bits, weights
 from .test_attacks import PREDICTIONS, QUICK, adapter_on, predicting, subject_of
 
+CURVES = ("recognised_after", "anew_recognised_after")
 TINY = {"checks": (1, 2), "batch_size": 2}
 
 
@@ -148,6 +154,45 @@ def test_relearning_counts_after_each_check_and_stops_once_the_concept_is_back(a
     }
     assert drawn.found == "half back after 2; anew: half back after 3"
     assert len(shown) == 8
+
+
+def test_what_is_drawn_before_any_step_is_drawn_once_for_all_settings(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of(adapter, surrogates=("a house", "a tree", "a house"))
+    drawn: list[str] = []
+    sample = subject.sample
+    monkeypatch.setattr(
+        subject, "sample", lambda prompts, seeds, description: drawn.append(description) or sample(prompts, seeds, "")
+    )
+    shown = [Relearning(count, checks=(1,), batch_size=2, enough=2.0)(subject).numbers for count in (1, 2)]
+    assert all(list(numbers[name]) == ["0", "1"] for numbers in shown for name in CURVES)
+    assert all(shown[0][name]["0"] == shown[1][name]["0"] for name in CURVES)
+    counted = {step: drawn.count(f"drawing after {step} steps") for step in (0, 1)}
+    assert counted == {0: 2, 1: 4}  # edited and anew
+
+
+def test_a_judge_of_more_patience_goes_on_with_what_was_learnt_anew(adapter: Adapter, tmp_path: Path) -> None:
+    """What is kept are the pictures after each check, so another judge may stop the same training elsewhere."""
+    subject = subject_of(adapter)
+    one = Relearning(2, checks=(1, 2, 3), batch_size=2)
+    examples, captions = subject.examples(2), subject.example_prompts(2)
+
+    def curve(back_after: int, kept: Kept) -> tuple[torch.Tensor, dict[str, int]]:
+        asked = itertools.count()
+        judged = replace(subject, kept=kept)
+        judged.recognised = lambda images: torch.full((3,), next(asked) >= back_after)
+        judged.base_recognised = 3
+        return one.curve(judged, examples, captions, subject.prompts, edited=False)
+
+    drawn, counted = curve(1, Kept(tmp_path))
+    assert counted == {"0": 0, "1": 3}
+    later, counted = curve(3, Kept(tmp_path))
+    assert counted == {"0": 0, "1": 0, "2": 0, "3": 3}
+    wanted, _ = curve(3, Kept(None))
+    assert torch.equal(later, wanted) and not torch.equal(later, drawn)
+    again, _ = curve(1, Kept(tmp_path))
+    assert torch.equal(again, drawn)
 
 
 def test_without_a_surrogate_nothing_is_learnt_anew(adapter: Adapter) -> None:

@@ -6,7 +6,7 @@ whatever the model is. So the base model's count from the same noised pictures i
 program that draws image to image.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -35,8 +35,13 @@ class ImageToImage:
         def drawn(description: str) -> Tensor:
             return walk(subject, noised, prompts, lambda rows: deterministic, subject.steps, first, description)
 
-        with subject.adapter.disabled():
-            base = subject.count(drawn("drawing on with the base model"))
+        base = subject.count(
+            subject.of_base(
+                self.name,
+                {**asdict(self), "prompts": subject.prompts, "seeds": subject.seeds},
+                lambda: {"latents": drawn("drawing on with the base model")},
+            )["latents"]
+        )
         return Drawn(
             subject.decode(drawn("drawing on")), {"base_recognised": base}, f"base model {base} of {len(pictures)}"
         )

@@ -6,7 +6,7 @@ is hidden. A half may be enough for the judge whatever is drawn beside it, so th
 Needs a picture and any program that inpaints.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -42,8 +42,13 @@ class Inpainting:
         def drawn(description: str) -> Tensor:
             return walk(subject, start, prompts, move, subject.steps, description=description)
 
-        with subject.adapter.disabled():
-            base = subject.count(drawn("inpainting with the base model"))
+        base = subject.count(
+            subject.of_base(
+                self.name,
+                {**asdict(self), "prompts": subject.prompts, "seeds": subject.seeds},
+                lambda: {"latents": drawn("inpainting with the base model")},
+            )["latents"]
+        )
         return Drawn(
             subject.decode(drawn("inpainting")), {"base_recognised": base}, f"base model {base} of {len(pictures)}"
         )

@@ -16,14 +16,17 @@ leaves nothing there takes as many steps as learning anew; how hard the concept'
 Both stop early once the concept is back: drawn in `enough` of what the base model draws.
 """
 
-import itertools
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.weights import edited_layers, fine_tuned, open_weights
+from fade.files import digest
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,49 @@ class Relearning:
         """Latents [n, C, h, w] of `prompts` after the last step, and by step how many pictures show the concept.
         Trains the edited or the base model on latents [m, C, h, w] and their captions."""
         counted: dict[str, int] = {}
-        with open_weights(subject, edited_layers(subject), edited) as weights:
-            training = fine_tuned(
-                subject, weights, latents, captions, self.checks, batch_size=self.batch_size,
-                learning_rate=self.learning_rate, description="relearning" if edited else "learning anew",
-            )  # fmt: skip
-            for step in itertools.chain([0], training):
-                drawn = subject.sample(prompts, subject.seeds, f"drawing after {step} steps")
+        with contextlib.closing(self.draws(subject, latents, captions, prompts, edited=edited)) as draws:
+            for step, drawn in draws:
                 counted[str(step)] = subject.count(drawn)
                 if counted[str(step)] >= self.enough * subject.base_recognised:
                     break
         return drawn, counted
+
+    def draws(
+        self, subject: Subject, latents: Tensor, captions: tuple[str, ...], prompts: tuple[str, ...], *, edited: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Steps, from 0 on, and latents [n, C, h, w] of `prompts` after each. What is drawn after none is drawn once
+        for all settings, and what the base model draws once for all adapters: nothing is trained up to the first step
+        that was not drawn before."""
+        layers = edited_layers(subject)
+        budget = {name: value for name, value in asdict(self).items() if name not in ("checks", "enough")}
+        learnt = {**budget, "captions": captions, "layers": sorted(layers), "seed": subject.seed}
+        learnt["latents"] = digest({"latents": latents})
+        with contextlib.ExitStack() as opened:
+            training: Iterator[int] | None = None
+
+            def drawn_after(step: int) -> dict[str, Tensor]:
+                nonlocal training
+                if training is None:
+                    weights = opened.enter_context(open_weights(subject, layers, edited))
+                    training = fine_tuned(
+                        subject, weights, latents, captions, self.checks, batch_size=self.batch_size,
+                        learning_rate=self.learning_rate, description="relearning" if edited else "learning anew",
+                    )  # fmt: skip
+                if step:
+                    next(reached for reached in training if reached == step)
+                return {"latents": subject.sample(prompts, subject.seeds, f"drawing after {step} steps")}
+
+            for step in (0, *self.checks):
+                asked = {"prompts": prompts, "seeds": subject.seeds, "step": step, "merged": edited}
+                asked |= learnt if step else {}
+                compute = functools.partial(drawn_after, step)
+                if not edited:
+                    found = subject.of_base(self.name, asked, compute)
+                elif step == 0:
+                    found = subject.of_adapted(self.name, asked, compute)
+                else:
+                    found = compute()
+                yield step, found["latents"].to(subject.backbone.device)
 
 
 def _half(curve: dict[str, int], subject: Subject) -> int | None:

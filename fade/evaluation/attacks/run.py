@@ -22,6 +22,7 @@ from fade.errors import FadeError, printable
 from fade.evaluation.answers import AnswerSet, first_seeds
 from fade.evaluation.attacks.registry import chosen_attacks
 from fade.evaluation.attacks.subject import Attack, CannotAttackError, Drawn, Subject
+from fade.evaluation.drawings import Kept
 from fade.evaluation.intervals import wilson_interval
 from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.unlearncanvas import Target
@@ -189,6 +190,7 @@ def attack(
     classes: Sequence[str] = (),
     record: str | Path | None = None,
     overwrite: bool = False,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> AttackRecord:
     """Tries to get the forgotten concept back, and counts the pictures that a judge still recognises as it.
@@ -206,6 +208,9 @@ def attack(
         record: JSON file that is written after every attack. One that holds attacks on the same adapter with the same
             settings is gone on with: nothing in it is done again, and what it holds beside is kept.
         overwrite: begin anew where `record` holds something else.
+        cache: folder in which what depends on the base model alone (what it draws, words found by its text encoder,
+            learning anew) is kept and looked for, as for `fade.evaluate`: it is done once for all adapters. None keeps
+            nothing beyond this call.
 
     Raises:
         FadeError: an unknown attack, no judge that knows the concept, settings out of range, or a `record` of something
@@ -243,6 +248,7 @@ def attack(
         batch_size=batch_size,
         seed=seed,
         progress=progress,
+        kept=Kept(cache),
     )
     settings = {
         "judge": asked.name,
@@ -291,7 +297,7 @@ def attack(
     if found is None:
 
         def adapted() -> Drawn:
-            return Drawn(subject.decode(subject.sample(subject.prompts, subject.seeds, "drawing with the adapter")))
+            return Drawn(subject.decode(subject.adapted_latents))
 
         found = AttackRecord(
             forget=word,

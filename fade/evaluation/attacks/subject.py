@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from fade.cache_key import file_digest, module_digest
 from fade.errors import FadeError
+from fade.evaluation.drawings import Kept, drawing_conditions
 
 if TYPE_CHECKING:
     from fade.adapter import Adapter
@@ -51,6 +55,45 @@ class Subject:
     """The prompts with what stands for the concept in its place, in their order."""
     retained: tuple[str, ...] = ()
     """Prompts of what was to be kept."""
+    kept: Kept = field(default_factory=lambda: Kept(None), repr=False, compare=False)
+    """Where `of_base` and `of_adapted` keep what they computed."""
+
+    def of_base(
+        self, what: str, depends_on: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, of a computation with the adapter off: the same for every adapter of the base,
+        so it is done once for all of them. `depends_on`, ready for JSON, is what it depends on beside the model, the
+        budget (`steps`, `guidance_scale`, `batch_size`) and the attacks' code."""
+
+        def off() -> dict[str, Tensor]:
+            with self.adapter.disabled():
+                return compute()
+
+        return self.kept({**self._base, "what": what, **depends_on}, off)
+
+    def of_adapted(
+        self, what: str, depends_on: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`of_base`, with the adapter as it was when the attacks began."""
+        return self.kept({**self._adapted, "what": what, **depends_on}, compute)
+
+    def note_model(self) -> None:
+        """Takes down what model is attacked; called before any weight is changed."""
+        _ = self._base, self._adapted
+
+    @functools.cached_property
+    def _base(self) -> dict[str, Any]:
+        with self.adapter.disabled():
+            return {**self._conditions, "denoiser": module_digest(self.adapter.denoiser)}
+
+    @functools.cached_property
+    def _adapted(self) -> dict[str, Any]:
+        return {**self._conditions, "denoiser": module_digest(self.adapter.denoiser)}
+
+    @functools.cached_property
+    def _conditions(self) -> dict[str, Any]:
+        drawn = {"steps": self.steps, "guidance_scale": self.guidance_scale}
+        return {**drawing_conditions(self.backbone, self.batch_size), **drawn, "code": _code()}
 
     def sample(
         self,
@@ -75,11 +118,29 @@ class Subject:
         the same seed it would draw the same picture again, and count it as another."""
         return tuple(range(self.seeds[0], self.seeds[0] + len(self.seeds)))
 
+    def drawn_by_base_model(self, prompts: tuple[str, ...], seeds: tuple[int, ...], description: str) -> Tensor:
+        """Latents [n, C, h, w] of prompts with the adapter off."""
+        found = self.of_base(
+            "drawing",
+            {"prompts": prompts, "seeds": seeds},
+            lambda: {"latents": self.sample(prompts, seeds, description)},
+        )
+        return found["latents"].to(self.backbone.device)
+
     @functools.cached_property
     def concept_latents(self) -> Tensor:
         """What the base model draws of every prompt and seed: latents [n, C, h, w]. Drawn once."""
-        with self.adapter.disabled():
-            return self.sample(self.prompts, self.seeds, "drawing with the base model")
+        return self.drawn_by_base_model(self.prompts, self.seeds, "drawing with the base model")
+
+    @functools.cached_property
+    def adapted_latents(self) -> Tensor:
+        """What the adapted model draws of them: latents [n, C, h, w]."""
+        found = self.of_adapted(
+            "drawing",
+            {"prompts": self.prompts, "seeds": self.seeds},
+            lambda: {"latents": self.sample(self.prompts, self.seeds, "drawing with the adapter")},
+        )
+        return found["latents"].to(self.backbone.device)
 
     @functools.cached_property
     def base_recognised(self) -> int:
@@ -108,8 +169,7 @@ class Subject:
         missing = [one for one in wanted if one not in drawn]
         if missing:
             seeds = tuple(_EXAMPLE_SEEDS + place for place, _ in missing)
-            with self.adapter.disabled():
-                latents = self.sample(tuple(prompt for _, prompt in missing), seeds, "drawing examples")
+            latents = self.drawn_by_base_model(tuple(prompt for _, prompt in missing), seeds, "drawing examples")
             drawn |= dict(zip(missing, latents, strict=True))
         return torch.stack([drawn[one] for one in wanted])
 
@@ -151,3 +211,10 @@ class Attack(Protocol):
         ...
 
     def __call__(self, subject: Subject) -> Drawn: ...
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the attacks' sources: what was kept is not taken for what another version would compute."""
+    digests = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

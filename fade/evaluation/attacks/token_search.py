@@ -14,8 +14,8 @@ children have one word replaced by a random one) and crossover (at one point, ha
 Who attacks needs a copy of the text encoder, which for most models is public, and then only prompts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -50,19 +50,31 @@ class TokenSearch:
             raise CannotAttackError("without a surrogate there are no prompts to tell the concept from")
         words = words_of(subject)
         pairs = dict(zip(subject.prompts, subject.surrogates, strict=True))
+        found = subject.of_base(
+            self.name,
+            {**asdict(self), "pairs": list(pairs.items()), "forget": subject.forget, "seed": subject.seed},
+            lambda: self.search(subject, words, pairs),
+        )
+        texts = [" ".join(words.texts[word] for word in row) for row in found["words"].tolist()]
+        text = dict(zip(pairs, texts, strict=True))
+        asked = tuple(text[prompt] for prompt in subject.prompts)
+        drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
+        return Drawn(drawn, {"prompts": texts, "distances": found["distances"].tolist()})
+
+    def search(self, subject: Subject, words: Words, pairs: Mapping[str, str]) -> dict[str, Tensor]:
+        """For each of n prompts, beside its surrogate's, indices of words (int64 [n, length]) and their squared
+        distances (float32 [n])."""
         with_concept, without = _states(subject, list(pairs)), _states(subject, list(pairs.values()))
         direction = (with_concept - without).mean(0, keepdim=True)
         targets = with_concept + self.strength * direction
-        texts, distances = {}, []
+        rows, distances = [], []
         with progress_bar("searching words", len(pairs) * self.generations, subject.progress) as advance:
-            for number, prompt in enumerate(pairs):
+            for number in range(len(pairs)):
                 generator = step_generator(subject.seed, self.name, number)
                 found, distance = self.evolve(subject, words, targets[number], generator, advance)
-                texts[prompt] = " ".join(words.texts[word] for word in found.tolist())
+                rows.append(found)
                 distances.append(distance)
-        asked = tuple(texts[prompt] for prompt in subject.prompts)
-        drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
-        return Drawn(drawn, {"prompts": list(texts.values()), "distances": distances})
+        return {"words": torch.stack(rows), "distances": torch.tensor(distances)}
 
     def evolve(
         self,

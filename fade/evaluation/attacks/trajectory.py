@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fade.conditioning import Conditioning
 from fade.evaluation.attacks.subject import Subject
 from fade.progress import progress_bar
 
 if TYPE_CHECKING:
     from fade.backbones import Backbone
-    from fade.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,14 @@ def walk(
         for start in starts:
             rows = slice(start, start + subject.batch_size)
             chunk, prompts, step = noised[rows].to(backbone.device, torch.float32), conditioning.rows(rows), move(rows)
+            both_prompts = None if negative is None else Conditioning.cat([negative.repeat(len(chunk)), prompts])
             for number in range(first, steps):
                 now, then = path[number], path[number + 1]
-                answer = ask(backbone, chunk, now, prompts)
-                if negative is not None:
-                    without = ask(backbone, chunk, now, negative.repeat(len(chunk)))
+                if both_prompts is None:
+                    answer = ask(backbone, chunk, now, prompts)
+                else:  # both in one batch, as pipelines ask
+                    both = ask(backbone, chunk.repeat(2, 1, 1, 1), now, both_prompts)
+                    without, answer = both.chunk(2)
                     answer = without + subject.guidance_scale * (answer - without)
                 chunk = step(number, *now.estimates(chunk, answer), now, then)
                 advance()

@@ -37,6 +37,7 @@ def open_weights(subject: Subject, layers: dict[str, nn.Module], edited: bool = 
                 f"the weights of {name} are packed or computed from others, so they cannot be changed one by one; "
                 "attack the adapter on the 16-bit or 32-bit model"
             )
+    subject.note_model()
     adapter = subject.adapter
     if edited:
         try:
