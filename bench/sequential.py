@@ -186,11 +186,8 @@ def draw(payload: dict[str, Any], path: Path) -> None:
     for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for index, method in enumerate(dict.fromkeys(row["method"] for row in payload["rows"])):
             own = [row for row in payload["rows"] if row["method"] == method and "reason" not in row]
-            style = {
-                "marker": "osD^v"[index % 5],
-                "markersize": max(3, 8 - index),
-                "alpha": 0.8,
-            }  # lines may lie on one another
+            # Lines may lie on one another.
+            style = {"marker": "osD^v"[index % 5], "markersize": max(3, 8 - index), "alpha": 0.8}
             axes.plot([row["request"] for row in own], [row[name] for row in own], label=method, **style)
         axes.set(title=title, xlabel="requests, one after another", ylabel="percent", ylim=(-3, 103))
         axes.set_xticks(range(1, len(CONCEPTS) + 1))
