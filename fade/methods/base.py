@@ -93,12 +93,15 @@ class Editing:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an `edit` computed.
+    """What an `edit` computed: a change of every layer, as values or as factors.
 
     Attributes:
         located: a mask for every layer (`fade.saliency.located_in` makes it).
         values: for every layer, what is added to its weight at the mask's entries, row by row: float32 [entries].
+        factors: for every layer with a mask that is not empty, A [r, K] and B [N, r], float32 on the CPU, of one r, of
+            whose product the mask's entries are added.
     """
 
     located: Located
-    values: Mapping[str, Tensor]
+    values: Mapping[str, Tensor] | None = None
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None
