@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fade.errors import FadeError
-from fade.methods.base import Method
+from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.methods.salun import RandomLabel
 from fade.objective import Learn
 
@@ -97,6 +97,7 @@ ERASEDIFF = Method(
     summary="Bi-level: lowers the retain loss among what lowers the forget loss as inner steps show that it can fall.",
     source="EraseDiff, arXiv 2401.05779",
     settings={
+        **AS_THE_MODEL_DRAWS,
         "locate__granularity": "none",
         "overwrite__forget_weight": 0.1,
         "overwrite__retain_weight": 1.0,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fade.errors import FadeError
 from fade.methods.base import Method
-from fade.methods.esd import DENSE
+from fade.methods.esd import DENSE, AwayFrom, check_direction
 from fade.noise import split
-from fade.objective import Batch, Objective, Training
+from fade.objective import Batch
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Options:
 
     guidance: float = 1.0
     """η, how far away from the concept."""
-    neutral: str = "empty"
+    direction: str = "concept"
+    """As of ESD: what guidance leads away from, the `concept` alone or each whole `prompt` of it."""
+    neutral: str = "surrogate"
     """What the target starts from: `empty` or `surrogate`."""
     steps: int = 5
     """Denoising steps from noise to t."""
@@ -34,6 +36,7 @@ class Options:
     """Classifier-free guidance of these steps."""
 
     def __post_init__(self) -> None:
+        check_direction(self.direction)
         if not 0 <= self.guidance < 1e3:
             raise FadeError(f"options.guidance must be in [0, 1000), not {self.guidance}")
         if self.neutral not in ("empty", "surrogate"):
@@ -44,15 +47,10 @@ class Options:
             raise FadeError(f"options.drawing_guidance must be below 1000, not {self.drawing_guidance}")
 
 
-class PromptsAlone(Objective):
+class PromptsAlone(AwayFrom):
     """What LECO trains on."""
 
-    losses = ("erase", "drift")
     moving = True
-
-    def __init__(self, training: Training) -> None:
-        super().__init__(training)
-        self.empty = self.backbone.negative()
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
         noised = super().noised(clean, noise, times, asked, forget)
@@ -80,10 +78,8 @@ class PromptsAlone(Objective):
 
     def away(self, half: Batch) -> Tensor:
         """The forget half's targets."""
-        concept = self.frozen(half.noised, half.times, half.asked)
-        empty = self.frozen(half.noised, half.times, self.empty.repeat(len(half.noised)))
-        neutral = empty if self.options.neutral == "empty" else self.frozen(half.noised, half.times, half.answers)
-        return neutral - self.options.guidance * (concept - empty)
+        neutral = half.answers if self.options.neutral == "surrogate" else self.empty.repeat(len(half.noised))
+        return self.frozen(half.noised, half.times, neutral) - self.options.guidance * self.apart(half)
 
 
 LECO = Method(

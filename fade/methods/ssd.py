@@ -30,7 +30,7 @@ from fade.backbones import Backbone
 from fade.base_model import target_layers
 from fade.errors import FadeError
 from fade.importance import Importance
-from fade.methods.base import Edit, Editing, Method
+from fade.methods.base import AS_THE_MODEL_DRAWS, Edit, Editing, Method
 from fade.quantised import float_weight
 from fade.regions import matrix_shape
 from fade.saliency import located_in
@@ -109,6 +109,12 @@ SSD = Method(
     name="ssd",
     summary="Dampens, without training, the weights that matter far more to the concept than to the rest.",
     source="Selective Synaptic Dampening, arXiv 2308.07707",
+    settings={
+        **AS_THE_MODEL_DRAWS,
+        "data__forget_samples": 48,
+        "locate__passes": 4,
+        "locate__per_sample": True,
+    },
     trains=False,
     edit=edit,
     accumulators=2,
