@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 AS_THE_MODEL_DRAWS = {"data__guidance_scale": 1.0, "data__sampling_steps": 10, "data__retain_samples": 192}
-"""Of methods that denoise retained pictures to their own noise, as their authors do real ones: what is sampled has to be
-like what the model was trained on. With the default's latents, few, drawn in 5 steps and sharpened by guidance, the CRA
-of SalUn was 82.5 for DigitCanvas's "three", with these 100."""
+"""Of methods that denoise retained pictures to their own noise, as their authors do real ones. What is sampled must be
+like what the model was trained on: with the default's latents, few, drawn in 5 steps and sharpened by guidance, SalUn's
+CRA was 82.5 for DigitCanvas's "three", with these 100."""
 
 
 @dataclass(frozen=True)
