@@ -84,12 +84,11 @@ DENSE = {
     "overwrite__retain_weight": 0.0,
     "overwrite__forget_weight": 1.0,
     "overwrite__retain_batch_size": 1,
-    "overwrite__learning_rate": 3e-4,
+    "overwrite__learning_rate": 1e-3,
     "overwrite__steps": 100,
     "overwrite__stop_forget": 0.0,
 }
-"""All weights of the layers, without a retain loss: what is retained is held by nothing but few and small steps. Of
-DigitCanvas's "three" (80 pictures) esd-x had UA 100, IRA 98.6 and CRA 100; with 200 steps at 1e-3 IRA 62 and CRA 41."""
+"""All weights of the layers, without a retain loss: what is retained is held by nothing but few and small steps."""
 
 ESD_X = Method(
     name="esd-x",

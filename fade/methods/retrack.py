@@ -13,7 +13,11 @@ weight `retain_weight`, is the paper's regulariser of quality. z_t is asked with
 Ours is which x_i there are for a prompt: where a model draws from prompts, retraining sees pictures with theirs, and of
 the forgotten prompt none is retained. With `among="answer"` they are the retained pictures of what answers it, as those
 of the forgotten picture's own prompt are where single pictures of Stable Diffusion are unlearned (SISS, ICLR 2025);
-with "all", as in a model without prompts, the whole retain set's.
+with "all", as in a model without prompts, the whole retain set's. Ours, too: the forget half is noised to the upper 60 %
+of the diffusion. Further down z_t is no picture but the forgotten one, a step to the nearest retained one is many times
+the noise, and such targets are most of the loss: with all of the diffusion "three" had CRA 85 and UA 50 to 75.
+
+On DigitCanvas (80 pictures) "three" had UA 100, IRA 98.6 and CRA 100, "neon" 100, 100 and 93.8.
 """
 
 from dataclasses import dataclass
@@ -93,9 +97,13 @@ RETRACK = Method(
         "locate__granularity": "none",
         "overwrite__forget_weight": 1.0,
         "overwrite__retain_weight": 1.0,
+        "overwrite__retain_batch_size": 16,
         "overwrite__learning_rate": 1e-3,
-        "overwrite__steps": 100,
+        "overwrite__steps": 200,
         "overwrite__stop_forget": 0.0,
+        "overwrite__pool": 0,
+        "overwrite__timesteps": "band",
+        "overwrite__timestep_band": (0.4, 1.0),
     },
     options=Options,
     objective=Retained,

@@ -13,6 +13,7 @@ from fade.methods.concept_ablation import CONCEPT_ABLATION, Anchor
 from fade.methods.esd import NegativeGuidance
 from fade.methods.esd import Options as EsdOptions
 from fade.methods.gradient_ascent import Ascent
+from fade.methods.gradient_ascent import Options as AscentOptions
 from fade.methods.leco import Options as LecoOptions
 from fade.methods.leco import PromptsAlone
 from fade.methods.negated_lora import Denoising, negate
@@ -122,7 +123,7 @@ def test_leco_denoises_noise_with_the_adapter_on_until_the_time(pipeline: Stable
 
 
 def test_gradient_ascent_and_its_pause(pipeline: StableDiffusionPipeline) -> None:
-    training = training_of(pipeline, "gradient-ascent")
+    training = training_of(pipeline, "gradient-ascent", AscentOptions(most=1.0))
     batch = batch_of(training)
     aim = Ascent(training)
     assert torch.equal(aim.target(batch), batch.noise)
