@@ -13,9 +13,9 @@ weight `retain_weight`, is the paper's regulariser of quality. z_t is asked with
 Ours is which x_i there are for a prompt: where a model draws from prompts, retraining sees pictures with theirs, and of
 the forgotten prompt none is retained. With `among="answer"` they are the retained pictures of what answers it, as those
 of the forgotten picture's own prompt are where single pictures of Stable Diffusion are unlearned (SISS, ICLR 2025);
-with "all", as in a model without prompts, the whole retain set's. Ours, too: the forget half is noised to the upper 60 %
-of the diffusion. Further down z_t is no picture but the forgotten one, a step to the nearest retained one is many times
-the noise, and such targets are most of the loss: with all of the diffusion "three" had CRA 85 and UA 50 to 75.
+with "all", as in a model without prompts, the whole retain set's. Ours, too: the forget half is noised to the upper
+60 % of the diffusion alone. Below, z_t looks like nothing but the forgotten picture, the nearest retained one is far
+from it as measured in noise, and such targets are most of the loss: with them "three" had CRA 85 and UA 50 to 75.
 
 On DigitCanvas (80 pictures) "three" had UA 100, IRA 98.6 and CRA 100, "neon" 100, 100 and 93.8.
 """
