@@ -9,6 +9,9 @@ ESD-x changes cross-attention, for concepts that are named; ESD-u everything els
 name. Nothing holds what is to be retained: its loss has the weight 0 and is only recorded (`drift`).
 Ours: factors of a low rank instead of whole weights; z_t are pictures that the frozen model drew of the concept,
 noised to t, and not its sampler's states on the way to t; the learning rate (1e-5 to 5e-5 for whole weights).
+
+On DigitCanvas (80 pictures) ESD-x had of "three" UA 100, IRA 83.3 and CRA 100, of "neon" 80, 98.6 and 98.8; ESD-u of
+"three" 100, 91.7 and 100. What is lost are the look-alikes; at half of ESD-x's learning rate UA was 62 and IRA 86.
 """
 
 from dataclasses import dataclass
@@ -104,7 +107,7 @@ ESD_U = Method(
     name="esd-u",
     summary="As esd-x, but trains every layer beside cross-attention, for what shows without being named.",
     source="ESD, ICCV 2023, arXiv 2303.07345",
-    settings=DENSE,
+    settings={**DENSE, "overwrite__learning_rate": 8e-4},
     options=Options,
     objective=NegativeGuidance,
     targets=beside_cross_attention,
