@@ -360,23 +360,25 @@ def _run(
                         if kept is not None:
                             kept.keep_located(located)
                     if config.method.start is not None:
-                        begun = _factors_of_first(config.method.start(editing))
+                        _, begun = _change_of_first(None, config.method.start(editing))
                 solved, left = None, None
                 if edit is not None:
                     with stage("overwrite"):
-                        solved, _ = processes.from_first(edit.values)
+                        solved, begun = _change_of_first(edit.values, edit.factors)
                 if config.solves:
                     with stage("overwrite"):
                         solved, left = processes.from_first(
                             *(_solve(edits, located.masks, config.closed_form) if processes.first() else ({}, None))
                         )
                 edits = {}  # as large as the layers; training has no use for them
-                scale = 1.0 if config.in_values else config.overwrite.alpha / config.overwrite.rank
-                times = config.method.ranks
+                in_values, times = config.in_values and begun is None, config.method.ranks
                 rank, alpha = config.overwrite.rank * times, config.overwrite.alpha * times
+                if edit is not None and begun is not None:  # at strength 1, whatever rank the settings have
+                    rank = alpha = len(next(iter(begun.values()))[0])
+                scale = 1.0 if in_values else alpha / rank
                 adapter = attach(
-                    pipeline, name, located.masks, rank=rank, alpha=scale if config.in_values else alpha,
-                    values=config.in_values,
+                    pipeline, name, located.masks, rank=rank, alpha=scale if in_values else alpha,
+                    values=in_values,
                     metadata=new_metadata(
                         concept, config, base_name(pipeline), {**digests, **outline(denoiser)}, scale,
                         backbone.family.component,
@@ -422,13 +424,18 @@ def _of_first(located: Located | None) -> Located | None:
     return None if record is None else located_whole(words, record)
 
 
-def _factors_of_first(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the first process begins with, on all, for the reason that `_of_first` gives."""
-    if processes.world() == 1:
-        return dict(factors)
-    parts = {f"{part}.{name}": pair[i] for name, pair in factors.items() for i, part in enumerate("ab")}
-    parts, _ = processes.from_first(parts)
-    return {name: (parts[f"a.{name}"], parts[f"b.{name}"]) for name in factors}
+def _change_of_first(
+    values: Mapping[str, Tensor] | None, factors: Mapping[str, tuple[Tensor, Tensor]] | None
+) -> tuple[dict[str, Tensor] | None, dict[str, tuple[Tensor, Tensor]] | None]:
+    """What the first process computed, on all, for the reason that `_of_first` gives: values by layer, or else
+    factors."""
+    own, in_values = values, values is not None
+    if not in_values:
+        own = {f"{part}.{name}": pair[i] for name, pair in factors.items() for i, part in enumerate("ab")}
+    parts, in_values = processes.from_first(own, in_values)
+    if in_values:
+        return dict(parts), None
+    return None, {key[2:]: (factor, parts[f"b.{key[2:]}"]) for key, factor in parts.items() if key.startswith("a.")}
 
 
 def with_targets(backbone: Backbone, config: Config) -> Config:

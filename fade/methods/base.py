@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from fade.saliency import Located
 
 
+AS_THE_MODEL_DRAWS = {"data__guidance_scale": 1.0, "data__sampling_steps": 10, "data__retain_samples": 192}
+"""Of methods that denoise retained pictures to their own noise, as their authors do real ones. What is sampled must be
+like what the model was trained on: with the default's latents, few, drawn in 5 steps and sharpened by guidance, SalUn's
+CRA was 82.5 for DigitCanvas's "three", with these 100."""
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """Of a method that has no settings of its own."""
@@ -93,12 +99,15 @@ class Editing:
 
 @dataclass(frozen=True)
 class Edit:
-    """What an `edit` computed.
+    """What an `edit` computed: a change of every layer, as values or as factors.
 
     Attributes:
         located: a mask for every layer (`fade.saliency.located_in` makes it).
         values: for every layer, what is added to its weight at the mask's entries, row by row: float32 [entries].
+        factors: for every layer with a mask that is not empty, A [r, K] and B [N, r], float32 on the CPU, of one r, of
+            whose product the mask's entries are added.
     """
 
     located: Located
-    values: Mapping[str, Tensor]
+    values: Mapping[str, Tensor] | None = None
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None

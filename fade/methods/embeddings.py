@@ -5,20 +5,22 @@ on, the end and the padding among them. In a template around the concept that la
 differs from its surrogate.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fade.backbones import Backbone
 from fade.conditioning import Conditioning
 from fade.errors import FadeError
-from fade.methods.base import Editing
+from fade.methods.base import Edit, Editing
 from fade.quantised import float_weight
 from fade.regions import matrix_shape
-from fade.saliency import Located, located_in
+from fade.saliency import located_in
 from fade_kernels import BitMask
 
 Tokens = Literal["last", "following"]
@@ -79,17 +81,36 @@ def edited_layers(editing: Editing, ends: tuple[str, ...]) -> dict[str, dict[str
     return found
 
 
-def product_edit(editing: Editing, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Located, dict[str, Tensor]]:
-    """Of factors D and X by layer, float64 [k, K] each, the edit W Dᵀ X of these layers as `Edit` has it: masks of
-    whole matrices, and every entry's change."""
-    layers = {name: editing.layers[name] for name in factors}
+def low_rank(difference: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+    """Dᵀ X of matrices D and X, float64 [k, K] each, as L [K, r] and R [r, K] with L R the same to float32's precision,
+    and r its rank at that precision; the rows of R are orthonormal, so that nothing cancels in a product rounded to
+    float32."""
+    q, r = torch.linalg.qr(difference.T)
+    basis, coefficients = torch.linalg.qr(reading.T)
+    u, sizes, v = torch.linalg.svd(r @ coefficients.T)
+    many = max(1, int((sizes > torch.finfo(torch.float32).eps / 2 * sizes[0]).sum()))
+    return (q @ u[:, :many]) * sizes[:many], v[:many] @ basis.T
+
+
+def product_edit(editing: Editing, products: Mapping[str, tuple[Tensor, Tensor]]) -> Edit:
+    """Of L and R by layer (`low_rank`), the edit W L R of these layers: as factors of one rank, or as every entry's
+    change where those would be fewer numbers."""
+    layers = {name: editing.layers[name] for name in products}
     masks = {name: BitMask.full(matrix_shape(layer), layer.weight.device) for name, layer in layers.items()}
     located = located_in(editing.layers, masks, {}, 0.0)
+    rank = max(right.shape[0] for _, right in products.values())
+    shapes = [matrix_shape(layer) for layer in layers.values()]
+    in_factors = sum(rank * (rows + columns) for rows, columns in shapes) < sum(math.prod(shape) for shape in shapes)
     values = {name: torch.zeros(0) for name in editing.layers}
-    for name, (difference, reading) in factors.items():
-        weight = float_weight(layers[name]).to(difference)
-        values[name] = ((weight @ difference.T) @ reading).flatten().float().cpu()
-    return located, values
+    factors = {}
+    for name, (left, right) in products.items():
+        outer = float_weight(layers[name]).to(left) @ left
+        if in_factors:
+            more = rank - right.shape[0]
+            factors[name] = F.pad(right, (0, 0, 0, more)).float().cpu(), F.pad(outer, (0, more)).float().cpu()
+        else:
+            values[name] = (outer @ right).flatten().float().cpu()
+    return Edit(located, factors=factors) if in_factors else Edit(located, values)
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------

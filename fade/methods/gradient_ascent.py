@@ -4,6 +4,8 @@
 
 Nothing bounds it, and it ends in a broken model; so the ascent pauses (ours) while the last step's loss is above
 `most`: 1 is what predicting nothing at all costs a model that predicts noise.
+
+On DigitCanvas (80 pictures) "three" had UA 100, IRA 97.2 and CRA 78.8, "neon" 100, 94.3 and 97.5: it forgets and harms.
 """
 
 import math
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fade.errors import FadeError
-from fade.methods.base import Method
+from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.objective import Batch, Objective
 
 
@@ -21,7 +23,7 @@ from fade.objective import Batch, Objective
 class Options:
     """Gradient ascent's own settings."""
 
-    most: float = 1.0
+    most: float = 0.5
     """Loss above which the ascent pauses; inf never."""
 
     def __post_init__(self) -> None:
@@ -47,12 +49,14 @@ GRADIENT_ASCENT = Method(
     summary="Trains the denoising loss of the concept up and that of everything else down.",
     source="the usual baseline",
     settings={
+        **AS_THE_MODEL_DRAWS,
         "locate__granularity": "none",
         "overwrite__forget_weight": 1.0,
-        "overwrite__retain_weight": 1.0,
+        "overwrite__retain_weight": 2.0,
         "overwrite__learning_rate": 1e-3,
-        "overwrite__steps": 100,
+        "overwrite__steps": 200,
         "overwrite__stop_forget": 0.0,
+        "overwrite__pool": 0,
     },
     options=Options,
     objective=Ascent,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fade.errors import FadeError
-from fade.methods.base import Method
+from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.objective import Batch, Objective
 
 
@@ -59,6 +59,7 @@ SALUN = Method(
     summary="Trains the half of the weights with the largest summed guided gradients to answer as another concept.",
     source="SalUn, ICLR 2024, arXiv 2310.12508",
     settings={
+        **AS_THE_MODEL_DRAWS,
         "locate__saliency": "guided",
         "locate__scaling": "none",
         "locate__keep": 0.5,

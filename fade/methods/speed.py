@@ -34,6 +34,7 @@ from fade.methods.embeddings import (
     check_choice,
     check_targets,
     edited_layers,
+    low_rank,
     product_edit,
 )
 from fade.quantised import float_weight
@@ -123,7 +124,7 @@ class Options:
 
 
 def edit(editing: Editing) -> Edit:
-    options, factors = editing.options, {}
+    options, products = editing.options, {}
     for reader, layers in edited_layers(editing, ENDS).items():
         embeddings = Embeddings(editing, reader)
         concept, guide = embeddings.paired(options.tokens)
@@ -138,8 +139,9 @@ def edit(editing: Editing) -> Edit:
                     f"what must stay takes every direction of {name}'s input, so that speed can change nothing; raise "
                     "its option threshold, or give fewer retain prompts"
                 )
-            factors[name] = speed_factors(concept, guide, fixed, projector, options.damping, options.slack)
-    return Edit(*product_edit(editing, factors))
+            found = speed_factors(concept, guide, fixed, projector, options.damping, options.slack)
+            products[name] = low_rank(*found)
+    return product_edit(editing, products)
 
 
 def targets(backbone: Backbone) -> tuple[str, ...]:

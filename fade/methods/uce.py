@@ -11,8 +11,8 @@ matrix that is inverted, W − W₀ = W₀ s_e (C* − C) Cᵀ G⁻¹: only the 
 inverted for all of them.
 
 As in the authors' code, a concept is embedded by its last token. Their prompts to preserve are bare words, of which
-they read the last token, too; ours are captions, of which every token is read unless `preserved` is `last`. The adapter
-has every entry of the matrices, since the edit is dense.
+they read the last token, too; ours are captions, of which every token is read unless `preserved` is `last`. The edit
+is dense, of the rank of C* − C: the adapter has it as factors.
 """
 
 import math
@@ -33,6 +33,7 @@ from fade.methods.embeddings import (
     check_choice,
     check_targets,
     edited_layers,
+    low_rank,
     product_edit,
 )
 
@@ -79,15 +80,15 @@ class Options:
 
 
 def edit(editing: Editing) -> Edit:
-    options, factors = editing.options, {}
+    options, products = editing.options, {}
     for reader, layers in edited_layers(editing, ENDS).items():
         embeddings = Embeddings(editing, reader)
         of_all = uce_factors(
             *embeddings.paired(options.tokens), embeddings.retained(options.preserved), options.erase_scale,
             options.preserve_scale, options.weight,
         )  # fmt: skip
-        factors |= dict.fromkeys(layers, of_all)
-    return Edit(*product_edit(editing, factors))
+        products |= dict.fromkeys(layers, low_rank(*of_all))
+    return product_edit(editing, products)
 
 
 def targets(backbone: Backbone) -> tuple[str, ...]:

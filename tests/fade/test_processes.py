@@ -140,6 +140,7 @@ RUNS = {
     "factors": {},
     "values, solved before": {"overwrite__method": "both"},
     "solved alone": {"overwrite__method": "closed-form"},
+    "computed as factors": {"overwrite__method": "uce"},
     "fresh noise at targeted times, accumulated": {
         "overwrite__pool": 0, "overwrite__accumulation": 2, "overwrite__timesteps": "targeted",
     },

@@ -26,7 +26,8 @@ def training_of(pipeline: StableDiffusionPipeline, name: str, options: Any = Non
     pipeline.unet.requires_grad_(False)
     layers = target_layers(backbone.denoiser, backbone.targets)
     masks = {name: BitMask.full(tuple(layer.weight.shape)) for name, layer in layers.items()}
-    adapter = attach(pipeline, "fade", masks, rank=2, alpha=2.0, values=False, metadata={"scale": 1.0})
+    metadata = {"scale": 1.0, "concept": CONCEPT.to_dict()}
+    adapter = attach(pipeline, "fade", masks, rank=2, alpha=2.0, values=False, metadata=metadata)
     for parameter in adapter.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     adapter.enable()

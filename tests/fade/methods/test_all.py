@@ -72,7 +72,7 @@ def test_another_method_brings_its_defaults_and_leaves_what_was_set() -> None:
     there = set_by_hand.replace(overwrite__method="fade")
     assert there == PAPER.replace(overwrite__steps=17, locate__targets=["to_k"])
     assert there.replace(overwrite__method="both") == set_by_hand
-    assert Config.of("esd-x", options={"guidance": 2}).options == {"guidance": 2.0}
+    assert Config.of("esd-x", options={"guidance": 2}).options == {"guidance": 2.0, "direction": "concept"}
     assert Config.of("leco").replace(options__steps=3).options == {**Config.of("leco").options, "steps": 3}
 
 
@@ -82,7 +82,8 @@ def test_a_methods_settings_come_before_the_defaults_and_after_the_file(tmp_path
     config = Config.load(file)
     assert (config.overwrite.steps, config.locate.saliency, config.options) == (7, "guided", {"answer": "random"})
     other = Config.load(file, "esd-u")
-    assert (other.overwrite.steps, other.locate.granularity, other.options) == (7, "none", {"guidance": 1.0})
+    assert (other.overwrite.steps, other.locate.granularity) == (7, "none")
+    assert other.options == {"guidance": 1.0, "direction": "concept"}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,10 @@ def test_a_methods_settings_come_before_the_defaults_and_after_the_file(tmp_path
     [
         ({"overwrite__method": "forget-it"}, "there is no method 'forget-it'; known are both, closed-form"),
         ({"options": {"guidance": 1}}, "the method both has no options; leave out guidance"),
-        ({"overwrite__method": "esd-x", "options": {"eta": 1}}, "unknown setting 'options.eta'; known here: guidance"),
+        (
+            {"overwrite__method": "esd-x", "options": {"eta": 1}},
+            "unknown setting 'options.eta'; known here: direction, guidance",
+        ),
         ({"overwrite__method": "salun", "options__answer": "yes"}, "answer must be surrogate or random"),
         ({"overwrite__method": "salun", "overwrite__pool": 4}, "salun asks the adapter as it is .* leave pool"),
         ({"overwrite__method": "leco", "overwrite__stop_forget": 0.1}, "leco asks the adapter as it is"),

@@ -95,6 +95,25 @@ def test_the_concept_changes_more_and_the_file_does_the_same(tmp_path: Path, met
 
 
 @pytest.mark.parametrize("method", ["uce", "speed"])
+def test_an_edit_of_one_token_is_kept_as_factors_of_rank_one(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, method: str
+) -> None:
+    """At strength 1, whatever rank the settings have."""
+    fade.unlearn(pipeline, **WORDS, method=method, output=tmp_path)
+    file = read_adapter_file(tmp_path / "adapter.safetensors")
+    assert {layer.factors[0].shape[0] for layer in file.layers.values()} == {1} and file.metadata["scale"] == 1.0
+
+
+def test_an_edit_of_many_tokens_is_kept_as_values(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """Where factors would be no fewer numbers."""
+    templates = tuple(f"{{}} {word}" for word in DIGITCANVAS.domains[1].words)
+    config = Config.of("uce", options={"tokens": "following"})
+    fade.unlearn(pipeline, **{**WORDS, "templates": templates}, config=config, output=tmp_path)
+    file = read_adapter_file(tmp_path / "adapter.safetensors")
+    assert all(layer.values is not None for layer in file.layers.values())
+
+
+@pytest.mark.parametrize("method", ["uce", "speed"])
 @pytest.mark.parametrize("family", ["Stable Diffusion XL", "PixArt-Sigma", "Sana"])
 def test_every_family_with_cross_attention(method: str, family: str) -> None:
     adapter = fade.unlearn(build(family), **{**WORDS, "forget": "cat", "surrogate": "dog"}, method=method)

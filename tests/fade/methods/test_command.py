@@ -16,7 +16,8 @@ def test_the_list_names_every_method_and_what_it_does(capsys: pytest.CaptureFixt
     assert cli.main(["methods", "--json"]) == 0
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert list(found) == list(METHODS)
-    assert found["esd-x"]["options"] == {"guidance": 1.0} and "2303.07345" in found["esd-x"]["source"]
+    assert found["esd-x"]["options"] == {"guidance": 1.0, "direction": "concept"}
+    assert "2303.07345" in found["esd-x"]["source"]
     assert found["fade"]["settings"]["locate.keep"] == 0.5
     assert cli.main(["methods"]) == 0
     assert all(name in capsys.readouterr().out for name in ["salun"])
@@ -28,7 +29,10 @@ def test_the_list_names_every_method_and_what_it_does(capsys: pytest.CaptureFixt
         (["--method", "sal-un"], "error: there is no method 'sal-un'; known are both, closed-form, distillation, fade"),
         (["--method", "esd-x", "--option", "guidance"], "--option 'guidance' is no NAME=VALUE"),
         (["--method", "esd-x", "--option", "guidance=much"], "'options.guidance' must be of type float"),
-        (["--method", "esd-x", "--option", "alpha=1"], "unknown setting 'options.alpha'; known here: guidance"),
+        (
+            ["--method", "esd-x", "--option", "alpha=1"],
+            "unknown setting 'options.alpha'; known here: direction, guidance",
+        ),
         (["--option", "guidance=1"], "the method both has no options; leave out guidance"),
     ],
 )
@@ -48,7 +52,8 @@ def test_a_method_is_asked_for_by_name_and_recorded(tmp_path: Path, capsys: pyte
     file = read_adapter_file(tmp_path / "out" / "adapter.safetensors")
     config = file.metadata["config"]
     assert config["overwrite"]["method"] == file.metadata["run"]["method"] == "esd-x"
-    assert config["options"] == {"guidance": 2.0} and config["overwrite"]["retain_weight"] == 0.0
+    assert config["options"] == {"guidance": 2.0, "direction": "concept"}
+    assert config["overwrite"]["retain_weight"] == 0.0
     assert file.layers.keys() <= {name for name, _ in load_pipeline().unet.named_modules() if ".attn2." in name}
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "out" / "adapter.safetensors")]) == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fade.methods.embeddings import low_rank
 from fade.methods.loku import EPSILON, fila
 from fade.methods.speed import most_moved, null_space, speed_factors
 from fade.methods.ssd import dampening_factors
@@ -49,6 +50,21 @@ def test_uce_is_the_papers_weight() -> None:
     )
     (gradient,) = torch.autograd.grad(objective, solved)
     assert gradient.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(3, 3), (7, 4), (30, 9)])
+def test_a_product_has_factors_of_its_rank(rows: int, rank: int) -> None:
+    """Also of more rows than its rank, of nearly the same rows, and of sizes far apart."""
+    mixing = normal(rows, rank, seed=0)
+    difference = mixing @ normal(rank, 12, seed=1)
+    reading = 1e3 * mixing @ normal(rank, 12, seed=2) + 1e-9 * normal(rows, 12, seed=3)
+    left, right = low_rank(difference, reading)
+    assert left.shape == (12, rank) and right.shape == (rank, 12)
+    expected = difference.T @ reading
+    torch.testing.assert_close(left @ right, expected, rtol=0.0, atol=1e-7 * expected.abs().max().item())
+    torch.testing.assert_close(right @ right.T, torch.eye(rank, dtype=torch.float64))
+    rounded = (left.float() @ right.float()).double()
+    assert (rounded - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_the_null_space_holds_what_retained_embeddings_hardly_reach() -> None:

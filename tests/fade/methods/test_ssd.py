@@ -29,7 +29,14 @@ WORDS["retain"] = ("red", "a bird", "blue")
 
 def small(**changes: object) -> Config:
     return Config.of("ssd").replace(
-        **{"data__forget_samples": 5, "data__retain_samples": 6, "data__sampling_steps": 2, "locate__batch_size": 4},
+        **{
+            "data__forget_samples": 5,
+            "data__retain_samples": 6,
+            "data__sampling_steps": 2,
+            "locate__batch_size": 4,
+            "locate__passes": 1,
+            "locate__per_sample": False,
+        },
         **changes,
     )
 

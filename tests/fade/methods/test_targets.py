@@ -1,5 +1,7 @@
 """What each method wants the adapter to predict, against its formula written out with the UNet itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,6 +13,7 @@ from fade.methods.concept_ablation import CONCEPT_ABLATION, Anchor
 from fade.methods.esd import NegativeGuidance
 from fade.methods.esd import Options as EsdOptions
 from fade.methods.gradient_ascent import Ascent
+from fade.methods.gradient_ascent import Options as AscentOptions
 from fade.methods.leco import Options as LecoOptions
 from fade.methods.leco import PromptsAlone
 from fade.methods.negated_lora import Denoising, negate
@@ -56,13 +59,25 @@ def test_saluns_random_labels_are_retain_prompts_for_the_forget_half_alone(pipel
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_esd_leads_away_from_the_concept(pipeline: StableDiffusionPipeline, guidance: float) -> None:
-    training = training_of(pipeline, "esd-x", EsdOptions(guidance))
+    """With the whole prompt for the concept, the paper's own formula."""
+    training = training_of(pipeline, "esd-x", EsdOptions(guidance, "prompt"))
     batch, ask = batch_of(training), asker(training)
     z, t = batch.noised[:3], batch.times[:3]
     concept, empty = ask(z, t, ["a cat", "one cat", "a cat"], True), ask(z, t, [""] * 3, True)
     others = ask(batch.noised[3:], batch.times[3:], ["a house", "a tree"], True)
     wanted = torch.cat([empty - guidance * (concept - empty), others])
     assert_close(target_of(training, batch, NegativeGuidance), wanted, **CLOSE)
+
+
+def test_esd_leads_away_from_the_concept_alone(pipeline: StableDiffusionPipeline) -> None:
+    training = training_of(pipeline, "esd-x", EsdOptions(0.5))
+    batch, ask = batch_of(training), asker(training)
+    z, t = batch.noised[:3], batch.times[:3]
+    asked, concept, empty = (
+        ask(z, t, texts, True) for texts in (["a cat", "one cat", "a cat"], ["cat"] * 3, [""] * 3)
+    )
+    found = target_of(training, batch, NegativeGuidance)
+    assert_close(found[:3], asked - 1.5 * (concept - empty), **CLOSE)
 
 
 def test_concept_ablation_draws_the_anchor(pipeline: StableDiffusionPipeline) -> None:
@@ -77,12 +92,13 @@ def test_concept_ablation_draws_the_anchor(pipeline: StableDiffusionPipeline) ->
     assert latents.forget_prompts == ("a cat", "one cat", "a cat")
 
 
-@pytest.mark.parametrize("neutral", ["empty", "surrogate"])
-def test_lecos_target(pipeline: StableDiffusionPipeline, neutral: str) -> None:
-    training = training_of(pipeline, "leco", LecoOptions(guidance=1.5, neutral=neutral))
+@pytest.mark.parametrize(("neutral", "direction"), [("empty", "prompt"), ("surrogate", "prompt"), ("empty", "concept")])
+def test_lecos_target(pipeline: StableDiffusionPipeline, neutral: str, direction: str) -> None:
+    training = training_of(pipeline, "leco", LecoOptions(guidance=1.5, direction=direction, neutral=neutral))
     batch, ask = batch_of(training), asker(training)
     z, t = batch.noised[:3], batch.times[:3]
-    concept, empty = ask(z, t, ["a cat", "one cat", "a cat"], True), ask(z, t, [""] * 3, True)
+    away = ["a cat", "one cat", "a cat"] if direction == "prompt" else ["cat"] * 3
+    concept, empty = ask(z, t, away, True), ask(z, t, [""] * 3, True)
     start = empty if neutral == "empty" else ask(z, t, ["a dog", "one dog", "a dog"], True)
     found = target_of(training, batch, PromptsAlone)[:3]
     assert_close(found, start - 1.5 * (concept - empty), **CLOSE)
@@ -107,7 +123,7 @@ def test_leco_denoises_noise_with_the_adapter_on_until_the_time(pipeline: Stable
 
 
 def test_gradient_ascent_and_its_pause(pipeline: StableDiffusionPipeline) -> None:
-    training = training_of(pipeline, "gradient-ascent")
+    training = training_of(pipeline, "gradient-ascent", AscentOptions(most=1.0))
     batch = batch_of(training)
     aim = Ascent(training)
     assert torch.equal(aim.target(batch), batch.noise)
@@ -138,7 +154,7 @@ def unbiased_gradient(z: torch.Tensor, predicted: torch.Tensor, retained: torch.
 
 
 def test_retrack_with_all_neighbours_is_the_unbiased_loss(pipeline: StableDiffusionPipeline) -> None:
-    training = training_of(pipeline, "retrack", RetrackOptions(neighbours=0))
+    training = training_of(pipeline, "retrack", RetrackOptions(neighbours=0, among="all"))
     batch = batch_of(training)
     batch.times[:3] = torch.tensor([700, 800, 950])  # where the densities can be written out without underflow
     batch = type(batch)(**{**vars(batch), "noised": training.backbone.add_noise(batch.clean, batch.noise, batch.times)})
@@ -148,6 +164,17 @@ def test_retrack_with_all_neighbours_is_the_unbiased_loss(pipeline: StableDiffus
         a = pipeline.scheduler.alphas_cumprod[batch.times[i]].double().item()
         wanted = unbiased_gradient(batch.noised[i], predicted[i], training.latents.retain, a)
         assert_close(2 * (predicted[i] - found[i]).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_retracks_pictures_are_those_of_the_answer(pipeline: StableDiffusionPipeline) -> None:
+    """Where any is retained: "a dog" of those of "a cat", and everything for "one cat"."""
+    training = training_of(pipeline, "retrack")
+    retained = ("a house", "a dog", "a tree") * 2
+    training = replace(training, latents=replace(training.latents, retain_prompts=retained))
+    batch = batch_of(training)
+    found = Retained(training).among(batch.where(batch.forget))
+    of_a_dog = [prompt == "a dog" for prompt in retained]
+    assert found.tolist() == [of_a_dog, [True] * 6, of_a_dog]
 
 
 def test_retracks_weights_keep_the_nearest_and_do_not_underflow() -> None:
