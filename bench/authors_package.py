@@ -21,6 +21,7 @@ Each setting of `SETTINGS` is a row of `python -m bench.table`'s schema: metrics
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import re
 import sys
@@ -67,18 +68,21 @@ def package(folder: Path) -> Any:
     import torch
 
     sys.path.append(str(folder))
+    if importlib.util.find_spec("vision_unlearning") is None:
+        raise SystemExit(f"the package is not in {folder}: install it there as the head of this file says")
     for name in ("metrics", "evaluator"):
         sys.modules[f"vision_unlearning.{name}"] = _Nothing(f"vision_unlearning.{name}")
     # The operators of a torchvision that was built for CUDA are not there without; nobody calls them.
     operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if not hasattr(torch.ops.torchvision, name):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _KEPT.append(operators)
     try:
         from vision_unlearning.unlearner.fade import UnlearnerLoraDistillation
         from vision_unlearning.utils.gradient_weighting import GradientWeightingMethodSimple
     except ImportError as error:
-        raise SystemExit(f"{error}; install the package into {folder} as the head of this file says") from error
+        raise SystemExit(f"{error}; install what it needs into {folder} as the head of this file says") from error
 
     if not torch.cuda.is_available():
         torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = torch.cuda.empty_cache = lambda *_: None

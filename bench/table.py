@@ -16,6 +16,7 @@ cells share (`kept` in that folder).
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from bench.files import ROOT, load_kind, write_json
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "table.json"
+AUTHORS = RESULTS.with_name("authors_package.json")
 FOLDER = ROOT / "build" / "table"
 SHOWN = ("UA", "IRA", "CRA", "NA", "drift", "KID")
 """Metrics of the printed table; the file has all that the evaluation measures."""
@@ -279,6 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="print as README has it")
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", metavar="FILE",
+        help="files of rows of other programs to show as well (default, of the whole table: bench.authors_package's)",
+    )  # fmt: skip
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
     if a.cell:
@@ -290,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         payload = load_kind(output, "table")
     else:
         payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick)
+    usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
+    others = [load_kind(path, "table")["rows"] for path in (usual if a.beside is None else a.beside)]
+    payload = {**payload, "rows": [*payload["rows"], *itertools.chain(*others)]}
     if a.markdown:
         print(markdown(payload), end="")
     else:

@@ -1,13 +1,17 @@
 """The table of methods: which cells there are, going on, reasons, what is shown."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from bench import table
+from bench import authors_package, table
 from bench.table import Cell
+from fade import bundled
+from fade.concept import bundled_concept
 from fade.methods import METHODS
 
 
@@ -93,3 +97,36 @@ def test_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert table.main(["--show", "--output", str(path)]) == 0
     assert "uce" in capsys.readouterr().out
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_other_programs_stand_beside_and_are_not_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = tmp_path / "table.json", tmp_path / "other.json"
+    ours = measured(Cell("digitcanvas", "uce", "three", "eight", 0), 100.0)
+    theirs = measured(Cell("digitcanvas", "another program", "three", "eight", 0), 75.0)
+    for file, one in ((path, ours), (other, theirs)):
+        file.write_text(json.dumps({"schema": table.SCHEMA, "kind": "table", "quick": False, "rows": [one]}))
+    before = path.read_text()
+    for options, shown in (([], False), (["--beside", str(other)], True)):
+        assert table.main(["--show", "--markdown", "--output", str(path), *options]) == 0
+        assert ("| another program | 1 | 75 |" in capsys.readouterr().out) == shown
+    assert path.read_text() == before
+    assert not {f"{authors_package.NAME}, {setting}" for setting in authors_package.SETTINGS} & set(METHODS)
+
+
+def test_the_authors_package_reads_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authors_package, "DRAWN_STEPS", 1)
+    monkeypatch.setattr(authors_package, "RETAIN", 3)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    digits = bundled.model("digitcanvas")
+    concept = bundled_concept(digits, "three", "eight")
+    record = json.loads(authors_package.write_data(digits.load_pipeline(), concept, 0, tmp_path).read_text())
+    assert {part: len(rows) for part, rows in record.items()} == {"forget": authors_package.FORGET, "retain": 3}
+    answers = dict(zip(concept.forget_prompts, concept.surrogate_prompts, strict=True))
+    assert all(answers[row["text"]] == row["overwrite"] for row in record["forget"])
+    assert all(row["text"] in concept.retain_prompts for row in record["retain"])
+    pictures = [Image.open(row["image"]) for rows in record.values() for row in rows]
+    assert {picture.size for picture in pictures} == {(32, 32)} and len({p.tobytes() for p in pictures}) > 20
+    with pytest.raises(SystemExit, match="the package is not in .*: install it there"):
+        authors_package.package(tmp_path)
