@@ -6,7 +6,7 @@ of a batch are weighed, what a step's gradient is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,6 +120,13 @@ class Objective:
         half; given are the surrogates' and the retain prompts'."""
         return answers
 
+    def placed(
+        self, asked: Tensor, answers: Tensor, times: Tensor, forget: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a whole batch, whose first `forget` are the forget half, what its samples are asked with, the prompts whose
+        answers are wanted (`answers`), both as rows that `read` knows, and their times [n] on the CPU."""
+        return asked, answers, times
+
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
         """Noised latents [n, C, h, w]; arguments as in `Batch`. Called without gradients."""
         return self.backbone.add_noise(clean, noise, times)
@@ -142,6 +149,16 @@ class Objective:
             for loss in forget:
                 weight = max(0.0, weight + rate * (loss / forget[0] - self.config.dual_bound))
         return weight, self.config.retain_weight
+
+    def prepare(self, step: int) -> None:
+        """Called before every step, the adapter on: may change what `read` gives for rows of the objective's own."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What steps leave for later ones, by name; a checkpoint keeps it beside the adapter."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave, of the same names and shapes."""
 
     def step(self, learn: Learn, weights: tuple[float, float]) -> tuple[float, float]:
         """Leaves the gradient of a step in the adapter's parameters, which the optimiser then takes; returns both
