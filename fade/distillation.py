@@ -17,12 +17,11 @@ The loop is every trained method's. What a method trains on instead of L is its 
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fade import processes
@@ -189,7 +188,7 @@ def overwrite(
         conditioning = Conditioning.from_tensors(dict(zip(names, asked, strict=True)))
         predicted = backbone.predict(noised, times, conditioning).float()
         pairs = zip(predicted.split(own_halves), taught.float().split(own_halves), weights, strict=True)
-        return tuple(_share_of_mean(*halved) for halved in pairs)
+        return tuple(_share_of_mean(aim.error, *halved) for halved in pairs)
 
     def student_losses(weights_of_both: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, and the losses of both halves: this process's summands of the means."""
@@ -328,11 +327,13 @@ def overwrite(
     return Trained(losses, mode.record(config.training_mode), eager or "captured", aim.losses)
 
 
-def _share_of_mean(predicted: Tensor, taught: Tensor, weight: float) -> Tensor:
-    """What samples contribute to the mean squared error of a half, of which they are the share `weight`."""
+def _share_of_mean(
+    error: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, taught: Tensor, weight: float
+) -> Tensor:
+    """What samples contribute to the mean error of a half, of which they are the share `weight`."""
     if not weight:
         return predicted.sum()  # of nothing: 0, where the mean would be NaN
-    loss = F.mse_loss(predicted, taught)
+    loss = error(predicted, taught)
     return loss if weight == 1 else weight * loss
 
 
@@ -377,8 +378,8 @@ def _restore(
     aim: Objective,
     config: OverwriteConfig,
 ) -> Losses:
-    """Restores parameters, optimiser and objective where there is a checkpoint, and returns the losses until then. In a run of
-    several processes the first one's is that of all.
+    """Restores parameters, optimiser and objective where there is a checkpoint, and returns the losses until then. In a
+    run of several processes the first one's is that of all.
 
     Raises FadeError, before anything has changed, where it does not fit.
     """

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fade.conditioning import Conditioning, EncodedPrompts
@@ -123,8 +124,8 @@ class Objective:
     def placed(
         self, asked: Tensor, answers: Tensor, times: Tensor, forget: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a whole batch, whose first `forget` are the forget half, what its samples are asked with, the prompts whose
-        answers are wanted (`answers`), both as rows that `read` knows, and their times [n] on the CPU."""
+        """Of a whole batch, whose first `forget` are the forget half: what its samples are asked with and the prompts
+        whose answers are wanted, both as rows that `read` knows, and their times [n] on the CPU."""
         return asked, answers, times
 
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
@@ -134,6 +135,11 @@ class Objective:
     def target(self, batch: Batch) -> Tensor:
         """What the adapter should predict, [n, C, h, w]. Called without gradients, the adapter on."""
         return self.frozen(batch.noised, batch.times, batch.answers)
+
+    def error(self, predicted: Tensor, taught: Tensor) -> Tensor:
+        """The loss of a half: the mean over samples of how far predictions [n, C, h, w] are from what was taught, both
+        float32."""
+        return F.mse_loss(predicted, taught)
 
     def penalty(self) -> Tensor | None:
         """What is added to the weighed losses of every batch: a number that depends on the adapter's parameters, as

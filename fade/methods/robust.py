@@ -83,7 +83,7 @@ class Options:
                 raise FadeError(f"options.{name} must be in [0, 1], not {getattr(self, name)}: it is a share")
         for name in ("anchor_times", "redrawn_from"):
             if not 0 < getattr(self, name) <= 1:
-                raise FadeError(f"options.{name} must be in (0, 1], not {getattr(self, name)}: it is a share of the way")
+                raise FadeError(f"options.{name} must be in (0, 1], not {getattr(self, name)}: a share of the way")
         if self.attacked and self.anchors + self.attacked_share > 1:
             raise FadeError(
                 f"options.anchors and options.attacked_share are shares of the same latents, and together at most 1, "
@@ -161,6 +161,12 @@ class Robust(Objective):
         change = self.backbone.target(clean, noise, half.times) - as_it_is
         size, most = (one.square().mean((1, 2, 3), keepdim=True).sqrt() for one in (change, as_it_is))
         return as_it_is + change * (self.options.bound * most / size.clamp_min(1e-12)).clamp_max(1)
+
+    def error(self, predicted: Tensor, taught: Tensor) -> Tensor:
+        """Squared errors relative to the target's own mean square where that is above 1: targets at little noise are
+        several times as large as others, and would have all the weight."""
+        size = taught.square().mean((1, 2, 3)).clamp_min(1)
+        return ((predicted - taught).square().mean((1, 2, 3)) / size).mean()
 
     def redraw(self, clean: Tensor, surrogates: Tensor) -> Tensor:
         """Latents [n, C, h, w] that the frozen model draws on from those, noised, for these rows of prompts."""
