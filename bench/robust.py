@@ -13,7 +13,7 @@ A run that is stopped goes on where it was, also within a row's attacks; adapter
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,22 +31,24 @@ FOLDER = ROOT / "build" / "robust"
 MODEL = "digitcanvas"
 PICTURES = 8
 """That an attack draws."""
-ROBUST = "robust (`--method robust`)"
+DEFAULT, ROBUST, SEEN = "default (`both`)", "robust (`--method robust`)", "robust without redrawn pictures"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "default (`both`)": ("both", {}),
-    ROBUST: ("robust", {}),
+    DEFAULT: ("both", {}),
     "both, hardened columns (2 rounds)": ("both", {"closed_form__hardening": 2}),
-    "robust without redrawn pictures": ("robust", {"options__redrawn": False}),
+    ROBUST: ("robust", {}),
+    SEEN: ("robust", {"options__redrawn": False}),
     "robust without anchors": ("robust", {"options__anchors": 0.0, "options__empty": 0.0}),
     "robust, 16 attacked conditionings": ("robust", {"options__attacked": 16, "options__anchors": 0.6}),
     "robust in the attention alone": ("robust", {"locate__targets": ["attention"]}),
 }
 """Method and settings by what a table calls them."""
-CONCEPTS = (("three", "eight"), ("seven", "one"), ("neon", "plain"))
+CONCEPTS = {"three": "eight", "neon": "plain", "seven": "one"}
 ROWS = [
-    *((recipe, *CONCEPTS[0]) for recipe in RECIPES),
-    *((recipe, *pair) for pair in CONCEPTS[1:] for recipe in list(RECIPES)[:2]),
-]
+    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (SEEN, "three"), (ROBUST, "seven"),
+    *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, SEEN)),
+    (DEFAULT, "neon"), (DEFAULT, "seven"),
+]  # fmt: skip
+"""In the order in which an interrupted run is most worth having."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _turned(images: torch.Tensor) -> torch.Tensor:
     return images.rot90(2, (2, 3))
 
 
-def run_row(recipe: str, forget: str, surrogate: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Unlearns, evaluates and attacks; what `row` or `folder` has already is not done again."""
     import fade
     from fade import bundled
@@ -92,7 +94,7 @@ def run_row(recipe: str, forget: str, surrogate: str, row: dict[str, Any], folde
     from fade.evaluation.attacks.textual_inversion import TextualInversion
     from fade.measure import measured
 
-    method, settings = RECIPES[recipe]
+    (method, settings), surrogate = RECIPES[recipe], CONCEPTS[forget]
     made = folder / f"{list(RECIPES).index(recipe)}-{forget}"
     file, pipeline = made / "adapter.safetensors", bundled.model(MODEL).load_pipeline()
     if "metrics" not in row or not file.exists():
@@ -127,17 +129,24 @@ def fill(output: Path, folder: Path, only: Sequence[str]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     payload = load(output) if output.exists() else {"schema": SCHEMA, "kind": "robust", "rows": []}
-    rows = {(row["recipe"], row["forget"], row["surrogate"]): row for row in payload["rows"]}
+    rows = {(row["recipe"], row["forget"]): row for row in payload["rows"]}
     for key in ROWS:
         known = rows.get(key, {})
         same = known.get("settings") == json.loads(json.dumps(RECIPES[key[0]][1]))
         if (only and key[1] not in only) or (same and "attacks" in known):
             continue
         rows[key] = run_row(*key, known if same else {}, folder)
-        payload |= {"environment": environment(), "rows": [rows[one] for one in ROWS if one in rows]}
+        payload |= {"environment": environment(), "rows": _sorted(rows.values())}
         write_json(output, payload)
         print(*key, f"{rows[key]['seconds']:.0f} s", flush=True)
     return payload
+
+
+def _sorted(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By concept, then by recipe."""
+    recipes, concepts = list(RECIPES), list(CONCEPTS)
+    known = [row for row in rows if row["recipe"] in recipes]
+    return sorted(known, key=lambda row: (concepts.index(row["forget"]), recipes.index(row["recipe"])))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Options:
 
     anchors: float = 0.75
     """Share of the forget latents that are asked with the empty prompt or, as often, with a retained one, in [0, 1]."""
-    anchor_times: float = 0.5
+    anchor_times: float = 0.35
     """Up to which share of the way from picture to noise anchors are noised, in (0, 1]: beyond it nothing tells a
     picture of the concept from others, and what is asked must decide."""
     empty: float = 0.25
@@ -56,9 +56,9 @@ class Options:
     redrawn: bool = True
     """Whether pictures of the concept are to be denoised to redrawn ones; else as the frozen model denoises them for
     the surrogate's prompt."""
-    overshoot: float = 0.0
+    overshoot: float = 0.5
     """κ, by how much of the way to the redrawn picture the answer goes beyond it."""
-    bound: float = 4.0
+    bound: float = 8.0
     """How many times as large as itself the change of a target may be, in root mean squares."""
     redrawn_from: float = 0.8
     """Share of the way to noise that redrawing begins at, in (0, 1]."""
@@ -146,8 +146,12 @@ class Robust(Objective):
     # --- what is answered -------------------------------------------------------------------------------------------
 
     def target(self, batch: Batch) -> Tensor:
-        others = super().target(batch)
-        return others if self._redrawn is None else self.forget_only(batch, self.redrawn, others)
+        if self._redrawn is None:
+            return super().target(batch)
+        target, kept = torch.empty_like(batch.noised), ~batch.forget
+        if kept.any():
+            target[kept] = super().target(batch.where(kept))
+        return self.forget_only(batch, self.redrawn, target)
 
     def redrawn(self, half: Batch) -> Tensor:
         """The forget half's targets."""
@@ -259,10 +263,18 @@ ROBUST = Method(
     summary="Trains every layer to see the concept in a picture and to draw the surrogate, whatever is asked.",
     source="ours; attacked conditionings after AdvUnlearn, arXiv 2405.15234",
     settings={
+        "data__forget_samples": 48,
+        "data__retain_samples": 96,
+        "data__sampling_steps": 10,
         "locate__targets": ("all",),
+        "locate__keep": 0.3,
         "overwrite__parameters": "values",
-        "overwrite__stop_forget": 0.0,
+        "overwrite__learning_rate": 7e-4,
+        "overwrite__forget_weight": 0.07,
+        "overwrite__retain_batch_size": 12,
         "overwrite__steps": 250,
+        "overwrite__stop_forget": 0.0,
+        "overwrite__pool": 100,
     },
     options=Options,
     objective=Robust,
