@@ -23,7 +23,10 @@ from PIL import Image
 
 from bench.files import ROOT, write_json
 from fade.evaluation.attacks.null_text_inversion import VARIANTS, NullTextInversion
-from fade.evaluation.attacks.subject import Drawn, Subject
+from fade.evaluation.attacks.registry import ATTACKS
+from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.subject import Attack, Drawn, Subject
+from fade.evaluation.attacks.textual_inversion import TextualInversion
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "robust.json"
@@ -52,35 +55,54 @@ ROWS = [
 
 
 @dataclass(frozen=True)
-class Turned:
-    """The control of null-text inversion: the same with pictures turned upside down, which the model never learnt to
-    draw, turned back before they are judged. What brings them back shows that drawing can be inverted, and not what
-    the model knows."""
+class Inverted:
+    """Null-text inversion with controls.
 
-    name: ClassVar[str] = "null-text-inversion, turned"
+    `turned`: of pictures turned upside down, which the model never learnt to draw, turned back before they are judged.
+    What brings them back shows that drawing can be inverted, and not what the model knows. `scaled`: each picture's
+    noise scaled to a root mean square of 1 before it is drawn from, as noise that a sampler draws has it.
+    """
+
+    name: ClassVar[str] = "null-text-inversion with controls"
     needs: ClassVar[str] = NullTextInversion.needs
 
     steps: int
     iterations: int
+    turned: bool
+    scaled: bool
 
     @property
     def inversion(self) -> NullTextInversion:
         return NullTextInversion(self.steps, self.iterations)
 
     def setting(self, subject: Subject) -> str:
-        return self.inversion.setting(subject)
+        kinds = [kind for kind in ("turned", "scaled") if getattr(self, kind)]
+        return ", ".join([self.inversion.setting(subject), *kinds])
 
     def __call__(self, subject: Subject) -> Drawn:
-        turned = _turned(subject.decode(subject.concept_latents))
-        pictures = [Image.fromarray((one.permute(1, 2, 0) * 255).round().byte().numpy()) for one in turned]
-        latents = subject.backbone.encode_images(pictures, None, torch.Generator().manual_seed(subject.seed))
+        latents = subject.concept_latents
+        if self.turned:
+            pixels = (subject.decode(latents).rot90(2, (2, 3)) * 255).round().byte().permute(0, 2, 3, 1)
+            pictures, generator = map(Image.fromarray, pixels.numpy()), torch.Generator().manual_seed(subject.seed)
+            latents = subject.backbone.encode_images(list(pictures), None, generator)
         noise = self.inversion.inverted(subject, latents)
-        drawn = subject.backbone.ode(noise, subject.empty_prompt, self.steps)
-        return Drawn(_turned(subject.decode(drawn)), {"rms_of_noise": noise.square().mean().sqrt().item()})
+        size = noise.square().mean((1, 2, 3), keepdim=True).sqrt()
+        drawn = subject.backbone.ode(noise / size if self.scaled else noise, subject.empty_prompt, self.steps)
+        images = subject.decode(drawn)
+        return Drawn(images.rot90(2, (2, 3)) if self.turned else images, {"rms_of_noise": size.mean().item()})
 
 
-def _turned(images: torch.Tensor) -> torch.Tensor:
-    return images.rot90(2, (2, 3))
+def attacks() -> list[Attack]:
+    """What every row stands."""
+    controls = [
+        Inverted(one.steps, one.iterations, *kinds)
+        for kinds in ((True, False), (False, True), (True, True))
+        for one in VARIANTS
+    ]
+    return [
+        *ATTACKS["completion"], *VARIANTS, *controls, *ATTACKS["embedding-inversion"], TextualInversion(1),
+        Relearning(10),
+    ]  # fmt: skip
 
 
 def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -89,9 +111,6 @@ def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict
     from fade import bundled
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
-    from fade.evaluation.attacks.registry import ATTACKS
-    from fade.evaluation.attacks.relearning import Relearning
-    from fade.evaluation.attacks.textual_inversion import TextualInversion
     from fade.measure import measured
 
     (method, settings), surrogate = RECIPES[recipe], CONCEPTS[forget]
@@ -111,14 +130,10 @@ def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict
         }  # fmt: skip
     else:
         adapter = fade.load_adapter(pipeline, file)
-    wanted = [
-        *ATTACKS["completion"], *VARIANTS, *(Turned(one.steps, one.iterations) for one in VARIANTS),
-        *ATTACKS["embedding-inversion"], TextualInversion(1), Relearning(10),
-    ]  # fmt: skip
-    record = attack(pipeline, adapter, wanted, pictures=PICTURES, record=made / "attacks.json", progress=False)
+    record = attack(pipeline, adapter, attacks(), pictures=PICTURES, record=made / "attacks.json", progress=False)
     row["attacks"] = [
         {name: getattr(one, name) for name in ("attack", "setting", "recognised", "pictures", "numbers", "seconds")}
-        for one in record.results
+        for one in map(record.find, attacks())
     ]
     return row
 
@@ -133,7 +148,7 @@ def fill(output: Path, folder: Path, only: Sequence[str]) -> dict[str, Any]:
     for key in ROWS:
         known = rows.get(key, {})
         same = known.get("settings") == json.loads(json.dumps(RECIPES[key[0]][1]))
-        if (only and key[1] not in only) or (same and "attacks" in known):
+        if (only and key[1] not in only) or (same and len(known.get("attacks", ())) == len(attacks())):
             continue
         rows[key] = run_row(*key, known if same else {}, folder)
         payload |= {"environment": environment(), "rows": _sorted(rows.values())}
@@ -162,24 +177,29 @@ def load(path: Path) -> dict[str, Any]:
 
 def markdown(payload: Mapping[str, Any]) -> str:
     """A line for each row: the metrics, of each attack the pictures still recognised by setting, seconds."""
-    shown = ("completion", "null-text-inversion", Turned.name, "embedding-inversion", "textual-inversion")
+    shown = {"completion": "completion", "null-text inversion": "null-text-inversion", "turned": "turned",
+             "scaled": "scaled", "turned, scaled": "turned, scaled", "embedding inversion": "embedding-inversion",
+             "textual inversion": "textual-inversion"}  # fmt: skip
     header = ["forgotten", "options", "UA", "IRA", "CRA", "drift", *shown, "relearning: half back after", "s", "kB"]
     lines = [header, ["---"] * len(header)]
     for row in payload["rows"]:
-        metrics = row["metrics"]
-        counts = [" / ".join(str(o["recognised"]) for o in row["attacks"] if o["attack"] == one) for one in shown]
+        counts: dict[str, list[str]] = {}
+        for one in row["attacks"]:
+            kinds = [part for part in one["setting"].split(", ") if part in ("turned", "scaled")]
+            counts.setdefault(", ".join(kinds) or one["attack"], []).append(str(one["recognised"]))
         learnt = next(one["numbers"] for one in row["attacks"] if one["attack"] == "relearning")
         last = max(map(int, learnt["recognised_after"]))
         after, anew = (
             f"{learnt[name]} steps" if learnt[name] is not None else f"not after {last}"
             for name in ("steps_to_half", "anew_steps_to_half")
         )
-        gone = next((f"{n} after 50" for s, n in learnt["recognised_after"].items() if int(s) == 50), "back before 50")
+        metrics = row["metrics"]
         lines.append(
             [
                 f"{row['forget']} → {row['surrogate']}", row["recipe"],
-                *(f"{metrics[name]:.1f}" for name in ("UA", "IRA", "CRA")), f"{metrics['drift']:.3f}", *counts,
-                f"{after} ({gone}; anew {anew})", f"{row['seconds']:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
+                *(f"{metrics[name]:.1f}" for name in ("UA", "IRA", "CRA")), f"{metrics['drift']:.3f}",
+                *(" / ".join(counts.get(name, ())) for name in shown.values()), f"{after}; anew {anew}",
+                f"{row['seconds']:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
             ]
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
