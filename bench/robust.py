@@ -34,10 +34,11 @@ FOLDER = ROOT / "build" / "robust"
 MODEL = "digitcanvas"
 PICTURES = 8
 """That an attack draws."""
-DEFAULT, ROBUST, SEEN = "default (`both`)", "robust (`--method robust`)", "robust without redrawn pictures"
+DEFAULT, HARDENED = "default (`both`)", "both, hardened columns (2 rounds)"
+ROBUST, SEEN = "robust (`--method robust`)", "robust without redrawn pictures"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("both", {}),
-    "both, hardened columns (2 rounds)": ("both", {"closed_form__hardening": 2}),
+    HARDENED: ("both", {"closed_form__hardening": 2}),
     ROBUST: ("robust", {}),
     SEEN: ("robust", {"options__redrawn": False}),
     "robust without anchors": ("robust", {"options__anchors": 0.0, "options__empty": 0.0}),
@@ -47,8 +48,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 """Method and settings by what a table calls them."""
 CONCEPTS = {"three": "eight", "neon": "plain", "seven": "one"}
 ROWS = [
-    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (SEEN, "three"), (ROBUST, "seven"),
-    *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, SEEN)),
+    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (HARDENED, "three"), (SEEN, "three"), (ROBUST, "seven"),
+    *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, HARDENED, SEEN)),
     (DEFAULT, "neon"), (DEFAULT, "seven"),
 ]  # fmt: skip
 """In the order in which an interrupted run is most worth having."""
