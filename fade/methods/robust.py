@@ -57,7 +57,8 @@ class Options:
     """Whether pictures of the concept are to be denoised to redrawn ones; else as the frozen model denoises them for
     the surrogate's prompt."""
     overshoot: float = 0.5
-    """κ, by how much of the way to the redrawn picture the answer goes beyond it."""
+    """κ, by how much of the way to the redrawn picture the answer goes beyond it. With every weight free, 0 (and a
+    `bound` of 4) and 1 (8) left an optimised conditioning 1 and 2 of 8 pictures of "three"."""
     bound: float = 8.0
     """How many times as large as itself the change of a target may be, in root mean squares."""
     redrawn_from: float = 0.8
@@ -279,3 +280,6 @@ ROBUST = Method(
     options=Options,
     objective=Robust,
 )
+"""Of DigitCanvas's "three" (80 pictures; 8 for the attack): UA, IRA and CRA 100, drift 0.052, an optimised conditioning
+finds 3 of 8, of `both` all 8. With a forget weight of 0.1 and anchors up to 0.4 IRA 97.2, drift 0.048 and 1 of 8. With
+a keep of 0.1, half of the latents, a pool of 32 batches and squared errors as they are, IRA 94.4 and CRA 87.5."""
