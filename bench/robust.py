@@ -35,6 +35,7 @@ MODEL = "digitcanvas"
 PICTURES = 8
 """That an attack draws."""
 DEFAULT, HARDENED = "default (`both`)", "both, hardened columns (2 rounds)"
+ATTACKED = "robust, 8 attacked conditionings"
 ROBUST, SEEN = "robust (`--method robust`)", "robust without redrawn pictures"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("both", {}),
@@ -42,14 +43,14 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ROBUST: ("robust", {}),
     SEEN: ("robust", {"options__redrawn": False}),
     "robust without anchors": ("robust", {"options__anchors": 0.0, "options__empty": 0.0}),
-    "robust, 16 attacked conditionings": ("robust", {"options__attacked": 16, "options__anchors": 0.6}),
+    ATTACKED: ("robust", {"options__attacked": 8, "options__anchors": 0.5, "options__attack_every": 25}),
     "robust in the attention alone": ("robust", {"locate__targets": ["attention"]}),
 }
 """Method and settings by what a table calls them."""
 CONCEPTS = {"three": "eight", "neon": "plain", "seven": "one"}
 ROWS = [
-    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (HARDENED, "three"), (SEEN, "three"), (ROBUST, "seven"),
-    *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, HARDENED, SEEN)),
+    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (HARDENED, "three"), (ATTACKED, "neon"), (SEEN, "three"),
+    (ROBUST, "seven"), *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, HARDENED, SEEN)),
     (DEFAULT, "neon"), (DEFAULT, "seven"),
 ]  # fmt: skip
 """In the order in which an interrupted run is most worth having."""
@@ -101,8 +102,8 @@ def attacks() -> list[Attack]:
         for one in VARIANTS
     ]
     return [
-        *ATTACKS["completion"], *VARIANTS, *controls, *ATTACKS["embedding-inversion"], TextualInversion(1),
-        Relearning(10),
+        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], TextualInversion(1), Relearning(10), *VARIANTS,
+        *controls,
     ]  # fmt: skip
 
 
