@@ -68,7 +68,8 @@ class Options:
     drawing_guidance: float = 3.0
     """Classifier-free guidance of redrawing."""
     attacked: int = 0
-    """Attacked conditionings that are kept; 0 is none."""
+    """Attacked conditionings that are kept; 0 is none. With 8, in the place of a third of the anchors, a trained
+    conditioning still found all 8 pictures of DigitCanvas's style "neon", and a trained word 5 instead of none."""
     attacked_share: float = 0.25
     """Share of the forget latents that are asked with them, in [0, 1]; with `anchors` at most 1."""
     attack_every: int = 20
