@@ -55,7 +55,8 @@ class Options:
     """Share of the retain latents that are asked with the empty prompt, in [0, 1]."""
     redrawn: bool = True
     """Whether pictures of the concept are to be denoised to redrawn ones; else as the frozen model denoises them for
-    the surrogate's prompt."""
+    the surrogate's prompt: that left an optimised conditioning all 8 pictures of "three" instead of 3, completion after
+    5 of 20 steps 3 instead of 0."""
     overshoot: float = 0.5
     """κ, by how much of the way to the redrawn picture the answer goes beyond it. With every weight free, 0 (and a
     `bound` of 4) and 1 (8) left an optimised conditioning 1 and 2 of 8 pictures of "three"."""
