@@ -148,10 +148,13 @@ def test_the_loop_asks_trains_and_resumes_with_attacked_conditionings(
 ) -> None:
     small = {
         "data__forget_samples": 3, "data__retain_samples": 3, "data__sampling_steps": 1, "overwrite__steps": 4,
-        "overwrite__batch_size": 2, "overwrite__retain_batch_size": 2, "overwrite__pool": 3,
+        "overwrite__batch_size": 5, "overwrite__retain_batch_size": 1, "overwrite__pool": 3,
         "overwrite__checkpoint_every": 1, "seed": torch.randint(1000, ()).item(),
     }  # fmt: skip
-    attacked = {"attacked": 2, "attacked_share": 0.25, "attack_every": 1, "attack_steps": 1, "drawing_steps": 1}
+    # Of 15 samples none is attacked, or none an anchor, once in 30,000 runs.
+    attacked = {
+        "attacked": 2, "attacked_share": 0.5, "anchors": 0.5, "attack_every": 1, "attack_steps": 1, "drawing_steps": 1,
+    }  # fmt: skip
 
     def made(options: dict, output: Path | None = None, **arguments: bool) -> list[torch.Tensor]:
         config = Config.of("robust", **small, options=options)
