@@ -27,6 +27,8 @@ Granularity = Literal["element", "tile", "channel", "module", "none"]
 Parameters = Literal["factors", "values", "auto"]
 TrainingMode = Literal["exact", "one-product", "auto"]
 CudaGraph = Literal["auto", "on", "off"]
+TargetKind = Literal["attention", "beyond-attention", "convolutions", "all"]
+TARGET_KINDS = get_args(TargetKind)
 TimestepSampler = Literal["uniform", "band", "targeted"]
 
 MOST_SEED = 2**40
@@ -95,7 +97,8 @@ class LocateConfig:
     """Names or glob patterns of Linear and Conv2d layers of the denoiser; a name also matches as the end of a path. A
     region of rows and columns of the weight may follow, `to_out[:, :3072]`: that alone changes, and counts. None is the
     family's own choice, the projections of its attention (and, where the closed form is used, the layers that read the
-    prompt alone)."""
+    prompt alone). Four words stand for layers of a kind: `attention` for those projections, `beyond-attention` for all
+    others, `convolutions`, and `all`."""
     passes: int = 1
     """Times the forget latents are gone through, with fresh noise and timesteps each time."""
     batch_size: int = 16

@@ -17,12 +17,11 @@ The loop is every trained method's. What a method trains on instead of L is its 
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fade import processes
@@ -132,11 +131,11 @@ def overwrite(
     without the interruption. Raises DivergedError at the first loss that is not finite, and leaves the last checkpoint;
     FadeError for a checkpoint that does not fit.
     """
-    read = prompts.conditioning.rows
     forget, surrogate, retain = (
         prompts.rows(texts) for texts in (latents.forget_prompts, latents.surrogate_prompts, latents.retain_prompts)
     )
     aim = objective(Training(backbone, adapter, latents, prompts, config, options, seed))
+    read = aim.read
     sample_forget, sample_retain = aim.forget_times(), times_between(backbone)
     device, halves = backbone.device, [config.batch_size, config.retain_batch_size]
     # Noise and times are drawn for whole batches, so that however many processes share them train on the same.
@@ -161,9 +160,10 @@ def overwrite(
             clean = torch.cat([latents.forget[i_f], latents.retain[i_r]])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             drawn = [sample_forget(halves[0], generator), sample_retain(halves[1], generator)]
-            times = torch.cat(drawn)[own].to(device)
-            asked = torch.cat([forget[i_f], retain[i_r]])[own]
-            answers = aim.answers(torch.cat([surrogate[i_f], retain[i_r]]), halves[0], generator)[own]
+            answers = aim.answers(torch.cat([surrogate[i_f], retain[i_r]]), halves[0], generator)
+            asked = torch.cat([forget[i_f], retain[i_r]])
+            asked, answers, times = aim.placed(asked, answers, torch.cat(drawn), halves[0], generator)
+            asked, answers, times = asked[own], answers[own], times[own].to(device)
             clean, noise = clean[own], noise[own]
             with torch.no_grad():
                 noised = aim.noised(clean, noise, times, asked, of_forget) if len(clean) else clean
@@ -188,7 +188,7 @@ def overwrite(
         conditioning = Conditioning.from_tensors(dict(zip(names, asked, strict=True)))
         predicted = backbone.predict(noised, times, conditioning).float()
         pairs = zip(predicted.split(own_halves), taught.float().split(own_halves), weights, strict=True)
-        return tuple(_share_of_mean(*halved) for halved in pairs)
+        return tuple(_share_of_mean(aim.error, *halved) for halved in pairs)
 
     def student_losses(weights_of_both: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, and the losses of both halves: this process's summands of the means."""
@@ -228,7 +228,7 @@ def overwrite(
         parameter.requires_grad_(True)
     pull = FisherPull(parameters, config.gift) if config.gift else None
     optimizer = torch.optim.AdamW(parameters, config.peak_rate, weight_decay=config.weight_decay, fused=True)
-    losses = _restore(checkpoint, parameters, optimizer, config)
+    losses = _restore(checkpoint, parameters, optimizer, aim, config)
     first = len(losses.forget)
     mode = ResolvedMode.of(
         config.training_mode, adapter.name, layers, rows_in_a_step, keep=config.cuda_graph == "on"
@@ -297,6 +297,7 @@ def overwrite(
             advance()
         step = first
         while step < end:
+            aim.prepare(step)
             of_both = aim.weights(losses.forget, losses.retain)
             loss_forget, loss_retain = aim.step(functools.partial(learn, step), of_both)
             if pull is not None:
@@ -305,7 +306,7 @@ def overwrite(
                 raise _diverged(f"loss became {loss_forget + loss_retain}", step, config, checkpoint)
             # Written only now, when what the steps before made is known to have a finite loss.
             if checkpoint is not None and step > first and step % config.checkpoint_every == 0:
-                checkpoint.save(_state(parameters, optimizer), vars(losses))
+                checkpoint.save(_state(parameters, optimizer, aim), vars(losses))
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise _diverged(f"gradient became {norm.item()}", step, config, checkpoint)
@@ -326,11 +327,13 @@ def overwrite(
     return Trained(losses, mode.record(config.training_mode), eager or "captured", aim.losses)
 
 
-def _share_of_mean(predicted: Tensor, taught: Tensor, weight: float) -> Tensor:
-    """What samples contribute to the mean squared error of a half, of which they are the share `weight`."""
+def _share_of_mean(
+    error: Callable[[Tensor, Tensor], Tensor], predicted: Tensor, taught: Tensor, weight: float
+) -> Tensor:
+    """What samples contribute to the mean error of a half, of which they are the share `weight`."""
     if not weight:
         return predicted.sum()  # of nothing: 0, where the mean would be NaN
-    loss = F.mse_loss(predicted, taught)
+    loss = error(predicted, taught)
     return loss if weight == 1 else weight * loss
 
 
@@ -358,9 +361,10 @@ def _diverged(what: str, step: int, config: OverwriteConfig, checkpoint: Checkpo
     )
 
 
-def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a checkpoint holds: each parameter and its optimiser state, by the parameter's number."""
-    tensors = {}
+def _state(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, aim: Objective) -> dict[str, Tensor]:
+    """What a checkpoint holds: each parameter and its optimiser state, by the parameter's number, and what the
+    objective has of its own."""
+    tensors = {f"{_OWN}{name}": tensor for name, tensor in aim.state().items()}
     for index, parameter in enumerate(parameters):
         tensors[f"{index}.parameter"] = parameter
         tensors |= {f"{index}.{key}": value for key, value in optimizer.state[parameter].items()}
@@ -371,14 +375,15 @@ def _restore(
     checkpoint: Checkpoint | None,
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
+    aim: Objective,
     config: OverwriteConfig,
 ) -> Losses:
-    """Restores parameters and optimiser where there is a checkpoint, and returns the losses until then. In a run of
-    several processes the first one's is that of all.
+    """Restores parameters, optimiser and objective where there is a checkpoint, and returns the losses until then. In a
+    run of several processes the first one's is that of all.
 
     Raises FadeError, before anything has changed, where it does not fit.
     """
-    saved = None if checkpoint is None else _fitting(checkpoint, parameters, config)
+    saved = None if checkpoint is None else _fitting(checkpoint, parameters, aim.state(), config)
     tensors, losses = processes.from_first(*(saved or ({}, None)))
     if losses is None:
         return Losses()
@@ -387,15 +392,18 @@ def _restore(
         with torch.no_grad():
             parameter.copy_(state.pop("parameter"))
         optimizer.state[parameter] = {kind: tensor.to(parameter.device) for kind, tensor in state.items()}
+    aim.restore({name.removeprefix(_OWN): one for name, one in tensors.items() if name.startswith(_OWN)})
     return Losses(**losses)
 
 
 _KINDS = ("parameter", "step", "exp_avg", "exp_avg_sq")
 """What a checkpoint has of each parameter."""
+_OWN = "objective."
+"""Begins the names of what a checkpoint has of the objective."""
 
 
 def _fitting(
-    checkpoint: Checkpoint, parameters: Sequence[Tensor], config: OverwriteConfig
+    checkpoint: Checkpoint, parameters: Sequence[Tensor], own: Mapping[str, Tensor], config: OverwriteConfig
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]] | None:
     """Tensors and losses of the checkpoint, None where there is none yet. Raises FadeError where it does not fit."""
     saved = checkpoint.load()
@@ -403,7 +411,8 @@ def _fitting(
         return None
     tensors, losses = saved[0], Losses(**saved[1])
     done, checks = len(losses.forget), len(losses.held_out_forget)
-    if tensors.keys() != {f"{index}.{kind}" for index in range(len(parameters)) for kind in _KINDS}:
+    of_parameters = {f"{index}.{kind}" for index in range(len(parameters)) for kind in _KINDS}
+    if tensors.keys() != of_parameters | {f"{_OWN}{name}" for name in own}:
         raise checkpoint.misfit("it holds other tensors")
     for index, parameter in enumerate(parameters):
         for kind in _KINDS:
@@ -413,6 +422,10 @@ def _fitting(
                 raise checkpoint.misfit(f"{index}.{kind} has another shape or dtype, or numbers that are not finite")
         if tensors[f"{index}.step"] != done:
             raise checkpoint.misfit("its losses are of another number of steps")
+    for name, tensor in own.items():
+        saved_own = tensors[f"{_OWN}{name}"]
+        if (saved_own.shape, saved_own.dtype) != (tensor.shape, tensor.dtype) or not torch.isfinite(saved_own).all():
+            raise checkpoint.misfit(f"{name} of its objective has another shape or dtype, or numbers not finite")
     end, forgotten = losses.end(config)
     if not 0 < done < end:
         raise checkpoint.misfit(f"it is of {done} steps")

@@ -6,11 +6,12 @@ of a batch are weighed, what a step's gradient is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fade.conditioning import Conditioning, EncodedPrompts
@@ -120,6 +121,13 @@ class Objective:
         half; given are the surrogates' and the retain prompts'."""
         return answers
 
+    def placed(
+        self, asked: Tensor, answers: Tensor, times: Tensor, forget: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a whole batch, whose first `forget` are the forget half: what its samples are asked with and the prompts
+        whose answers are wanted, both as rows that `read` knows, and their times [n] on the CPU."""
+        return asked, answers, times
+
     def noised(self, clean: Tensor, noise: Tensor, times: Tensor, asked: Tensor, forget: Tensor) -> Tensor:
         """Noised latents [n, C, h, w]; arguments as in `Batch`. Called without gradients."""
         return self.backbone.add_noise(clean, noise, times)
@@ -127,6 +135,11 @@ class Objective:
     def target(self, batch: Batch) -> Tensor:
         """What the adapter should predict, [n, C, h, w]. Called without gradients, the adapter on."""
         return self.frozen(batch.noised, batch.times, batch.answers)
+
+    def error(self, predicted: Tensor, taught: Tensor) -> Tensor:
+        """The loss of a half: the mean over samples of how far predictions [n, C, h, w] are from what was taught, both
+        float32."""
+        return F.mse_loss(predicted, taught)
 
     def penalty(self) -> Tensor | None:
         """What is added to the weighed losses of every batch: a number that depends on the adapter's parameters, as
@@ -142,6 +155,16 @@ class Objective:
             for loss in forget:
                 weight = max(0.0, weight + rate * (loss / forget[0] - self.config.dual_bound))
         return weight, self.config.retain_weight
+
+    def prepare(self, step: int) -> None:
+        """Called before every step, the adapter on: may change what `read` gives for rows of the objective's own."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What steps leave for later ones, by name; a checkpoint keeps it beside the adapter."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state` gave, of the same names and shapes."""
 
     def step(self, learn: Learn, weights: tuple[float, float]) -> tuple[float, float]:
         """Leaves the gradient of a step in the adapter's parameters, which the optimiser then takes; returns both

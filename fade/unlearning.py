@@ -46,7 +46,7 @@ from fade.closed_form import (
 from fade.concept import Concept, Pair, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
-from fade.config import ClosedFormConfig, Config
+from fade.config import TARGET_KINDS, ClosedFormConfig, Config, TargetKind
 from fade.distillation import Trained
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
@@ -440,9 +440,11 @@ def _change_of_first(
 
 def with_targets(backbone: Backbone, config: Config) -> Config:
     """Settings that name the layers to edit: the family's, and, where something is solved, the layers that read the
-    prompt alone."""
+    prompt alone; or those that the settings name, kinds of layers (`TARGET_KINDS`) as the layers of that kind."""
     if config.locate.targets is not None:
-        return config
+        asked = config.locate.targets
+        named = tuple(name for one in asked for name in (_of_kind(backbone, one) if one in TARGET_KINDS else (one,)))
+        return config.replace(locate__targets=tuple(dict.fromkeys(named)))
     if config.method.targets is not None:
         return config.replace(locate__targets=config.method.targets(backbone))
     targets = list(backbone.targets)
@@ -450,6 +452,23 @@ def with_targets(backbone: Backbone, config: Config) -> Config:
         named = target_layers(backbone.denoiser, backbone.targets)
         targets += sorted(frozenset().union(*backbone.text_layers().values()) - named.keys())
     return config.replace(locate__targets=tuple(targets))
+
+
+def _of_kind(backbone: Backbone, kind: TargetKind) -> tuple[str, ...]:
+    """Patterns of the layers of a kind. Raises FadeError where the denoiser has none of it."""
+    if kind == "all":
+        return ("*",)
+    if kind == "attention":
+        return backbone.targets
+    layers = target_layers(backbone.denoiser)
+    if kind == "convolutions":
+        found = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    else:
+        attention = target_layers(backbone.denoiser, backbone.targets)
+        found = [name for name in layers if name not in attention]
+    if not found:
+        raise FadeError(f"the targets name {kind}, and {backbone.family.name} has none; name others, or all")
+    return tuple(found)
 
 
 def text_path(backbone: Backbone, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -128,8 +128,8 @@ def unlearn(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Layer name or glob; a region of rows and columns may follow, as in 'to_out[:, :3072]'. Repeat for "
-            "several. Default: the projections of the attention.",
+            help="Layer name or glob; a region of rows and columns may follow, as in 'to_out[:, :3072]'; or attention, "
+            "beyond-attention, convolutions, all. Repeat for several. Default: the projections of the attention.",
         ),
     ] = None,
     memory_budget: Annotated[

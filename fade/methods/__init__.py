@@ -15,6 +15,7 @@ METHODS = {
     "both": "fade.methods.closed_form:BOTH",
     "closed-form": "fade.methods.closed_form:CLOSED_FORM",
     "distillation": "fade.methods.distillation:DISTILLATION",
+    "robust": "fade.methods.robust:ROBUST",
     "fade": "fade.methods.fade:FADE",
     "primal-dual": "fade.methods.primal_dual:PRIMAL_DUAL",
     "salun": "fade.methods.salun:SALUN",

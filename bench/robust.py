@@ -1,0 +1,224 @@
+"""What raises the bar for attacks: options against attacks, one row for each combination.
+
+    python -m bench.robust           run what the file lacks, row by row (minutes each, one process)
+    python -m bench.robust --show    run nothing: print the table of the file as docs/threats.md has it
+
+A run that is stopped goes on where it was, also within a row's attacks; adapters stay in `--folder`.
+
+    {"schema": 1, "kind": "robust", "environment", "rows": [
+        {"recipe", "method", "settings", "forget", "surrogate", "seed", "seconds", "adapter_bytes", "kept_weights",
+         "metrics": {name: number}, "base": {name: number},
+         "attacks": [{"attack", "setting", "recognised", "pictures", "numbers"}]}]}
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from bench.files import ROOT, write_json
+from fade.evaluation.attacks.null_text_inversion import VARIANTS, NullTextInversion
+from fade.evaluation.attacks.registry import ATTACKS
+from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.subject import Attack, Drawn, Subject
+from fade.evaluation.attacks.textual_inversion import TextualInversion
+
+SCHEMA = 1
+RESULTS = ROOT / "bench" / "results" / "robust.json"
+FOLDER = ROOT / "build" / "robust"
+MODEL = "digitcanvas"
+PICTURES = 8
+"""That an attack draws."""
+DEFAULT, HARDENED = "default (`both`)", "both, hardened columns (2 rounds)"
+ATTACKED = "robust, 8 attacked conditionings"
+ROBUST, SEEN = "robust (`--method robust`)", "robust without redrawn pictures"
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    DEFAULT: ("both", {}),
+    HARDENED: ("both", {"closed_form__hardening": 2}),
+    ROBUST: ("robust", {}),
+    SEEN: ("robust", {"options__redrawn": False}),
+    "robust without anchors": ("robust", {"options__anchors": 0.0, "options__empty": 0.0}),
+    ATTACKED: ("robust", {"options__attacked": 8, "options__anchors": 0.5, "options__attack_every": 25}),
+    "robust in the attention alone": ("robust", {"locate__targets": ["attention"]}),
+}
+"""Method and settings by what a table calls them."""
+CONCEPTS = {"three": "eight", "neon": "plain", "seven": "one"}
+ROWS = [
+    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (HARDENED, "three"), (ATTACKED, "neon"), (SEEN, "three"),
+    (ROBUST, "seven"), *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, HARDENED, SEEN)),
+    (DEFAULT, "neon"), (DEFAULT, "seven"),
+]  # fmt: skip
+"""In the order in which an interrupted run is most worth having."""
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Null-text inversion with controls.
+
+    `turned`: of pictures turned upside down, which the model never learnt to draw, turned back before they are judged.
+    What brings them back shows that drawing can be inverted, and not what the model knows. `scaled`: each picture's
+    noise scaled to a root mean square of 1 before it is drawn from, as noise that a sampler draws has it.
+    """
+
+    name: ClassVar[str] = "null-text-inversion with controls"
+    needs: ClassVar[str] = NullTextInversion.needs
+
+    steps: int
+    iterations: int
+    turned: bool
+    scaled: bool
+
+    @property
+    def inversion(self) -> NullTextInversion:
+        return NullTextInversion(self.steps, self.iterations)
+
+    def setting(self, subject: Subject) -> str:
+        kinds = [kind for kind in ("turned", "scaled") if getattr(self, kind)]
+        return ", ".join([self.inversion.setting(subject), *kinds])
+
+    def __call__(self, subject: Subject) -> Drawn:
+        latents = subject.concept_latents
+        if self.turned:
+            pixels = (subject.decode(latents).rot90(2, (2, 3)) * 255).round().byte().permute(0, 2, 3, 1)
+            pictures, generator = map(Image.fromarray, pixels.numpy()), torch.Generator().manual_seed(subject.seed)
+            latents = subject.backbone.encode_images(list(pictures), None, generator)
+        noise = self.inversion.inverted(subject, latents)
+        size = noise.square().mean((1, 2, 3), keepdim=True).sqrt()
+        drawn = subject.backbone.ode(noise / size if self.scaled else noise, subject.empty_prompt, self.steps)
+        images = subject.decode(drawn)
+        return Drawn(images.rot90(2, (2, 3)) if self.turned else images, {"rms_of_noise": size.mean().item()})
+
+
+def attacks() -> list[Attack]:
+    """What every row stands."""
+    controls = [
+        Inverted(one.steps, one.iterations, *kinds)
+        for kinds in ((True, False), (False, True), (True, True))
+        for one in VARIANTS
+    ]
+    return [
+        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], TextualInversion(1), Relearning(10), *VARIANTS,
+        *controls,
+    ]  # fmt: skip
+
+
+def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Unlearns, evaluates and attacks; what `row` or `folder` has already is not done again."""
+    import fade
+    from fade import bundled
+    from fade.evaluation import evaluate
+    from fade.evaluation.attacks import attack
+    from fade.measure import measured
+
+    (method, settings), surrogate = RECIPES[recipe], CONCEPTS[forget]
+    made = folder / f"{list(RECIPES).index(recipe)}-{forget}"
+    file, pipeline = made / "adapter.safetensors", bundled.model(MODEL).load_pipeline()
+    if "metrics" not in row or not file.exists():
+        config = fade.Config.of(method).replace(**settings)
+        with measured() as cost:
+            adapter = fade.unlearn(
+                pipeline, forget, surrogate, config=config, output=made, overwrite=True, progress=False
+            )
+        found = evaluate(pipeline, adapter, seeds=(1,), progress=False)
+        row = {
+            "recipe": recipe, "method": method, "settings": settings, "forget": forget, "surrogate": surrogate,
+            "seed": config.seed, "seconds": round(cost.seconds, 1), "adapter_bytes": file.stat().st_size,
+            "kept_weights": adapter.run["selected"], "metrics": found.metrics, "base": found.base,
+        }  # fmt: skip
+    else:
+        adapter = fade.load_adapter(pipeline, file)
+    record = attack(pipeline, adapter, attacks(), pictures=PICTURES, record=made / "attacks.json", progress=False)
+    row["attacks"] = [
+        {name: getattr(one, name) for name in ("attack", "setting", "recognised", "pictures", "numbers", "seconds")}
+        for one in map(record.find, attacks())
+    ]
+    return row
+
+
+def fill(output: Path, folder: Path, only: Sequence[str]) -> dict[str, Any]:
+    """Runs what the file lacks, and writes it after every row."""
+    from bench.harness import environment
+
+    torch.set_num_threads(1)
+    payload = load(output) if output.exists() else {"schema": SCHEMA, "kind": "robust", "rows": []}
+    rows = {(row["recipe"], row["forget"]): row for row in payload["rows"]}
+    for key in ROWS:
+        known = rows.get(key, {})
+        same = known.get("settings") == json.loads(json.dumps(RECIPES[key[0]][1]))
+        if (only and key[1] not in only) or (same and len(known.get("attacks", ())) == len(attacks())):
+            continue
+        rows[key] = run_row(*key, known if same else {}, folder)
+        payload |= {"environment": environment(), "rows": _sorted(rows.values())}
+        write_json(output, payload)
+        print(*key, f"{rows[key]['seconds']:.0f} s", flush=True)
+    return payload
+
+
+def _sorted(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By concept, then by recipe."""
+    recipes, concepts = list(RECIPES), list(CONCEPTS)
+    known = [row for row in rows if row["recipe"] in recipes]
+    return sorted(known, key=lambda row: (concepts.index(row["forget"]), recipes.index(row["recipe"])))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of this program. Raises SystemExit with a message for people where it is none."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from error
+    if not isinstance(payload, dict) or payload.get("kind") != "robust":
+        raise SystemExit(f"{path} is not a file of `python -m bench.robust`")
+    return payload
+
+
+def markdown(payload: Mapping[str, Any]) -> str:
+    """A line for each row: the metrics, of each attack the pictures still recognised by setting, seconds."""
+    shown = {"completion": "completion", "null-text inversion": "null-text-inversion", "turned": "turned",
+             "scaled": "scaled", "turned, scaled": "turned, scaled", "embedding inversion": "embedding-inversion",
+             "textual inversion": "textual-inversion"}  # fmt: skip
+    header = ["forgotten", "options", "UA", "IRA", "CRA", "drift", *shown, "relearning: half back after", "s", "kB"]
+    lines = [header, ["---"] * len(header)]
+    for row in payload["rows"]:
+        counts: dict[str, list[str]] = {}
+        for one in row["attacks"]:
+            kinds = [part for part in one["setting"].split(", ") if part in ("turned", "scaled")]
+            counts.setdefault(", ".join(kinds) or one["attack"], []).append(str(one["recognised"]))
+        learnt = next(one["numbers"] for one in row["attacks"] if one["attack"] == "relearning")
+        last = max(map(int, learnt["recognised_after"]))
+        after, anew = (
+            f"{learnt[name]} steps" if learnt[name] is not None else f"not after {last}"
+            for name in ("steps_to_half", "anew_steps_to_half")
+        )
+        metrics = row["metrics"]
+        lines.append(
+            [
+                f"{row['forget']} → {row['surrogate']}", row["recipe"],
+                *(f"{metrics[name]:.1f}" for name in ("UA", "IRA", "CRA")), f"{metrics['drift']:.3f}",
+                *(" / ".join(counts.get(name, ())) for name in shown.values()), f"{after}; anew {anew}",
+                f"{row['seconds']:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
+            ]
+        )  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.robust", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file to fill")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only these concepts")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    a = parser.parse_args(argv)
+    print(markdown(load(a.output) if a.show else fill(a.output, a.folder, a.only)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
