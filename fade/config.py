@@ -2,8 +2,8 @@
 
 Plain frozen dataclasses, readable from TOML. An unknown key, a value of the wrong type or out of range is an error,
 because a silently ignored option is how other packages came to believe in a dropout they never had. The defaults are
-those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings are in `PAPER`. A
-method (`fade.methods`) brings defaults of its own: `Config.of`.
+those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings, but for steps and
+learning rate, are in `PAPER`. A method (`fade.methods`) brings defaults of its own: `Config.of`.
 """
 
 import dataclasses
@@ -604,4 +604,5 @@ def _check(config: Config) -> None:
 
 
 PAPER = Config.of("fade")
-"""The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""
+"""The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice), but
+for steps and learning rate, which are for a small model (`fade.methods.fade`)."""
