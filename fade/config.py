@@ -2,8 +2,8 @@
 
 Plain frozen dataclasses, readable from TOML. An unknown key, a value of the wrong type or out of range is an error,
 because a silently ignored option is how other packages came to believe in a dropout they never had. The defaults are
-those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings are in `PAPER`. A
-method (`fade.methods`) brings defaults of its own: `Config.of`.
+those that measured best over many concepts and seeds (`bench/sweep.py`); the paper's own settings, but for steps and
+learning rate, are in `PAPER`. A method (`fade.methods`) brings defaults of its own: `Config.of`.
 """
 
 import dataclasses
@@ -343,7 +343,8 @@ class Config:
 
     @property
     def in_values(self) -> bool:
-        """Whether the adapter is the masked entries themselves, and no product of factors."""
+        """Whether the adapter is the masked entries themselves, and no product of factors; of a method that computes
+        its change, unless that turns out to be of a low rank (`fade.methods.base.Edit`)."""
         if self.method.edit is not None:
             return True
         return self.solves if self.overwrite.parameters == "auto" else self.overwrite.parameters == "values"
@@ -583,11 +584,14 @@ def _check(config: Config) -> None:
         not config.solves or config.in_values,
         f"the method {overwrite.method} solves the masked weights themselves, and no factors: leave out parameters",
     )
+    computed = "the masked weights themselves are changed, and no factors"
+    if config.method.edit is not None:
+        computed = f"what the method {overwrite.method} computes has the rank that it has"
     for name in ("rank", "alpha"):
         require(
             not config.in_values or getattr(overwrite, name) == getattr(OverwriteConfig, name),
-            f"{name} would be ignored: the masked weights themselves are changed, and no factors. Leave it out, or "
-            "choose the method distillation with parameters factors",
+            f"{name} would be ignored: {computed}. Leave it out, or choose the method distillation with parameters "
+            "factors",
         )
     for name in ("forget_images", "retain_images"):
         require(
@@ -603,4 +607,5 @@ def _check(config: Config) -> None:
 
 
 PAPER = Config.of("fade")
-"""The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice)."""
+"""The authors' settings for their sparse-per-weight variant, as far as public (a starting point, not our advice), but
+for steps and learning rate, which are for a small model (`fade.methods.fade`)."""

@@ -3,13 +3,15 @@
 A set is found again by everything that its pictures depend on: the content of the denoiser with the adapters that are
 on, every other part of the pipeline, prompts, seeds, how it is drawn and by which libraries. The base model's are
 therefore shared by all adapters on it. The folder is `$FADE_CACHE`, else `fade` in the user's cache folder; the oldest
-sets go when it outgrows `MOST_BYTES`.
+sets go when it outgrows `MOST_BYTES`. Several processes may use it at once.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +24,12 @@ from fade.backbones import Backbone
 from fade.bundled import Drawing
 from fade.cache_key import library_versions, module_digest, pipeline_digests
 from fade.errors import FadeError
-from fade.files import read_tensors, remove_parts, write_tensors
+from fade.files import read_tensors, write_tensors
 
 MOST_BYTES = 4 * 10**9
 _FORMAT = 1
+_WRITTEN_WITHIN = 3600.0
+"""Seconds after which a half-written set is nobody's."""
 
 
 def default_cache() -> Path:
@@ -111,6 +115,8 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     try:
         tensors = read_tensors(path)[0]
     except FadeError as error:
+        if not path.exists():  # another process has made room meanwhile
+            return None
         warnings.warn(f"kept pictures are damaged and are drawn again: {error}", stacklevel=4)
         return None
     with contextlib.suppress(OSError):
@@ -123,15 +129,27 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     if sum(tensor.nbytes for tensor in tensors.values()) > MOST_BYTES:
         return
     try:
-        remove_parts(path)
+        _remove_left(path.parent)
         write_tensors(path, tensors, {})
         _prune(path.parent)
     except (FadeError, OSError) as error:
         warnings.warn(f"the pictures are not kept, a rerun draws them again: {error}", stacklevel=4)
 
 
+def _remove_left(folder: Path) -> None:
+    """Removes what killed processes left half-written: whatever is older than a write takes, as others may be writing
+    the same set just now."""
+    for part in folder.glob(".*.safetensors.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > _WRITTEN_WITHIN:
+                shutil.rmtree(part)
+
+
 def _prune(folder: Path) -> None:
-    files = [(file.stat(), file) for file in folder.glob("*.safetensors")]
+    files = []
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes, too
+            files.append((file.stat(), file))
     total = sum(stat.st_size for stat, _ in files)
     for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime):
         if total <= MOST_BYTES:

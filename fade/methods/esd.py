@@ -12,16 +12,17 @@ noised to t, and not its sampler's states on the way to t; the learning rate (1e
 
 On DigitCanvas (80 pictures) ESD-x had of "three" UA 100, IRA 83.3 and CRA 100, of "neon" 80, 98.6 and 98.8; ESD-u of
 "three" 100, 91.7 and 100, of "neon" 0, 95.7 and 100: it is not for styles. What is lost are the look-alikes; at half of
-ESD-x's learning rate UA was 62 and IRA 86.
+ESD-x's learning rate, led away from whole prompts, UA was 62 and IRA 86.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fade.bundled import recognised
-from fade.concept import mentions, pairs_in
+from fade.concept import Pair, mentions, pairs_in
 from fade.errors import FadeError
 from fade.methods.attention import beside_cross_attention, cross_attention
 from fade.methods.base import Method
@@ -49,6 +50,16 @@ class Options:
             raise FadeError(f"options.guidance must be in [0, 1000), not {self.guidance}")
 
 
+def asked_in(text: str, pairs: Sequence[Pair]) -> int:
+    """Which of the concepts a prompt asks for: the one whose prompt it is; of captions that people wrote, the longest
+    that it names, so that "hot dog" is no "dog"; else the first."""
+    own = next((i for i, pair in enumerate(pairs) if text in pair.forget_prompts), None)
+    if own is not None:
+        return own
+    named = [i for i, pair in enumerate(pairs) if mentions(text, pair.forget)]
+    return max(named, key=lambda i: len(pairs[i].forget), default=0)
+
+
 class AwayFrom(Objective):
     """What leads away from a concept, of methods whose `options` have a `direction`."""
 
@@ -60,9 +71,7 @@ class AwayFrom(Objective):
         pairs = pairs_in(training.adapter.metadata["concept"])
         words = [pair.forget if bundled is None else bundled.alone(pair.forget) for pair in pairs]
         self._concepts = self.backbone.encode_prompts(words)
-        texts = training.prompts.prompts
-        named = [next((i for i, pair in enumerate(pairs) if mentions(text, pair.forget)), 0) for text in texts]
-        self._named = torch.tensor(named)  # of every prompt, which concept is its
+        self._named = torch.tensor([asked_in(text, pairs) for text in training.prompts.prompts])
 
     def apart(self, half: Batch) -> Tensor:
         """ε(z_t, c) − ε(z_t, ∅) of the frozen model, for the forget half."""

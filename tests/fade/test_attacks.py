@@ -1,5 +1,6 @@
 """Attacks: each one's mechanics against its definition on a tiny random model, the record they leave, the command."""
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -624,6 +625,10 @@ def test_what_attacks_keep_is_told_apart(adapter: Adapter, tmp_path: Path) -> No
     assert base != adapted
     assert found(subject()) == (base, adapted)
     assert not {base, adapted} & {*found(subject(), seed=1), *found(subject(steps=5)), *found(subject(batch_size=1))}
+    # A setting of an attack that is called as one of the budget stands beside it, not in its place.
+    names = ("batch_size", "steps", "guidance_scale")
+    named = [found(subject(**{name: of_budget}), **{name: 2}) for name in names for of_budget in (3, 5)]
+    assert len({base, adapted, *itertools.chain(*named)}) == 14
     adapter.scale = 0.5
     again, other = found(subject())
     assert again == base and other != adapted

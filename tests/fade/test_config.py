@@ -95,3 +95,5 @@ def test_what_only_factors_have_is_not_ignored_in_silence(changes: dict[str, str
     with pytest.raises(FadeError, match=f"{name} would be ignored.*distillation with parameters factors"):
         Config().replace(**base, **{f"overwrite__{name}": value})
     Config().replace(overwrite__method="distillation", **{f"overwrite__{name}": value})
+    with pytest.raises(FadeError, match=f"{name} would be ignored: what the method uce computes has the rank"):
+        Config.of("uce").replace(**{f"overwrite__{name}": value})

@@ -1,6 +1,7 @@
 """Answer sets that are kept: nothing is drawn twice, and nothing is taken for something else."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,29 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(pipeline: StableDiffusi
     with pytest.warns(UserWarning, match="not kept"):
         images = Counted(pipeline, blocked / "cache")()
     assert len(images) == 2
+
+
+def test_several_processes_may_keep_the_same_set(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """What another is writing is left alone; what a killed one left, and what another removed, is not in the way."""
+    images = Counted(pipeline, tmp_path)()
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    writing, left = (tmp_path / f".{file.name}.{mark}.part" for mark in ("0123abcd", "4567cdef"))
+    for part in (writing, left):
+        part.mkdir()
+        (part / file.name).write_bytes(b"half of it")
+    os.utime(left, (1, 1))
+    (tmp_path / f"{'0' * 64}.safetensors").symlink_to(tmp_path / "removed")  # listed, and gone when it is looked at
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(Counted(pipeline, tmp_path)(), images)
+    assert file.exists() and writing.exists() and not left.exists()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(Path, "is_file", lambda path: True)  # removed between the look and the reading
+        file.unlink()
+        again = Counted(pipeline, tmp_path)
+        assert torch.equal(again(), images) and again.drawn == 1
 
 
 def test_the_oldest_sets_go(pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,13 +69,13 @@ class Subject:
             with self.adapter.disabled():
                 return compute()
 
-        return self.kept({**self._base, "what": what, **depends_on}, off)
+        return self.kept({**self._base, "what": what, "depends_on": depends_on}, off)
 
     def of_adapted(
         self, what: str, depends_on: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """`of_base`, with the adapter as it was when the attacks began."""
-        return self.kept({**self._adapted, "what": what, **depends_on}, compute)
+        return self.kept({**self._adapted, "what": what, "depends_on": depends_on}, compute)
 
     def note_model(self) -> None:
         """Takes down what model is attacked; called before any weight is changed."""

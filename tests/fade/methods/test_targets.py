@@ -7,10 +7,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.testing import assert_close
 
+from fade.concept import concept_from_words, together
 from fade.config import DataConfig
 from fade.latents import prepare_latents
 from fade.methods.concept_ablation import CONCEPT_ABLATION, Anchor
-from fade.methods.esd import NegativeGuidance
+from fade.methods.esd import NegativeGuidance, asked_in
 from fade.methods.esd import Options as EsdOptions
 from fade.methods.gradient_ascent import Ascent
 from fade.methods.gradient_ascent import Options as AscentOptions
@@ -73,11 +74,30 @@ def test_esd_leads_away_from_the_concept_alone(pipeline: StableDiffusionPipeline
     training = training_of(pipeline, "esd-x", EsdOptions(0.5))
     batch, ask = batch_of(training), asker(training)
     z, t = batch.noised[:3], batch.times[:3]
-    asked, concept, empty = (
-        ask(z, t, texts, True) for texts in (["a cat", "one cat", "a cat"], ["cat"] * 3, [""] * 3)
-    )
+    asked, concept, empty = (ask(z, t, texts, True) for texts in (["a cat", "one cat", "a cat"], ["cat"] * 3, [""] * 3))
     found = target_of(training, batch, NegativeGuidance)
     assert_close(found[:3], asked - 1.5 * (concept - empty), **CLOSE)
+
+
+def test_esd_leads_away_from_the_concept_that_is_asked_for(pipeline: StableDiffusionPipeline) -> None:
+    training = training_of(pipeline, "esd-x", EsdOptions(0.5))
+    tree = concept_from_words("tree", "house", ["a {}"], ["a car"])
+    training.adapter.metadata["concept"] = together([tree, CONCEPT]).to_dict()
+    batch, ask = batch_of(training), asker(training)
+    z, t = batch.noised[:3], batch.times[:3]
+    asked, concept, empty = (ask(z, t, texts, True) for texts in (["a cat", "one cat", "a cat"], ["cat"] * 3, [""] * 3))
+    found = target_of(training, batch, NegativeGuidance)
+    assert_close(found[:3], asked - 1.5 * (concept - empty), **CLOSE)
+
+
+def test_which_concept_a_prompt_asks_for() -> None:
+    names = ("dog", "hot dog", "neon")
+    pairs = tuple(concept_from_words(name, "cat", ["a {}", "a {} in neon"], ["a car"]).pairs[0] for name in names)
+    for text, name in (
+        ("a hot dog in neon", "hot dog"), ("a dog in neon", "dog"), ("Hot dog with mustard", "hot dog"),
+        ("my dog, barking", "dog"), ("a lamp of neon", "neon"), ("a neon", "neon"), ("nobody", "dog"),
+    ):  # fmt: skip
+        assert names[asked_in(text, pairs)] == name, text
 
 
 def test_concept_ablation_draws_the_anchor(pipeline: StableDiffusionPipeline) -> None:
