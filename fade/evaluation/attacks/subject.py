@@ -81,6 +81,11 @@ class Subject:
         """Takes down what model is attacked; called before any weight is changed."""
         _ = self._base, self._adapted
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what is attacked, by the pipeline's parts: everything that pictures go through, the adapter included."""
+        return {"denoiser": self._adapted["denoiser"], **self._adapted["pipeline"]}
+
     @functools.cached_property
     def _base(self) -> dict[str, Any]:
         with self.adapter.disabled():
