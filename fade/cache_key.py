@@ -79,6 +79,14 @@ def file_digest(path: Path) -> str:
         return f"unreadable: {error.strerror}"
 
 
+def sources_digest(folder: Path) -> str:
+    """SHA-256 of every Python file in a folder and those below, by name and content."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(_text([file.relative_to(folder).as_posix(), file_digest(file)]))
+    return digest.hexdigest()
+
+
 def _active(layer: BaseTunerLayer | AuxiliaryTrainingWrapper) -> list[str]:
     """The adapters that change what a layer computes; merged ones are in its weights already."""
     if layer.disable_adapters or (isinstance(layer, BaseTunerLayer) and layer.merged):

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from fade.backbones import backbone_for
 from fade.bundled import Drawing
+from fade.cache_key import sources_digest
 from fade.evaluation import drawings
 from fade.evaluation.drawings import Drawings, default_cache
 
@@ -142,3 +143,17 @@ def test_where_sets_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("FADE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "fade" / "answers"
+
+
+def test_sources_are_told_apart_by_what_they_say_and_where(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    one, other = tmp_path / "one.py", tmp_path / "inner" / "other.py"
+    found = []
+    for first, second in (("a", "b"), ("b", "a"), ("a", "c"), ("a", "b")):
+        one.write_text(first)
+        other.write_text(second)
+        found.append(sources_digest(tmp_path))
+    other.rename(tmp_path / "other.py")
+    found.append(sources_digest(tmp_path))
+    (tmp_path / "notes.txt").write_text("no source")
+    assert found[0] == found[3] and len(set(found)) == 4 and sources_digest(tmp_path) == found[-1]

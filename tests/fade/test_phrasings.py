@@ -114,6 +114,8 @@ def test_phrasings_of_ones_own() -> None:
         ({"three": "eight"}, "a digit", r"must say where the concept goes: with \{\}"),
         ({"three": "eight"}, "a {digit}", "must say where the concept goes"),
         ({"three": "eight"}, "{} {", "must say where the concept goes"),
+        ({"three": "eight"}, "a { =acht}", "must say where the concept goes"),
+        ({"three": "eight"}, "a {}\udcff", "is no valid text; check its encoding"),
         ({"three": "eight", "neon": "plain"}, "{drei=acht}", "names one concept, but the adapter forgets 2"),
     ],
 )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fade.backbones import backbone_for
 from fade.bundled import drawing
-from fade.cache_key import module_digest, pipeline_digests
 from fade.concept import pairs_in, substitute
 from fade.errors import FadeError, printable
 from fade.evaluation.answers import AnswerSet, first_seeds
@@ -50,6 +49,7 @@ class AttackResult:
     """Pictures that the judge still recognises as the concept."""
     pictures: int
     seconds: float
+    """By the clock; what was kept by an earlier run took none."""
     settings: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     """The attack's own, such as losses."""
@@ -259,8 +259,7 @@ def attack(
         "classes": list(answers.classes[target.domain]),
         "prompts": list(dict.fromkeys(subject.prompts)),
     }
-    digests = {"denoiser": module_digest(backbone.denoiser), **pipeline_digests(backbone.pipeline)}
-    model = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    model = hashlib.sha256(json.dumps(subject.digests, sort_keys=True).encode()).hexdigest()
     columns = min(prompts, _MOST_COLUMNS)
 
     def measure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fade.cache_key import file_digest, module_digest
+import fade
+from fade.cache_key import module_digest, sources_digest
 from fade.errors import FadeError
 from fade.evaluation.drawings import Kept, drawing_conditions
 
@@ -63,7 +63,7 @@ class Subject:
     ) -> dict[str, Tensor]:
         """Tensors by name, on the CPU, of a computation with the adapter off: the same for every adapter of the base,
         so it is done once for all of them. `depends_on`, ready for JSON, is what it depends on beside the model, the
-        budget (`steps`, `guidance_scale`, `batch_size`) and the attacks' code."""
+        budget (`steps`, `guidance_scale`, `batch_size`) and the project's code."""
 
         def off() -> dict[str, Tensor]:
             with self.adapter.disabled():
@@ -80,6 +80,11 @@ class Subject:
     def note_model(self) -> None:
         """Takes down what model is attacked; called before any weight is changed."""
         _ = self._base, self._adapted
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what is attacked, by the pipeline's parts: everything that pictures go through, the adapter included."""
+        return {"denoiser": self._adapted["denoiser"], **self._adapted["pipeline"]}
 
     @functools.cached_property
     def _base(self) -> dict[str, Any]:
@@ -215,6 +220,6 @@ class Attack(Protocol):
 
 @functools.cache
 def _code() -> str:
-    """Digest of the attacks' sources: what was kept is not taken for what another version would compute."""
-    digests = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    """Digest of the project's sources: attacks go through most of them (noise, prompts, losses, drawing), and what was
+    kept is not taken for what another version would compute."""
+    return sources_digest(Path(fade.__file__).parent)

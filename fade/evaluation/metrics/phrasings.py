@@ -78,15 +78,19 @@ class PhrasingResult:
 KINDS = ("base", "adapted", "surrogate")
 
 
-_NAMED = re.compile(r"\{([^{}=]+)=([^{}=]+)\}")
+_NAMED = re.compile(r"\{([^{}=]*[^{}=\s][^{}=]*)=([^{}=]*[^{}=\s][^{}=]*)\}")
 
 
 def asked_for(phrasing: str, pair: Pair) -> dict[str, str]:
     """The prompts for "forget" and "surrogate" of a phrasing of one's own: `{}` stands for the concept's words,
     `{trois=huit}` names concept and surrogate otherwise, as in another language.
 
-    Raises FadeError where it has neither, or another brace.
+    Raises FadeError where it has neither, or another brace, and for what is no valid text.
     """
+    try:
+        phrasing.encode()
+    except UnicodeEncodeError as error:
+        raise FadeError(f"the phrasing {phrasing!r} is no valid text; check its encoding") from error
     words = {"forget": pair.forget, "surrogate": pair.surrogate}
     prompts = {
         kind: _NAMED.sub(lambda found, i=i: found[i].strip(), phrasing).replace("{}", word)
