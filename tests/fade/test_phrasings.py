@@ -108,6 +108,23 @@ def test_phrasings_of_ones_own() -> None:
     assert evaluate(pipeline, adapter, phrasings=texts, **QUICK).phrasings == found
 
 
+def test_without_a_surrogate_the_word_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_pipeline()
+    adapter = fade.unlearn(pipeline, "three", "eight", config=SOLVED, progress=False)
+    del adapter.metadata["concept"]["surrogate"]
+    asked: list[str] = []
+
+    def drawn(backbone: Backbone, prompts: list[str], *args: object) -> torch.Tensor:
+        asked.extend(prompts)
+        return torch.rand(len(prompts), 3, 32, 32)
+
+    monkeypatch.setattr(Backbone, "generate", drawn)
+    found = held_out(pipeline, adapter, **QUICK)
+    prompts = [prompt for _, prompt in held_out_prompts("three", DIGITCANVAS)]
+    assert asked[len(prompts) : 2 * len(prompts)] == [prompt.replace("three", "") for prompt in prompts]
+    assert found.images == len(prompts)
+
+
 @pytest.mark.parametrize(
     ("forget", "text", "message"),
     [

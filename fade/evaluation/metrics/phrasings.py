@@ -105,18 +105,19 @@ def asked_for(phrasing: str, pair: Pair) -> dict[str, str]:
     return prompts
 
 
-def held_out_prompts(word: str, model: BundledModel | None) -> tuple[tuple[str, str], ...]:
-    """(phrasing, prompt) for a concept; on a bundled model its own, crossed with the words of the other domain that an
-    evaluation draws.
+def held_out_prompts(word: str, model: BundledModel | None, instead: str | None = None) -> tuple[tuple[str, str], ...]:
+    """(phrasing, prompt) for a concept, or with other words `instead`; on a bundled model its own, crossed with the
+    words of the other domain that an evaluation draws.
 
     Raises FadeError where the bundled model knows no such word.
     """
+    shown = word if instead is None else instead
     if model is None:
-        return tuple((phrasing, phrasing.replace("{}", word)) for phrasing in HELD_OUT)
+        return tuple((phrasing, phrasing.replace("{}", shown)) for phrasing in HELD_OUT)
     domain = model.domain(word)
     first, second = model.concerned([word])
     crossed = model.crossed(domain.held_out, word, second if domain is model.domains[0] else first)
-    return tuple((phrasing, template.replace("{}", word)) for phrasing, template in crossed)
+    return tuple((phrasing, template.replace("{}", shown)) for phrasing, template in crossed)
 
 
 def held_out(
@@ -158,8 +159,15 @@ def held_out(
     pairs = pairs_in(concept)
     bundled, drawn_as = recognised(pipeline) if judge is None else None, drawing(pipeline, steps, guidance_scale)
     if phrasings is None:
-        words = {"forget": [pair.forget for pair in pairs], "surrogate": [pair.surrogate for pair in pairs]}
-        prompts = {kind: [held_out_prompts(word, bundled) for word in named] for kind, named in words.items()}
+        prompts = {
+            "forget": [held_out_prompts(pair.forget, bundled) for pair in pairs],
+            "surrogate": [
+                held_out_prompts(pair.surrogate, bundled)
+                if pair.surrogate
+                else held_out_prompts(pair.forget, bundled, "")
+                for pair in pairs
+            ],
+        }
     else:
         prompts = own_prompts(tuple(dict.fromkeys(phrasings)), pairs)
     rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]

@@ -143,9 +143,7 @@ def test_an_attack_descends_the_adapted_models_denoising_loss(pipeline: StableDi
     assert 0.4 < moved_rows.double().mean().item() < 0.6 and (asked[400:] == answers[400:]).all()
 
 
-def test_the_loop_asks_trains_and_resumes_with_attacked_conditionings(
-    tokenizer: CLIPTokenizer, tmp_path: Path
-) -> None:
+def test_the_loop_asks_trains_and_resumes_with_attacked_conditionings(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     small = {
         "data__forget_samples": 3, "data__retain_samples": 3, "data__sampling_steps": 1, "overwrite__steps": 4,
         "overwrite__batch_size": 5, "overwrite__retain_batch_size": 1, "overwrite__pool": 3,
