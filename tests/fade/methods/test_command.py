@@ -26,7 +26,10 @@ def test_the_list_names_every_method_and_what_it_does(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "sal-un"], "error: there is no method 'sal-un'; known are both, closed-form, distillation, robust"),
+        (
+            ["--method", "sal-un"],
+            "error: there is no method 'sal-un'; known are both, closed-form, distillation, robust, fade",
+        ),
         (["--method", "esd-x", "--option", "guidance"], "--option 'guidance' is no NAME=VALUE"),
         (["--method", "esd-x", "--option", "guidance=much"], "'options.guidance' must be of type float"),
         (
