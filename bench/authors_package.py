@@ -27,10 +27,11 @@ import re
 import sys
 import tempfile
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.files import ROOT, write_json
+from bench.files import ROOT, load_kind, write_json
 from bench.table import ATTACKED, PAIRS, PICTURES, SCHEMA, TOLD
 
 RESULTS = ROOT / "bench" / "results" / "authors_package.json"
@@ -63,13 +64,18 @@ class _Nothing(types.ModuleType):
         return type(name, (), {})
 
 
+def find(folder: Path) -> None:
+    """Lets Python look into `folder`. Raises SystemExit with a message for people where the package is not there."""
+    sys.path.append(str(folder))
+    if importlib.util.find_spec("vision_unlearning") is None:
+        raise SystemExit(f"the package is not in {folder}: install it there as the head of this file says")
+
+
 def package(folder: Path) -> Any:
     """Its class, made to end after saving. Raises SystemExit with a message for people where it is not in `folder`."""
     import torch
 
-    sys.path.append(str(folder))
-    if importlib.util.find_spec("vision_unlearning") is None:
-        raise SystemExit(f"the package is not in {folder}: install it there as the head of this file says")
+    find(folder)
     for name in ("metrics", "evaluator"):
         sys.modules[f"vision_unlearning.{name}"] = _Nothing(f"vision_unlearning.{name}")
     # The operators of a torchvision that was built for CUDA are not there without; nobody calls them.
@@ -186,7 +192,7 @@ def run(forget: str, surrogate: str, seed: int, setting: str, where: Path) -> di
     }  # fmt: skip
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     from bench.harness import environment, in_subprocess
 
     parser = argparse.ArgumentParser(
@@ -198,11 +204,12 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--cell", help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.cell:
         print(json.dumps(run(*json.loads(a.cell), a.package)))
         return 0
-    payload = json.loads(a.output.read_text()) if a.output.exists() else {"rows": []}
+    find(a.package)
+    payload = load_kind(a.output, "table") if a.output.exists() else {"rows": []}
     rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
     for seed in a.seeds:
         for forget, surrogate in PAIRS["digitcanvas"]:

@@ -128,5 +128,6 @@ def test_the_authors_package_reads_what_it_is_given(tmp_path: Path, monkeypatch:
     assert all(row["text"] in concept.retain_prompts for row in record["retain"])
     pictures = [Image.open(row["image"]) for rows in record.values() for row in rows]
     assert {picture.size for picture in pictures} == {(32, 32)} and len({p.tobytes() for p in pictures}) > 20
-    with pytest.raises(SystemExit, match="the package is not in .*: install it there"):
-        authors_package.package(tmp_path)
+    for ask in (lambda: authors_package.package(tmp_path), lambda: authors_package.main([str(tmp_path)])):
+        with pytest.raises(SystemExit, match="the package is not in .*: install it there"):
+            ask()
