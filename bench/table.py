@@ -89,8 +89,8 @@ def cells(quick: bool, methods: Sequence[str]) -> list[Cell]:
         return [Cell("digitcanvas", method, *pair, 0, QUICK_ATTACKS) for method in methods]
     return [
         Cell(model, method, forget, surrogate, seed, tuple(ATTACKS) if seed == 0 and forget in ATTACKED[model] else ())
-        for model, pairs in PAIRS.items()
         for seed in (0, 1)
+        for model, pairs in PAIRS.items()
         for forget, surrogate in sorted(pairs, key=lambda pair, model=model: pair[0] not in ATTACKED[model])
         for method in methods
     ]
@@ -99,7 +99,7 @@ def cells(quick: bool, methods: Sequence[str]) -> list[Cell]:
 # --- one cell, in a process of its own -------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Unlearns, evaluates and attacks; what is in `folder` already is not done again."""
     import fade
     from fade import bundled
@@ -110,10 +110,10 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
     made, path, kept = folder / cell.name, folder / f"{cell.name}.json", folder / "kept"
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
-    pipeline = bundled.model(cell.model).load_pipeline()
+    pipeline = bundled.model(cell.model).load_pipeline().to(device)
     try:
         if "metrics" not in row:
-            with measured() as cost:
+            with measured(device) as cost:
                 adapter = fade.unlearn(
                     pipeline, cell.forget, cell.surrogate, method=cell.method,
                     config=fade.Config().replace(seed=cell.seed), output=made, overwrite=True, progress=False,
@@ -148,9 +148,10 @@ def _finished(row: dict[str, Any], cell: Cell) -> bool:
     return "metrics" in row and set(cell.attacks) <= known
 
 
-def _run(cell: Cell, folder: Path) -> dict[str, Any]:
+def _run(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
     """The cell in its process; a process that fails leaves its last words as the reason."""
     command = [sys.executable, "-m", "bench.table", "--cell", json.dumps(asdict(cell)), "--folder", str(folder)]
+    command += ["--device", device]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     path = folder / f"{cell.name}.json"
@@ -160,7 +161,9 @@ def _run(cell: Cell, folder: Path) -> dict[str, Any]:
     return {**cell.told, "reason": f"the process failed: {last[0]}"}
 
 
-def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: bool) -> dict[str, Any]:
+def fill(
+    todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """Runs what the file lacks, and writes it after every cell."""
     from bench.harness import environment
     from fade.progress import progress_bar
@@ -171,7 +174,7 @@ def fill(todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: 
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
     folder.mkdir(parents=True, exist_ok=True)
     with progress_bar("table", len(wanted), True) as advance, ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_run, cell, folder): cell for cell in wanted}
+        futures = {pool.submit(_run, cell, folder, device): cell for cell in wanted}
         for future in as_completed(futures):
             cell, row = futures[future], future.result()
             rows[cell.key] = row
@@ -278,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to fill (default: bench/results/table[-quick].json)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept meanwhile")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="print as README has it")
@@ -289,13 +293,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = parser.parse_args(argv)
     if a.cell:
         given = json.loads(a.cell)
-        run_cell(replace(Cell(**given), attacks=tuple(given["attacks"])), a.folder)
+        run_cell(replace(Cell(**given), attacks=tuple(given["attacks"])), a.folder, a.device)
         return 0
     output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
     if a.show:
         payload = load_kind(output, "table")
     else:
-        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick)
+        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
     others = [load_kind(path, "table")["rows"] for path in (usual if a.beside is None else a.beside)]
     payload = {**payload, "rows": [*payload["rows"], *itertools.chain(*others)]}

@@ -157,25 +157,43 @@ def masked_least_squares(
         Values [count] and prices [count] (or [0]) in the right-hand side's dtype, row-major over the mask; the first
         row whose gram[S, S] is not positive definite, int64 0-d, or -1.
     """
+    sizes = mask_row_counts(mask_words, rhs.shape[1])
+    if int(sizes.sum()) != count:
+        raise ValueError(f"the mask has {int(sizes.sum())} set bits, not {count}")
+    values, prices = rhs.new_empty(count), rhs.new_empty(count if with_prices else 0)
+    singular = torch.full((), len(sizes), device=rhs.device)
+    rows, most = torch.arange(len(sizes), device=rhs.device), rhs.shape[1]
+    masked_least_squares_rows_(
+        values, prices, singular, rhs, gram, mask_words, sizes.cumsum(0) - sizes, rows, most
+    )  # fmt: skip
+    return values, prices, torch.where(singular == len(sizes), -1, singular)
+
+
+def masked_least_squares_rows_(
+    values: Tensor, prices: Tensor, singular: Tensor, rhs: Tensor, gram: Tensor, mask_words: Tensor, starts: Tensor,
+    rows: Tensor, most: int,
+) -> None:  # fmt: skip
+    """`masked_least_squares` of some rows alone, of at most `most` entries each.
+
+    A row's values go to `values` from `starts[row]` on, its prices likewise where `prices` is not [0]; `singular`,
+    int64 0-d, becomes the smallest of itself and the rows whose gram[S, S] is not positive definite.
+    """
     mask = unpack_mask(mask_words, rhs.shape[1])
-    if int(mask.sum()) != count:
-        raise ValueError(f"the mask has {int(mask.sum())} set bits, not {count}")
-    values, prices, singular = [rhs.new_empty(0)], [rhs.new_empty(0)], -1
-    for row in range(rhs.shape[0]):
-        support = mask[row].nonzero()[:, 0]
+    for row in rows.tolist():
+        support = mask[row].nonzero()[:most, 0]
         if not support.numel():
             continue
         block = gram.double()[support][:, support]
         factor, info = torch.linalg.cholesky_ex(block)
         pivots = factor.diagonal().square()
         if int(info) != 0 or not bool((pivots > pivot_tolerance(len(support)) * block.diagonal()).all()):
-            singular = row if singular < 0 else singular
+            singular.clamp_(max=row)
             factor = torch.eye(len(support), dtype=torch.float64, device=rhs.device)
         x = torch.cholesky_solve(rhs[row, support].double()[:, None], factor)[:, 0]
-        values.append(x.to(rhs.dtype))
-        if with_prices:
-            prices.append((x.square() / torch.cholesky_inverse(factor).diagonal()).to(rhs.dtype))
-    return torch.cat(values), torch.cat(prices), torch.tensor(singular, device=rhs.device)
+        own = slice(int(starts[row]), int(starts[row]) + len(support))
+        values[own] = x.to(rhs.dtype)
+        if prices.numel():
+            prices[own] = (x.square() / torch.cholesky_inverse(factor).diagonal()).to(rhs.dtype)
 
 
 # --- masked LoRA -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from fade_kernels import _ops, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels._extension import MISSING_CUDA, build_info, cuda_library_loaded, missing_cuda, runs_on
-from fade_kernels.cuda import conv2d, linear, merging, saliency
+from fade_kernels.cuda import conv2d, least_squares, linear, merging, saliency
 
 OLDEST_CAPABILITY = (8, 0)  # bf16 and TF32 products; Triton 3 compiles for nothing older
 
@@ -155,6 +155,7 @@ LIBRARY_OPERATORS = (
     "add_gathered_values_",
     "sampled_gradient",
     "sampled_factor_gradients",
+    "masked_least_squares_rows_",
 )
 """What csrc/cuda serves."""
 
@@ -168,6 +169,7 @@ def _serve_gpus_without_code() -> None:
             shown = ".".join(map(str, capability))
             reason = f"it was built for compute capability {', '.join(held)}, and GPU {index} has {shown}"
             _register_definitions(LIBRARY_OPERATORS, MISSING_CUDA.format(reason=reason))
+            _ops.implement("masked_least_squares", least_squares.padded_masked_least_squares, "CUDA")
             return
 
 
@@ -178,5 +180,9 @@ if missing_cuda():
 elif cuda_library_loaded() and not FORCED:
     # Once torch has made contact with the driver, and so before any tensor is on a GPU; not by importing this package.
     torch.cuda._lazy_call(_serve_gpus_without_code)
+if FORCED in ("", "cuda", "triton") and not INTERPRETED:
+    # In fp64 always, and so not among KERNELS: torch is faster than the definition where the library is not there.
+    solver = least_squares.masked_least_squares if cuda_library_loaded() else least_squares.padded_masked_least_squares
+    _ops.implement("masked_least_squares", solver, "CUDA")
 if INTERPRETED:
     register("CPU")

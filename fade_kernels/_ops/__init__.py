@@ -13,7 +13,7 @@ from fade_kernels._ops.gathered import (
     sampled_factor_gradients,
     sampled_gradient,
 )
-from fade_kernels._ops.least_squares import masked_least_squares
+from fade_kernels._ops.least_squares import masked_least_squares, masked_least_squares_rows_
 from fade_kernels._ops.linear import (
     masked_lora_linear,
     masked_lora_linear_backward,
@@ -63,6 +63,7 @@ __all__ = [
     "masked_factor_gradients",
     "masked_factor_values",
     "masked_least_squares",
+    "masked_least_squares_rows_",
     "masked_lora_conv2d",
     "masked_lora_linear",
     "masked_lora_linear_backward",

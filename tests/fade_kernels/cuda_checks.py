@@ -425,3 +425,98 @@ def check_select_invalid(ops: Any, device: str) -> None:
         assert int(invalid) == 1
         assert float(threshold) == 0.0
         assert not any(bool(w.any()) for w in words)
+
+
+# --- least squares ---------------------------------------------------------------------------------------------------
+
+
+def least_squares_problem(rows: int, columns: int, most: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A right-hand side, a Gram matrix, and a mask whose rows have 0 to `most` entries; some have `most`."""
+    random = generator(seed)
+    points = torch.randn(columns, 2 * columns + 1, generator=random, dtype=torch.float64)
+    gram = points @ points.T / points.shape[1] + 0.05 * torch.eye(columns, dtype=torch.float64)
+    sizes = torch.randint(0, most + 1, (rows,), generator=random)
+    sizes[: rows // 3] = most
+    mask = torch.rand(rows, columns, generator=random).argsort(1).argsort(1) < sizes[:, None]
+    return torch.randn(rows, columns, generator=random, dtype=torch.float64), (gram + gram.T) / 2, mask
+
+
+def solve_rows(
+    ops: Any, device: str, rhs: Tensor, gram: Tensor, mask: Tensor, rows: Tensor, most: int, prices: bool
+) -> list[Tensor]:
+    """What `masked_least_squares_rows_` leaves in values, prices and singular that held 7 before."""
+    sizes, count = mask.sum(1), int(mask.sum())
+    values = torch.full((count,), 7, dtype=rhs.dtype, device=device)
+    wanted = torch.full((count if prices else 0,), 7, dtype=rhs.dtype, device=device)
+    singular = torch.tensor(len(mask), device=device)
+    words, starts = reference.pack_mask(mask), (sizes.cumsum(0) - sizes).to(device)
+    if mask.shape[1] % 32:  # what is behind the last column counts for nothing
+        words[:, -1] |= -1 << mask.shape[1] % 32
+    words = words.to(device)
+    ops.masked_least_squares_rows_(
+        values, wanted, singular, rhs.to(device), gram.to(device), words, starts, rows.to(device), most
+    )
+    return [values.cpu(), wanted.cpu(), singular.cpu()]
+
+
+def check_least_squares(ops: Any, device: str) -> None:
+    """Supports in shared memory and beyond it, of every number of threads, up to a whole row."""
+    for seed, (count, columns, most) in enumerate(
+        [
+            (5, 1, 1),
+            (9, 40, 5),
+            (9, 70, 32),
+            (7, 40, 40),
+            (6, 150, 33),
+            (5, 200, 100),
+            (4, 300, 128),
+            (3, 300, 131),
+            (3, 1100, 20),
+        ]
+    ):
+        rhs, gram, mask = least_squares_problem(count, columns, most, seed)
+        rows = torch.randperm(count, generator=generator(seed))
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-7)):
+            for prices in (True, False):
+                given = (rhs.to(dtype), gram.to(dtype), mask, rows, most, prices)
+                found, expected = solve_rows(ops, device, *given), solve_rows(reference, "cpu", *given)
+                assert int(found[2]) == int(expected[2]) == count
+                for own, right in zip(found[:2], expected[:2], strict=True):
+                    assert own.dtype == dtype and own.shape == right.shape
+                    error = (own.double() - right.double()).abs().max() if own.numel() else torch.zeros(())
+                    assert float(error) <= tolerance * (1 + float(right.abs().max()) if own.numel() else 1), most
+
+
+def check_least_squares_of_some_rows(ops: Any, device: str) -> None:
+    """Other rows' places are left alone, inputs may be strided, and a row's answer depends on no other."""
+    rhs, gram, mask = least_squares_problem(12, 90, 40, 20)
+    every = solve_rows(ops, device, rhs, gram, mask, torch.arange(12), 40, True)
+    some = torch.tensor([7, 2, 11])
+    wide = torch.stack([rhs, -rhs], dim=-1)[..., 0]
+    found = solve_rows(ops, device, wide, gram.T, mask, some, 40, True)
+    own = torch.zeros(12, dtype=torch.bool)
+    own[some] = True
+    own = own.repeat_interleave(mask.sum(1))
+    for part in range(2):
+        assert torch.equal(found[part][own], every[part][own])
+        assert bool((found[part][~own] == 7).all())
+    assert torch.equal(found[0][own], solve_rows(ops, device, rhs, gram, mask, some, 64, False)[0][own])
+
+
+def check_least_squares_singular(ops: Any, device: str) -> None:
+    """The first row whose block is singular is told; the others are solved. Nothing beyond `most` is touched."""
+    rhs, gram, mask = least_squares_problem(10, 30, 9, 21)
+    gram[:, 28], gram[28, :] = gram[:, 29].clone(), gram[29, :].clone()  # the last, so that nothing follows a bad pivot
+    gram[28, 28] = gram[29, 29]
+    mask[:, 28:] = False
+    mask[6, 28:] = mask[3, 28:] = True
+    most = int(mask.sum(1).max())
+    found = solve_rows(ops, device, rhs, gram, mask, torch.arange(10), most, True)
+    expected = solve_rows(reference, "cpu", rhs, gram, mask, torch.arange(10), most, True)
+    assert int(found[2]) == int(expected[2]) == 3
+    good = (torch.arange(10) != 3) & (torch.arange(10) != 6)
+    good = good.repeat_interleave(mask.sum(1))
+    assert float((found[0] - expected[0])[good].abs().max()) < 1e-11
+    few = solve_rows(ops, device, rhs, gram + torch.eye(30), mask, torch.arange(10), 2, True)
+    kept = (mask & (mask.cumsum(1) <= 2))[mask]
+    assert bool((few[0][~kept] == 7).all())

@@ -80,12 +80,18 @@ CHECKS = {
         cuda_checks.check_sampled_gradient,
         cuda_checks.check_sampled_factor_gradients,
     ],
+    "least_squares": [
+        cuda_checks.check_least_squares,
+        cuda_checks.check_least_squares_of_some_rows,
+        cuda_checks.check_least_squares_singular,
+    ],
     "select": [cuda_checks.check_select, cuda_checks.check_select_layouts, cuda_checks.check_select_invalid],
 }
 SERVED = {
     "accumulate": ["accumulate_gradient_magnitude_"],
     "bitmask": ["pack_mask", "unpack_mask", "mask_row_counts", "mask_occupancy", "gather_masked", "scatter_masked_"],
     "gather": ["add_gathered_lora_", "add_gathered_values_", "sampled_gradient", "sampled_factor_gradients"],
+    "least_squares": ["masked_least_squares_rows_"],
     "select": ["select_top_k"],
 }
 
@@ -174,6 +180,13 @@ MUTATIONS = {
     "sample_products, exchange": ("gather", "upper ? parts[i] : parts[i + kHalf]", "parts[i + kHalf]", 2),
     "sum_ranges": ("gather", "range < ranges; ++range", "range + 1 < ranges; ++range", 2),
     "contract": ("gather", "gradient[order[j]]", "gradient[j]", 3),
+    "find_support": ("least_squares", "__ffs(word) - 1)", "(__ffs(word) - 1 ^ 1))", 0),
+    "find_support, wide rows": ("least_squares", "    before = found;", "    before = 0;", 0),
+    "factor": ("least_squares", "row[k] -= own * column[k - 1]", "row[k] -= own * column[k]", 0),
+    "factor, singular": ("least_squares", "kPivotTolerance * n * diagonal[j]", "-1e-9", 2),
+    "invert": ("least_squares", "value *= -sum;", "value *= sum;", 0),
+    "solve_rows": ("least_squares", "y[i] -= a[row_offset(j) + i] * x", "y[i] -= a[row_offset(i) + j] * x", 0),
+    "solve_rows, order": ("least_squares", "const int64_t index = s.order[r];", "const int64_t index = r;", 1),
     "count_digits": ("select", "if (t < head) count_one", "if (t < head - 1) count_one", 1),
     "find_digit": ("select", "needed <= above + counts[i]", "needed < above + counts[i]", 0),
     "pack_above": ("select", "key > above", "key >= above", 0),

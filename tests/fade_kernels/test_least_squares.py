@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import OPS, generator, opcheck, relative_error
 
-from fade_kernels import BitMask, least_squares, masked_least_squares, masked_least_squares_prices, reference
+from fade_kernels import BitMask, masked_least_squares, masked_least_squares_prices, reference
+from fade_kernels.cuda import least_squares
 
 
 def problem(
@@ -21,9 +22,14 @@ def problem(
 
 
 def kernels(rhs: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """What the registered kernel and the composition for CUDA answer, prices included."""
+    """What the registered kernel and the compositions for CUDA answer, prices included: by torch alone, and with its
+    smaller rows in launches by size, whose kernel is the definition here."""
     arguments = (rhs, gram, reference.pack_mask(mask), int(mask.sum()), True)
-    return [OPS.masked_least_squares(*arguments), least_squares.padded_masked_least_squares(*arguments)]
+    return [
+        OPS.masked_least_squares(*arguments),
+        least_squares.padded_masked_least_squares(*arguments),
+        least_squares.masked_least_squares(*arguments, launches=(1, 7, 12)),
+    ]
 
 
 def check(rhs: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, tolerance: float) -> None:

@@ -8,6 +8,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -202,6 +203,7 @@ T __shfl_xor_sync(unsigned, T value, int lanes) {
   return emulation::from_word<T>(emulation::exchange(emulation::to_word(value))[source]);
 }
 
+inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline int __ffs(int word) { return __builtin_ffs(word); }
 
@@ -225,6 +227,13 @@ template <typename T, typename U>
 T atomicMax(T* target, U value) {
   const T old = *target;
   if (old < value) *target = value;
+  return old;
+}
+
+template <typename T, typename U>
+T atomicMin(T* target, U value) {
+  const T old = *target;
+  if (value < old) *target = value;
   return old;
 }
 
