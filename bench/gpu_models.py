@@ -8,7 +8,8 @@ which edits in closed form and then trains, a few steps unmeasured first, so tha
 
     {"schema": 1, "kind": "GPU models", "environment", "rows": [
         {"case", "method", "dtype", "checkpointing", "pixels", "latents" of a step, "steps",
-         "seconds": {part: seconds}, "planned": {stage: bytes}, "measured": {stage: bytes}, "run": said by the run}
+         "seconds": {part: seconds}, "planned": {stage: bytes}, "measured": {stage: bytes}, "others": bytes of the
+         pipeline's other parts, where they stay on the device meanwhile, "run": said by the run}
         | {"case", "failed": why}]}
 """
 
@@ -85,21 +86,23 @@ def random_pipeline(case: Case, device: str) -> Any:
     return pipeline.to(device, torch.bfloat16)
 
 
-def run_case(name: str, device: str) -> Iterator[dict[str, Any]]:
+def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """A row for each method."""
     import warnings
 
     import torch
 
     import fade
+    from fade.backbones import backbone_for
     from fade.planning import plan
 
     warnings.simplefilter("ignore")
     case = CASES[name]
     began = time.perf_counter()
     pipeline = random_pipeline(case, device)
+    denoiser = backbone_for(pipeline).denoiser
     print(f"{name}: made in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-    for method in case.methods:
+    for method in methods or case.methods:
         changes = {
             "data__forget_samples": 2 * case.half, "data__retain_samples": 2 * case.half, "data__sampling_steps": 2,
             "data__batch_size": 2 * case.half, "data__resolution": case.pixels, "locate__batch_size": 2 * case.half,
@@ -122,12 +125,14 @@ def run_case(name: str, device: str) -> Iterator[dict[str, Any]]:
         column = plan(case.model, config, case.pixels, ("bf16",), on_gpu=device != "cpu").columns[0]
         mode = "checkpointed" if case.checkpointing else "plain"
         planned = {stage: column.peaks[stage][mode] for stage in STAGES}
-        record = {key: value for key, value in said.items() if key not in ("seconds", "peak_memory_bytes", "losses")}
+        stay = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module) and p is not denoiser]
+        others = 0 if config.needs_latents else sum(w.numel() * w.element_size() for p in stay for w in p.parameters())
+        record = {key: said[key] for key in ("steps", "training_mode", "cuda_graph", "residual") if key in said}
         yield {
             "case": name, "method": method, "dtype": "bfloat16", "checkpointing": case.checkpointing,
             "pixels": case.pixels, "latents": 2 * case.half, "steps": steps if trains else 0,
             "seconds": {**said["seconds"], "all": took}, "planned": planned,
-            "measured": said["peak_memory_bytes"], "run": record,
+            "measured": said["peak_memory_bytes"], "others": others, "run": record,
         }  # fmt: skip
         if device != "cpu":
             torch.cuda.empty_cache()
@@ -136,18 +141,20 @@ def run_case(name: str, device: str) -> Iterator[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_models", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--methods", nargs="+", help="in place of the case's own")
     parser.add_argument("--case", action="append", choices=CASES, help="repeat for several; default: all real ones")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu_models.json")
     parser.add_argument("--seconds", type=float, default=600, help="that a case may take at most (default: 600)")
     parser.add_argument("--run", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.run:
-        for row in run_case(arguments.run, arguments.device):
+        for row in run_case(arguments.run, arguments.device, arguments.methods):
             print(json.dumps(row, default=str), flush=True)
         return 0
     payload: dict[str, Any] = {"schema": SCHEMA, "kind": "GPU models", "environment": environment(), "rows": []}
     for name in arguments.case or [name for name in CASES if name != "toy"]:
         command = [sys.executable, "-m", "bench.gpu_models", "--run", name, "--device", arguments.device]
+        command += ["--methods", *arguments.methods] if arguments.methods else []
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             out, said = process.communicate(timeout=arguments.seconds)
@@ -174,7 +181,8 @@ def show(payload: dict[str, Any]) -> None:
         seconds = row["seconds"]
         step = f"{seconds['overwrite'] / row['steps']:.2f}" if row["steps"] else "-"
         memory = [
-            f"{row['measured'].get(stage, 0) / 1e9:.2f} ({(row['planned'][stage] or 0) / 1e9:.2f})" for stage in STAGES
+            f"{row['measured'].get(stage, 0) / 1e9:.2f} ({((row['planned'][stage] or 0) + row['others']) / 1e9:.2f})"
+            for stage in STAGES
         ]
         parts = [f"{seconds.get(part, 0):.2f}" for part in ("data", *STAGES)]
         table.append([row["case"], row["method"], *parts, step, *memory])

@@ -19,7 +19,7 @@ is needed. The edit changes what the text means to the denoiser, not what the de
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -318,6 +318,15 @@ def normal_equations(
         rows, rhs, gram, torch.stack(wanted).double(), energies, weights / weights.sum(), forget, held, retain,
         damping, shift, protected,
     )  # fmt: skip
+
+
+def working_bytes(systems: Collection[tuple[int, int]]) -> tuple[int, int, int]:
+    """Of equations by their entries R K and columns K: the bytes of all, and the most that choosing entries and that
+    solving takes beside them."""
+    entries = [count for count, _ in systems]
+    held = sum(8 * count + 8 * 8 * columns**2 for count, columns in systems)
+    # Scores, what is gained by an entry more (float64, then float32), and where entries are already.
+    return held, 17 * max(entries, default=0), 5 * max(entries, default=0)
 
 
 def _cuts(layers: Mapping[str, nn.Module], regions: Mapping[str, Region] | None) -> tuple[dict[str, slice], slice]:

@@ -4,6 +4,7 @@ file; here they only follow one another, and a later part never reaches into an 
 import contextlib
 import dataclasses
 import json
+import math
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from fade.closed_form import (
     shares,
     solution,
     token_statistics,
+    working_bytes,
 )
 from fade.concept import Concept, Pair, mentions, together
 from fade.concept import beside as concept_beside
@@ -51,7 +53,7 @@ from fade.distillation import Trained
 from fade.distillation import overwrite as run_overwrite
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents, warn_of_retain_prompts
-from fade.measure import Measurement, measured
+from fade.measure import Measurement, free_memory, measured
 from fade.methods import Editing
 from fade.modes import evaluation_mode, out_of_inference_mode, plain_mode
 from fade.objective import Objective
@@ -63,6 +65,9 @@ from fade.saliency import Located, kept_units, locate, located_in, plan_of, unit
 from fade_kernels import BitMask
 
 __all__ = ["ADAPTER_FILE", "unlearn", "unlearn_each"]
+
+ROOM = 0.8
+"""Part of the free memory that solving may take with everything else left where it is."""
 
 
 @plain_mode()
@@ -338,7 +343,7 @@ def _run(
             kept = folder if latents is not None else None
             if kept is not None:
                 kept.begin_with(latents, prompts, backbone)
-            with backbone.only_denoiser_on_device():
+            with _others_waiting(backbone, layers, regions, config):
                 bring_to_its_device(backbone.called_denoiser)
                 if config.needs_latents:
                     refuse_untrainable(target_layers(denoiser), backbone.dtype, backbone.device)
@@ -475,6 +480,31 @@ def text_path(backbone: Backbone, layers: Mapping[str, nn.Module]) -> dict[str, 
     """Those of the layers that read the prompt alone."""
     readers = frozenset().union(*backbone.text_layers().values())
     return {name: layer for name, layer in layers.items() if name in readers}
+
+
+def solving_bytes(
+    backbone: Backbone, layers: Mapping[str, nn.Module], regions: Mapping[str, Region]
+) -> tuple[int, int, int]:
+    """`fade.closed_form.working_bytes` of the layers that read the prompt alone."""
+    areas = {name: math.prod(shape) for name, shape in target_shapes(layers, regions).items()}
+    entries: dict[tuple[str, int], int] = {}
+    for reader, names in backbone.text_layers().items():
+        for name in names & layers.keys():
+            columns = matrix_shape(layers[name])[1]
+            entries[reader, columns] = entries.get((reader, columns), 0) + areas[name]
+    return working_bytes([(count, columns) for (_, columns), count in entries.items()])
+
+
+def _others_waiting(
+    backbone: Backbone, layers: Mapping[str, nn.Module], regions: Mapping[str, Region], config: Config
+) -> contextlib.AbstractContextManager[None]:
+    """The denoiser alone on the device; all parts where they are, where nothing is trained and there is room: to move
+    them there and back takes longer than a closed form."""
+    if not config.needs_latents:
+        held, choosing, solving = solving_bytes(backbone, layers, regions) if config.uses_closed_form else (0, 0, 0)
+        if held + max(choosing, solving) < ROOM * free_memory(backbone.device):
+            return contextlib.nullcontext()
+    return backbone.only_denoiser_on_device()
 
 
 def edit_path(masks: Mapping[str, BitMask], readers: Collection[str]) -> str:

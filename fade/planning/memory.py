@@ -23,7 +23,7 @@ from fade.planning.passes import AdapterShapes, Passes, encoding, latent_shape
 from fade.regions import matrix_shape, target_shapes
 from fade.saliency import kept_units
 from fade.saliency_plan import SaliencyPlan, plan_saliency
-from fade.unlearning import text_path, with_targets
+from fade.unlearning import solving_bytes, text_path, with_targets
 
 Dtype = Literal["fp32", "bf16", "nf4"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
@@ -246,18 +246,10 @@ class Run:
 
     @cached_property
     def systems(self) -> tuple[int, int, int]:
-        """Bytes of the closed form's equations (`fade.closed_form.NormalEquations`, float64), and the most that
-        choosing entries and that solving takes beside them. Zeros where nothing is solved."""
+        """`solving_bytes`. Zeros where nothing is solved."""
         if not self.config.uses_closed_form:
             return 0, 0, 0
-        entries: dict[tuple[str, int], int] = {}
-        for reader, names in self.model.backbone.text_layers().items():
-            for name in names & self.layers.keys():
-                columns = matrix_shape(self.layers[name])[1]
-                entries[reader, columns] = entries.get((reader, columns), 0) + self.areas[name]
-        held = sum(8 * count + 8 * 8 * columns**2 for (_, columns), count in entries.items())
-        # Scores, what is gained by an entry more (float64, then float32), and where entries are already.
-        return held, 17 * max(entries.values()), 5 * max(entries.values())
+        return solving_bytes(self.model.backbone, self.layers, self.regions)
 
     # --- the phases ---
 
