@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fade_kernels import _ops, reference
 
-SIZES: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+SIZES: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Entries that a row of a launch has at most; rows with more are for torch's own blocking."""
 _BLOCK_BYTES = 64 * 2**20
 """Of padded blocks that torch factors at once; a single block may be larger, and it takes several such beside them."""
