@@ -698,6 +698,17 @@ def solution(
     return equations, values
 
 
+def refitted(
+    equations: NormalEquations, masks: Mapping[str, BitMask], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values on the masks that do to the forget tokens what `values` do and leave the retain tokens alone, the two
+    weighed as the equations weigh them: `solve` with Δ x_f in the place of W (x_s − x_f). Raises what `solve` raises.
+    """
+    mask = _stacked(equations, masks)
+    delta = torch.cat([values[name] for name in equations.rows])
+    return solve(dataclasses.replace(equations, rhs=_times(mask, delta, equations.forget_gram).double()), masks)
+
+
 def _singular(what: str) -> str:
     return f"the closed form has no solution ({what}); raise closed_form.damping, or give more different retain prompts"
 

@@ -140,6 +140,8 @@ def settings_for(config: Config, concepts: int, beside: bool) -> Config:
         config = config.replace(
             closed_form__retain_change=BESIDE_CHANGE * config.closed_form.retain_change, closed_form__left=None
         )
+        if config.closed_form.refit is None and config.solves and config.trains:
+            config = config.replace(closed_form__refit=True)
     return config.replace(locate__keep=min(1.0, concepts * config.locate.keep))
 
 

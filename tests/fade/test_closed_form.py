@@ -29,6 +29,7 @@ from fade.closed_form import (
     align,
     balanced,
     normal_equations,
+    refitted,
     residual,
     select,
     solution,
@@ -137,6 +138,30 @@ def test_the_solution_minimises_the_objective_on_its_mask() -> None:
     found = residual(equations, masks, values)
     assert found.forget == pytest.approx(undone / wanted, rel=1e-4)
     assert found.retain == pytest.approx(kept / 2, rel=1e-4)
+
+
+def test_refitting_keeps_what_values_do_to_the_forget_tokens_and_leaves_the_others() -> None:
+    """The minimum of Σ w ‖(Δ − Δ') x_f‖² + λ mean ‖Δ x_r‖² + μ ‖Δ‖² on the masks, Δ' being the values given."""
+    equations, layers, tokens = random_equations(11)
+    generator = torch.Generator().manual_seed(12)
+    masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.5) for n, m in layers.items()}
+    given = {name: torch.randn(mask.count, generator=generator) for name, mask in masks.items()}
+    fitted = refitted(equations, masks, given)
+    forget, _, weights, kept = tokens
+    for name, mask in masks.items():
+        delta, trained = (
+            scatter_masked_(torch.zeros(mask.shape, dtype=torch.float64), values[name].double(), mask)
+            for values in (fitted, given)
+        )
+
+        def cost(delta: torch.Tensor, trained: torch.Tensor = trained) -> torch.Tensor:
+            undone = (weights * (forget @ (delta - trained).T).square().sum(1)).sum()
+            return undone + 2.0 * (kept @ delta.T).square().sum(1).mean() + equations.shift * delta.square().sum()
+
+        delta.requires_grad_(True)
+        cost(delta).backward()
+        assert float(delta.grad[mask.unpack()].abs().max()) < 1e-4 * float(delta.grad.abs().max())
+        assert float((kept @ delta.detach().T).norm()) < float((kept @ trained.T).norm())
 
 
 def objective(equations: NormalEquations, masks: dict[str, BitMask]) -> float:
@@ -478,10 +503,38 @@ def test_training_goes_on_from_what_is_solved(tokenizer: CLIPTokenizer, quick: C
     assert (tmp_path / "out" / "latents.safetensors").exists()
 
 
+def test_an_adapter_that_acts_beside_others_is_refitted(tokenizer: CLIPTokenizer, quick: Config) -> None:
+    """It changes the concept's tokens more, beside those of what must stay, than training does."""
+    pipeline = tiny_pipeline(tokenizer)
+    config = quick.replace(overwrite__method="both", overwrite__learning_rate=0.05, locate__keep=0.3)
+    other = fade.unlearn(
+        pipeline, "horse", "car", templates=TEMPLATES, retain=["a tree"], config=solved(quick), progress=False,
+        name="other",
+    )  # fmt: skip
+    other.disable()
+    prompts = ["an image of cat", "a house", "an image of horse"]
+    before, found = keys_and_values(pipeline, prompts), {}
+    for refit in (False, None, True):
+        beside = [] if refit else [other]
+        own = config.replace(closed_form__refit=refit)
+        adapter = fade.unlearn(pipeline, **WORDS, config=own, beside=beside)
+        assert adapter.metadata["config"]["closed_form"]["refit"] == (refit is not False)
+        found[refit] = changes(before, keys_and_values(pipeline, prompts))
+        adapter.remove()
+    trained, fitted = found[False], found[None]
+    for kept in (1, 2):  # what must stay, and what is the other's
+        assert float(fitted[kept]) < 0.7 * float(trained[kept])
+        assert float(fitted[0] / fitted[kept]) > 1.05 * float(trained[0] / trained[kept])
+    assert not torch.equal(found[True], fitted)  # alone, it has more room
+    with pytest.raises(FadeError, match="refit would be ignored: the method closed-form does not train"):
+        solved(quick, closed_form__refit=True)
+
+
+@pytest.mark.parametrize("refit", [None, True])
 def test_both_resumes_where_it_was(
-    tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool | None
 ) -> None:
-    config = quick.replace(overwrite__method="both")
+    config = quick.replace(overwrite__method="both", closed_form__refit=refit)
     whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
     steps, step = [], torch.optim.AdamW.step
 
