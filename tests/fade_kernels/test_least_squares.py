@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_testing import OPS, generator, opcheck, relative_error
 
-from fade_kernels import BitMask, masked_least_squares, masked_least_squares_prices, reference
+from fade_kernels import BitMask, least_squares_by_size, masked_least_squares, masked_least_squares_prices, reference
 from fade_kernels.cuda import least_squares
 
 
@@ -140,7 +140,7 @@ def test_other_instruction_sets(monkeypatch: pytest.MonkeyPatch, capability: str
 
 
 def test_blocks_on_cuda_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(least_squares, "_BLOCK_BYTES", 8 * 30**2 * 3)
+    monkeypatch.setattr(least_squares_by_size, "_BLOCK_BYTES", 8 * 30**2 * 3)
     check(*problem(50, 60, 0.5, 11), 1e-11)
 
 
