@@ -21,7 +21,7 @@ from fade_kernels import _ops, reference
 CPU_SIZES = (256,)
 """Entries of a row that the CPU kernel takes at most: eight larger triangles leave the second-level cache, and torch's
 own blocking wins."""
-_BLOCK_BYTES = 2**25
+_BLOCK_BYTES = 2**24
 """Of blocks that are factored at once; a single one may be larger. It takes a few such beside them."""
 _ACCURACY = 1e-7
 """A row is solved through H where its solution changes no more than by this part when what it leaves of the right-hand
@@ -54,7 +54,7 @@ def masked_least_squares(
             )
     if places[-1] < rows:
         problem = _Problem(values, prices, singular, rhs, gram.double(), starts)
-        _solve_large_(problem, mask_words, order[places[-1] :])
+        _solve_large_(problem, _Supports.of(mask_words, order[places[-1] :], rhs.shape[1]))
     return values, prices, torch.where(singular == rows, -1, singular)
 
 
@@ -79,48 +79,66 @@ class _Problem:
             self.prices[place] = (x.square() / diagonal[:, None, :])[own].to(self.prices.dtype)
 
 
-def _solve_large_(problem: _Problem, mask_words: Tensor, rows: Tensor) -> None:
-    """`masked_least_squares_rows_` of the rows, by torch: one factorisation for each distinct support."""
-    columns, priced = problem.rhs.shape[1], bool(problem.prices.numel())
-    words, support_of, sharing = torch.unique(mask_words[rows], dim=0, return_inverse=True, return_counts=True)
-    members, first = rows[support_of.argsort(stable=True)], sharing.cumsum(0) - sharing
-    bits = _ops.unpack_mask(words, columns)
-    sizes, many = bits.sum(1).tolist(), sharing.tolist()
+@dataclass(frozen=True)
+class _Supports:
+    """The distinct supports of some rows: `bits` [U, K], how many columns each has, and how many rows share it."""
 
-    def batches(supports: Collection[int], block: Callable[[int], int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Supports with as many rows each and blocks of like size, and their rows [U, R]."""
+    bits: Tensor
+    sizes: list[int]
+    sharing: list[int]
+    rows: Tensor
+    first: Tensor
+    """Where a support's rows begin in `rows`."""
+
+    @classmethod
+    def of(cls, mask_words: Tensor, rows: Tensor, columns: int) -> "_Supports":
+        words, support, sharing = torch.unique(mask_words[rows], dim=0, return_inverse=True, return_counts=True)
+        bits = _ops.unpack_mask(words, columns)
+        first = sharing.cumsum(0) - sharing
+        return cls(bits, bits.sum(1).tolist(), sharing.tolist(), rows[support.argsort(stable=True)], first)
+
+    def left_out(self, u: int) -> int:
+        return self.bits.shape[1] - self.sizes[u]
+
+    def saved(self, u: int, with_prices: bool) -> int:
+        """Multiplications that H saves a support, times six: n^3 for a Cholesky factor, 6 n^2 for a row's two
+        triangles, n^3 to 3 n^3 for a triangle's inverse, 6 n^2 for a product with a matrix."""
+        columns, n, c = self.bits.shape[1], self.sizes[u], self.left_out(u)
+        work = n**3 - c**3 + self.sharing[u] * (6 * n**2 - 12 * c**2 - 30 * columns**2)
+        return work + (2 * n**3 - 3 * c**2 * n if with_prices else 0)
+
+    def batches(self, some: Collection[int], block: Callable[[int], int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Some supports in batches to factor at once, by the sizes of their blocks, and the rows [U, R] of each."""
         batch: list[int] = []
-        for u in sorted(supports, key=lambda u: (many[u], block(u))):
-            numbers = (len(batch) + 1) * max(block(u) ** 2, 4 * columns)
-            if batch and (many[u] != many[batch[0]] or 8 * numbers > _BLOCK_BYTES):
-                yield batch, _rows_of(batch)
+        for u in sorted(some, key=lambda u: (self.sharing[u], block(u))):
+            numbers = (len(batch) + 1) * max(block(u) ** 2, 4 * self.bits.shape[1])
+            if batch and (self.sharing[u] != self.sharing[batch[0]] or 8 * numbers > _BLOCK_BYTES):
+                yield batch, self._rows_of(batch)
                 batch = []
             batch.append(u)
         if batch:
-            yield batch, _rows_of(batch)
+            yield batch, self._rows_of(batch)
 
-    def _rows_of(batch: list[int]) -> Tensor:
-        return members[first[batch][:, None] + torch.arange(many[batch[0]], device=rows.device)]
+    def _rows_of(self, batch: list[int]) -> Tensor:
+        return self.rows[self.first[batch][:, None] + torch.arange(self.sharing[batch[0]], device=self.rows.device)]
 
-    def left_out(u: int) -> int:
-        return columns - sizes[u]
 
-    # Multiplications, times three: a Cholesky factor of n columns takes n^3, its inverse 3 n^3, H in all 3 columns^3.
-    through, saved = [u for u, n in enumerate(sizes) if left_out(u) < n], 0
-    for u in through:
-        n, c = sizes[u], left_out(u)
-        saved += n**3 - c**3 + (3 * n**3 - 3 * c**2 * n if priced else 0)
-    inverse = _inverse(problem.gram) if saved > 3 * columns**3 else None
-    direct = set(range(len(sizes)))
+def _solve_large_(problem: _Problem, supports: _Supports) -> None:
+    """`masked_least_squares_rows_` of the rows, by torch: one factorisation for each distinct support."""
+    columns, with_prices = len(problem.gram), problem.prices.numel() > 0
+    saved = {u: supports.saved(u, with_prices) for u in range(len(supports.sizes))}
+    direct, through = set(saved), {u for u, work in saved.items() if work > 0}
+    inverse = _inverse(problem.gram) if sum(saved[u] for u in through) > 3 * columns**3 else None
     if inverse is not None:
-        direct -= set(through)
-        inaccurate = [
-            (batch, _solve_through_inverse_(problem, inverse, bits[batch], batch_rows, max(map(left_out, batch))))
-            for batch, batch_rows in batches(through, left_out)
+        direct -= through
+        found = [
+            (batch, _solve_through_inverse_(problem, inverse, supports.bits[batch], rows))
+            for batch, rows in supports.batches(through, supports.left_out)
         ]
-        direct |= {u for batch, found in inaccurate for u, bad in zip(batch, found.tolist(), strict=True) if bad}
-    for batch, batch_rows in batches(direct, sizes.__getitem__):
-        _solve_directly_(problem, bits[batch], batch_rows, max(sizes[u] for u in batch))
+        for batch, inaccurate in found:
+            direct |= {u for u, again in zip(batch, inaccurate.tolist(), strict=True) if again}
+    for batch, rows in supports.batches(direct, supports.sizes.__getitem__):
+        _solve_directly_(problem, supports.bits[batch], rows)
 
 
 def _inverse(gram: Tensor) -> Tensor | None:
@@ -136,17 +154,20 @@ def _inverse(gram: Tensor) -> Tensor | None:
     return torch.cholesky_inverse(factor)
 
 
-def _columns_of(bits: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The set columns of each row [U, K] in order, padded with others to [U, most], and which are none of those."""
+def _columns_of(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """The set columns of each row [U, K] in order, padded with others to the most of a row, and which are its own."""
+    sizes = bits.sum(1, keepdim=True)
+    most = int(sizes.max())
     order = bits.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return order, torch.arange(most, device=bits.device) < bits.sum(1, keepdim=True)
+    return order, torch.arange(most, device=bits.device) < sizes
 
 
 def _blocks(matrix: Tensor, columns: Tensor, own: Tensor) -> Tensor:
     """The matrix on each list of columns, padded with rows of the identity: [U, n, n]."""
-    identity = torch.eye(columns.shape[1], dtype=matrix.dtype, device=matrix.device)
     blocks = matrix[columns[:, :, None], columns[:, None, :]]
-    return torch.where(own[:, :, None] & own[:, None, :], blocks, identity)
+    blocks.masked_fill_(~own[:, :, None], 0.0).masked_fill_(~own[:, None, :], 0.0)
+    blocks.diagonal(dim1=1, dim2=2).masked_fill_(~own, 1.0)
+    return blocks
 
 
 def _pieces(rows: Tensor, columns: int) -> Iterator[Tensor]:
@@ -154,58 +175,66 @@ def _pieces(rows: Tensor, columns: int) -> Iterator[Tensor]:
     yield from rows.split(max(1, _BLOCK_BYTES // (32 * columns * len(rows))), dim=1)
 
 
-def _solve_directly_(problem: _Problem, bits: Tensor, rows: Tensor, most: int) -> None:
-    """Rows [U, R] of supports [U, K] of at most `most` columns, with the Cholesky factors of G[S, S]."""
-    support, own = _columns_of(bits, most)
+def _parts(columns: int, rows: int) -> Iterator[slice]:
+    """Columns of a matrix of so many rows, as many at a time as the bytes hold."""
+    width = max(1, _BLOCK_BYTES // (8 * max(1, rows)))
+    yield from (slice(begin, min(begin + width, columns)) for begin in range(0, columns, width))
+
+
+def _squared_lengths(factor: Tensor, right: Tensor) -> Tensor:
+    """Those of the columns of L^-1 R, for L [U, n, n] and R [U or 1, n, m]: [U, m]."""
+    return torch.linalg.solve_triangular(factor, right, upper=False).square_().sum(1)
+
+
+def _solve_directly_(problem: _Problem, bits: Tensor, rows: Tensor) -> None:
+    """Rows [U, R] of supports [U, K], with the Cholesky factors of G[S, S]."""
+    support, own = _columns_of(bits)
     blocks = _blocks(problem.gram, support, own)
     factor, info = torch.linalg.cholesky_ex(blocks)
     pivots, given = factor.diagonal(dim1=1, dim2=2).square(), blocks.diagonal(dim1=1, dim2=2)
-    tolerance = reference.pivot_tolerance(1) * bits.sum(1, keepdim=True)
+    tolerance = reference.pivot_tolerance(1) * own.sum(1, keepdim=True)
     failed = (info != 0) | ~(pivots > tolerance * given).all(1)
-    identity = torch.eye(most, dtype=torch.float64, device=rows.device)
-    factor = torch.where(failed[:, None, None], identity, factor)
-    problem.singular.copy_(
-        torch.minimum(problem.singular, torch.where(failed[:, None], rows, len(problem.rhs)).min())
-    )
     del blocks
+    if bool(failed.any()):
+        factor[failed] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+        problem.singular.clamp_(max=rows[failed].min())
     diagonal = None
     if problem.prices.numel():
-        diagonal = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).square_().sum(1)
-    for piece in _pieces(rows, problem.rhs.shape[1]):
-        at = support[:, None, :].expand(*piece.shape, most)
+        diagonal = torch.zeros_like(own, dtype=torch.float64)
+        for part in _parts(own.shape[1], own.numel()):
+            # Column j of a triangle's inverse begins with row j.
+            triangle = factor[:, part.start :, part.start :]
+            one = torch.eye(triangle.shape[1], part.stop - part.start, dtype=factor.dtype, device=factor.device)
+            diagonal[:, part] = _squared_lengths(triangle, one)
+    for piece in _pieces(rows, len(problem.gram)):
+        at = support[:, None, :].expand(*piece.shape, -1)
         right = torch.where(own[:, None, :], problem.rhs[piece].gather(2, at).double(), 0.0)
         x = torch.cholesky_solve(right.mT, factor).mT
         problem.write_(piece, own, x, diagonal)
 
 
-def _solve_through_inverse_(problem: _Problem, inverse: Tensor, bits: Tensor, rows: Tensor, most: int) -> Tensor:
-    """Rows [U, R] of supports [U, K] that leave out at most `most` columns, with the Cholesky factors of H[C, C].
-
-    Returns which supports' answers are not accurate enough [U].
-    """
-    outside, left_out = _columns_of(~bits, most)
-    support, own = _columns_of(bits, int(bits.sum(1).max()))
+def _solve_through_inverse_(problem: _Problem, inverse: Tensor, bits: Tensor, rows: Tensor) -> Tensor:
+    """Rows [U, R] of supports [U, K], with the Cholesky factors of H[C, C]. Which are not accurate enough: [U]."""
+    support, own = _columns_of(bits)
+    outside, left_out = _columns_of(~bits)
     factor, info = torch.linalg.cholesky_ex(_blocks(inverse, outside, left_out))
     inaccurate = info != 0
     diagonal = None
     if problem.prices.numel():
         diagonal = inverse.diagonal()[support]
-        width = max(1, _BLOCK_BYTES // (8 * max(1, outside.numel())))
-        for begin in range(0, support.shape[1] if most else 0, width):
-            part = slice(begin, begin + width)
-            crossing = inverse[outside[:, :, None], support[:, None, part]]
-            crossing.masked_fill_(~left_out[:, :, None], 0.0)
-            diagonal[:, part] -= torch.linalg.solve_triangular(factor, crossing, upper=False).square_().sum(1)
+        for part in _parts(support.shape[1], outside.numel()):
+            crossing = inverse[outside[:, :, None], support[:, None, part]].masked_fill_(~left_out[:, :, None], 0.0)
+            diagonal[:, part] -= _squared_lengths(factor, crossing)
         inaccurate |= ~((diagonal > 0) | ~own).all(1)
     within = bits[:, None, :]
 
     def solved(right: Tensor) -> Tensor:
-        at = outside[:, None, :].expand(*right.shape[:2], most)
+        at = outside[:, None, :].expand(*right.shape[:2], -1)
         over = torch.where(left_out[:, None, :], (right @ inverse).gather(2, at), 0.0)
         return (right.scatter_add(2, at, -torch.cholesky_solve(over.mT, factor).mT) @ inverse).mul_(within)
 
     lengths = problem.gram.diagonal().sqrt()
-    for piece in _pieces(rows, problem.rhs.shape[1]):
+    for piece in _pieces(rows, len(inverse)):
         right = torch.where(within, problem.rhs[piece].double(), 0.0)
         x = solved(right)
         correction = solved((right - x @ problem.gram).mul_(within))
