@@ -3,7 +3,7 @@
 A row with support S needs (G[S, S])^-1. Small supports go to `masked_least_squares_rows_` (csrc/cpu/least_squares.cpp,
 csrc/cuda/least_squares.cu), in launches of like size. Larger ones are factored by torch's batched Cholesky, and by
 whichever is less work: G[S, S] itself, or, with H = G^-1 once for all rows, H[C, C] for the columns C that the support
-leaves out. For x = z H with z = b on S solves the row exactly where z on C is such that x vanishes there:
+leaves out: x = z H with z = b on S solves the row exactly where z on C is such that x vanishes there:
 
     z[C] = -(b H)[C] (H[C, C])^-1        ((G[S, S])^-1)[j, j] = H[j, j] - H[j, C] (H[C, C])^-1 H[C, j].
 
@@ -25,8 +25,8 @@ _BLOCK_BYTES = 2**24
 """Of blocks that are factored at once; a single one may be larger. It takes a few such beside them."""
 _ACCURACY = 1e-7
 """A row is solved through H where its solution changes no more than by this part when what it leaves of the right-hand
-side is solved for in turn. That part is the error of the inverse that prices are made of (within a factor of 3, for
-Gram matrices of condition 1e6 to 1e14), and its square what is then left in the values."""
+side is solved for in turn. The prices have an error of that part (at most twice as much in Gram matrices of
+condition 1e6 to 1e14), the values one of its square."""
 
 
 def masked_least_squares(
@@ -81,9 +81,10 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Supports:
-    """The distinct supports of some rows: `bits` [U, K], how many columns each has, and how many rows share it."""
+    """The distinct supports of some rows: their words, how many columns each has, and how many rows share it."""
 
-    bits: Tensor
+    words: Tensor
+    columns: int
     sizes: list[int]
     sharing: list[int]
     rows: Tensor
@@ -93,34 +94,35 @@ class _Supports:
     @classmethod
     def of(cls, mask_words: Tensor, rows: Tensor, columns: int) -> "_Supports":
         words, support, sharing = torch.unique(mask_words[rows], dim=0, return_inverse=True, return_counts=True)
-        bits = _ops.unpack_mask(words, columns)
+        sizes = _ops.mask_row_counts(words, columns).tolist()
         first = sharing.cumsum(0) - sharing
-        return cls(bits, bits.sum(1).tolist(), sharing.tolist(), rows[support.argsort(stable=True)], first)
+        return cls(words, columns, sizes, sharing.tolist(), rows[support.argsort(stable=True)], first)
 
     def left_out(self, u: int) -> int:
-        return self.bits.shape[1] - self.sizes[u]
+        return self.columns - self.sizes[u]
 
     def saved(self, u: int, with_prices: bool) -> int:
         """Multiplications that H saves a support, times six: n^3 for a Cholesky factor, 6 n^2 for a row's two
         triangles, n^3 to 3 n^3 for a triangle's inverse, 6 n^2 for a product with a matrix."""
-        columns, n, c = self.bits.shape[1], self.sizes[u], self.left_out(u)
-        work = n**3 - c**3 + self.sharing[u] * (6 * n**2 - 12 * c**2 - 30 * columns**2)
+        n, c = self.sizes[u], self.left_out(u)
+        work = n**3 - c**3 + self.sharing[u] * (6 * n**2 - 12 * c**2 - 30 * self.columns**2)
         return work + (2 * n**3 - 3 * c**2 * n if with_prices else 0)
 
-    def batches(self, some: Collection[int], block: Callable[[int], int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Some supports in batches to factor at once, by the sizes of their blocks, and the rows [U, R] of each."""
+    def batches(self, some: Collection[int], block: Callable[[int], int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Some supports in batches to factor at once, by their blocks' sizes, with bits [U, K] and rows [U, R]."""
         batch: list[int] = []
         for u in sorted(some, key=lambda u: (self.sharing[u], block(u))):
-            numbers = (len(batch) + 1) * max(block(u) ** 2, 4 * self.bits.shape[1])
+            numbers = (len(batch) + 1) * max(block(u) ** 2, 4 * self.columns)
             if batch and (self.sharing[u] != self.sharing[batch[0]] or 8 * numbers > _BLOCK_BYTES):
-                yield batch, self._rows_of(batch)
+                yield batch, *self._of(batch)
                 batch = []
             batch.append(u)
         if batch:
-            yield batch, self._rows_of(batch)
+            yield batch, *self._of(batch)
 
-    def _rows_of(self, batch: list[int]) -> Tensor:
-        return self.rows[self.first[batch][:, None] + torch.arange(self.sharing[batch[0]], device=self.rows.device)]
+    def _of(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+        place = self.first[batch][:, None] + torch.arange(self.sharing[batch[0]], device=self.rows.device)
+        return _ops.unpack_mask(self.words[batch], self.columns), self.rows[place]
 
 
 def _solve_large_(problem: _Problem, supports: _Supports) -> None:
@@ -132,13 +134,13 @@ def _solve_large_(problem: _Problem, supports: _Supports) -> None:
     if inverse is not None:
         direct -= through
         found = [
-            (batch, _solve_through_inverse_(problem, inverse, supports.bits[batch], rows))
-            for batch, rows in supports.batches(through, supports.left_out)
+            (batch, _solve_through_inverse_(problem, inverse, bits, rows))
+            for batch, bits, rows in supports.batches(through, supports.left_out)
         ]
         for batch, inaccurate in found:
             direct |= {u for u, again in zip(batch, inaccurate.tolist(), strict=True) if again}
-    for batch, rows in supports.batches(direct, supports.sizes.__getitem__):
-        _solve_directly_(problem, supports.bits[batch], rows)
+    for _, bits, rows in supports.batches(direct, supports.sizes.__getitem__):
+        _solve_directly_(problem, bits, rows)
 
 
 def _inverse(gram: Tensor) -> Tensor | None:
