@@ -20,15 +20,14 @@ def masked_least_squares(rhs: Tensor, gram: Tensor, mask: BitMask) -> Tensor:
         rhs: [N, K], float32 or float64, any strides.
         gram: [K, K] in the same dtype, symmetric; positive definite on every row's support.
         mask: of shape (N, K). Rows may be empty or full. Rows of equal support share one factorisation, on CUDA where
-            it has more than 512 columns. A support of most columns costs no more than one of the few that it leaves
+            it has more than 256 columns. A support of most columns costs no more than one of the few that it leaves
             out, once gram is inverted for several such rows.
 
     Returns:
         [mask.count] in rhs's dtype, row-major over the mask, as `scatter_masked_` takes it. Not differentiable. The
-        result of a row with at most 256 entries (on CUDA 512, with its compiled kernel) depends on neither the other
-        rows nor the number of threads. That of a larger one does in rounding: both may change how the products of
-        torch's libraries are summed, and other rows whether the inverse of gram pays. Its residual is that of a
-        Cholesky solution either way.
+        result of a row with at most 256 entries, of the compiled kernels, depends on neither the other rows nor the
+        number of threads. That of a larger one does in rounding: both may change how torch's libraries sum products,
+        and other rows whether the inverse of gram pays. Its residual is that of a Cholesky solution either way.
 
     Raises:
         TypeError: other dtypes. ValueError: shapes or devices that do not fit, a Gram matrix that is not symmetric,
