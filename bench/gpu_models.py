@@ -95,6 +95,7 @@ def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> It
     import fade
     from fade.backbones import backbone_for
     from fade.planning import plan
+    from fade.training_mode import device_memory
 
     warnings.simplefilter("ignore")
     case = CASES[name]
@@ -122,7 +123,8 @@ def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> It
             said = adapter.run
             adapter.remove()
             print(f"{name}, {method}, {steps} steps: {took:.1f} s", file=sys.stderr, flush=True)
-        column = plan(case.model, config, case.pixels, ("bf16",), on_gpu=device != "cpu").columns[0]
+        on_gpu, size = device != "cpu", device_memory(denoiser.device)
+        column = plan(case.model, config, case.pixels, ("bf16",), on_gpu, size).columns[0]
         mode = "checkpointed" if case.checkpointing else "plain"
         planned = {stage: column.peaks[stage][mode] for stage in STAGES}
         stay = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module) and p is not denoiser]

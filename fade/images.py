@@ -357,6 +357,13 @@ def readable(
         yield picture, image
 
 
+def refuse_unreadable(found: PictureFolder) -> None:
+    """Raises FadeError where no picture of a folder can be read; looks no further than the first that can."""
+    unreadable: dict[str, str] = {}
+    if next(readable(found.pictures, 8, unreadable), None) is None:
+        report_unreadable(found.folder, unreadable, read=False)
+
+
 def report_unreadable(folder: Path, unreadable: Mapping[str, str], read: bool) -> None:
     """Warns of the images that `readable` skipped, if any. Raises FadeError where none could be `read`."""
     if not unreadable:

@@ -75,7 +75,8 @@ def plan(
 
     if batch_size is not None:
         chosen = with_batch(chosen, batch_size)
-    made = count(model, chosen, size, (dtype,) if dtype else ("fp32", "bf16", "nf4"), on_gpu=not cpu)
+    dtypes = (dtype,) if dtype else ("fp32", "bf16", "nf4")
+    made = count(model, chosen, size, dtypes, on_gpu=not cpu, device_bytes=room or _memory(cpu))
     if room is None:
         room = _free(cpu)
     found = [] if room is None else [advise(made.run, column.dtype, room) for column in made.columns]
@@ -94,6 +95,15 @@ def _free(cpu: bool) -> int | None:
     from fade.measure import free_memory
 
     return None if cpu or not torch.cuda.is_available() else int(0.9 * free_memory("cuda"))
+
+
+def _memory(cpu: bool) -> int | None:
+    """Of this machine's GPU; None where there is none."""
+    import torch
+
+    from fade.training_mode import device_memory
+
+    return None if cpu or not torch.cuda.is_available() else device_memory(torch.device("cuda"))
 
 
 def _table(made: "Plan") -> "Table":
@@ -133,6 +143,9 @@ def _table(made: "Plan") -> "Table":
     row("adapter", _count(run.adapter.numbers), [run.adapter_bytes] * each)
     if config.trains:
         row("gradients, optimiser", "", [3 * run.adapter_bytes] * each)
+        rounded = [run.rounded_bytes(column.dtype) for column in columns]
+        if any(rounded):
+            row("rounded weights of a step", "", [size or None for size in rounded])
         step = f"activations of {run.step_latents} latents"
         row(step, "", [column.activations["plain"] for column in columns])
         row("   with gradient checkpointing", "", [column.activations["checkpointed"] for column in columns])

@@ -26,7 +26,7 @@ from fade.evaluation.metrics.metric import Drawn, Metric, Value
 from fade.evaluation.metrics.phrasings import PhrasingResult, held_out, own_prompts
 from fade.evaluation.metrics.registry import METRICS, known_metrics
 from fade.evaluation.metrics.unlearncanvas import cell_accuracy, metrics_of_several, receiver_accuracy
-from fade.images import find_pictures
+from fade.images import find_pictures, refuse_unreadable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -263,6 +263,8 @@ def evaluate(
     if real is not None and instruments["features"] is None:
         raise FadeError(f"real pictures cannot be compared without {_GIVEN_BY['features']}")
     found = None if real is None else find_pictures(real)
+    if found is not None:
+        refuse_unreadable(found)  # before anything is drawn
     if not isinstance(phrasings, bool):
         own_prompts(phrasings, pairs_in(concept))
     for metric in asked:

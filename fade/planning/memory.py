@@ -23,6 +23,7 @@ from fade.planning.passes import AdapterShapes, Passes, encoding, latent_shape
 from fade.regions import matrix_shape, target_shapes
 from fade.saliency import kept_units
 from fade.saliency_plan import SaliencyPlan, plan_saliency
+from fade.training_mode import memory_plan
 from fade.unlearning import solving_bytes, text_path, with_targets
 
 Dtype = Literal["fp32", "bf16", "nf4"]
@@ -170,6 +171,8 @@ class Run:
     model: Model
     config: Config
     on_gpu: bool = True
+    device_bytes: int | None = None
+    """Of the GPU, where it is known: what it takes to keep rounded weights there."""
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
@@ -311,12 +314,22 @@ class Run:
                 one = math.prod(self.model.latent) * DTYPES[dtype].itemsize
                 pool = 2 * one * self.step_latents * self.config.overwrite.pool
             # Beside the adapter its gradients and two moments of AdamW; GIFT's start and gradients before the pull.
-            beside = (5 if self.config.overwrite.gift else 3) * self.adapter_bytes + pool
+            beside = (5 if self.config.overwrite.gift else 3) * self.adapter_bytes + pool + self.rounded_bytes(dtype)
             if self.config.overwrite.ekpc:
                 most = max(most, self.importance_bytes(dtype, checkpointing))
                 beside += 2 * 4 * self.kept  # importances and where the values began
             most = max(most, self.step_bytes(dtype, checkpointing) + beside)
         return self.mask_bytes + self.adapter_bytes + most
+
+    def rounded_bytes(self, dtype: Dtype) -> int:
+        """Of the weights of layers that train in one product (`fade.training_mode`), at most: of all of them where the
+        device is known to be large enough to keep them, else of the largest. 0 where there is nothing to round."""
+        overwrite = self.config.overwrite
+        if not self.on_gpu or dtype != "bf16" or overwrite.training_mode == "exact":
+            return 0
+        sizes = [2 * math.prod(matrix_shape(self.layers[name])) for name in self.editable]
+        keep = overwrite.cuda_graph == "on" or memory_plan(sum(sizes), self.device_bytes or 0) == "kept"
+        return sum(sizes) if keep else max(sizes, default=0)
 
     def importance_bytes(self, dtype: Dtype, checkpointing: bool) -> int:
         """What EKPC takes before the training to measure every weight's importance, all of it on the device."""
@@ -404,11 +417,13 @@ def plan(
     size: int | None = None,
     dtypes: tuple[Dtype, ...] = ("fp32", "bf16", "nf4"),
     on_gpu: bool = True,
+    device_bytes: int | None = None,
 ) -> Plan:
     """The memory of a run on a model (a diffusers folder, a bundled or a shipped name) with these settings, of pictures
-    of `size` pixels a side (default: the model's own). Nothing is loaded or downloaded.
+    of `size` pixels a side (default: the model's own), on a GPU of `device_bytes` if that is known. Nothing is loaded
+    or downloaded.
 
     Raises FadeError for an unknown model, a folder without configurations, a size or target that the model cannot have.
     """
-    run = Run(Model.of(model, size), config or Config(), on_gpu)
+    run = Run(Model.of(model, size), config or Config(), on_gpu, device_bytes)
     return Plan(run, tuple(run.column(dtype) for dtype in dtypes))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fade_kernels import least_squares_by_size
 
-SIZES: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+SIZES: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Entries that a row of a launch has at most; rows with more are for torch's own blocking."""
 
 

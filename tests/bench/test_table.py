@@ -41,7 +41,8 @@ def test_every_method_meets_every_concept_and_every_attack() -> None:
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def run(cell: Cell, folder: Path) -> dict[str, Any]:
+    def run(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
+        assert device == "a device"
         asked.append(cell.method)
         if cell.method == "ssd":
             return row(cell, reason="the process failed: no luck")
@@ -50,11 +51,11 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(table, "_run", run)
     todo = [Cell("digitcanvas", method, "three", "eight", 0, ("removal",)) for method in ("uce", "ssd", "both")]
     path = tmp_path / "table.json"
-    table.fill(todo[:2], path, tmp_path / "cells", 1, True)
-    table.fill(todo, path, tmp_path / "cells", 1, True)
+    table.fill(todo[:2], path, tmp_path / "cells", 1, True, "a device")
+    table.fill(todo, path, tmp_path / "cells", 1, True, "a device")
     assert asked == ["uce", "ssd", "both"]
     more = [Cell("digitcanvas", "uce", "three", "eight", 0, ("removal", "completion"))]  # an attack that it lacks
-    table.fill(more, path, tmp_path / "cells", 1, True)
+    table.fill(more, path, tmp_path / "cells", 1, True, "a device")
     assert asked[3:] == ["uce"]
     assert [found["method"] for found in json.loads(path.read_text())["rows"]] == ["uce", "ssd", "both"]
 

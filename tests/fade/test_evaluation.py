@@ -301,7 +301,9 @@ def test_clip_judge_says_what_is_wrong(tiny_clip: Path, tmp_path: Path) -> None:
         ClipJudge(tmp_path, ["three", "eight"])
 
 
-def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_clip: Path, tmp_path: Path) -> None:
+def test_evaluating_another_pipeline_with_a_clip_judge(
+    pipeline: object, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = random_adapter(pipeline, strength=2.0)
     options = {"seeds": (1, 2), "steps": 2, "progress": False, "judge": str(tiny_clip), "classes": ["horse"]}
     evaluation = evaluate(pipeline, adapter, **options)
@@ -329,6 +331,13 @@ def test_evaluating_another_pipeline_with_a_clip_judge(pipeline: object, tiny_cl
         pipeline, adapter, **options, baseline=evaluation, features=str(tiny_clip), real=real, wanted=["KID-real"]
     )
     assert compared.metrics["KID-real"] is not None and compared.settings["real"] == "5 pictures in real"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "cut.png").write_bytes((real / "0.png").read_bytes()[:40])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.unet, "forward", lambda *_, **__: pytest.fail("a picture was drawn"))
+        with pytest.raises(FadeError, match="none of the 1 images in .* can be read"):
+            evaluate(pipeline, adapter, **options, features=str(tiny_clip), real=broken)
     with pytest.raises(FadeError, match="real pictures cannot be compared without features .*--features FOLDER"):
         evaluate(pipeline, adapter, **options, baseline=evaluation, real=real)
     with pytest.raises(FadeError, match="KID-real cannot be measured without .*--real FOLDER"):

@@ -258,6 +258,27 @@ def test_what_holds_an_adapter_near_its_start_is_counted() -> None:
     )
 
 
+def test_rounded_weights_of_layers_that_train_in_one_product() -> None:
+    """All of them on a GPU that is known to be large, the largest on another, none where nothing is rounded."""
+    model = Model.of("emojicanvas")
+
+    def run(device: int | None = None, on_gpu: bool = True, **settings: object) -> Run:
+        return Run(model, Config().replace(overwrite__method="distillation", **settings), on_gpu, device)
+
+    layers = target_layers(model.backbone.denoiser, run().targets)
+    sizes = [2 * layer.weight.numel() for layer in layers.values()]
+    large, small = 16 * sum(sizes), 16 * sum(sizes) - 1
+    assert run(large).rounded_bytes("bf16") == sum(sizes)
+    assert run(small).rounded_bytes("bf16") == run().rounded_bytes("bf16") == max(sizes) < sum(sizes)
+    assert run(small, overwrite__cuda_graph="on").rounded_bytes("bf16") == sum(sizes)
+    kept, refilled = (run(device).overwrite_bytes("bf16", False) for device in (large, small))
+    assert kept - refilled == sum(sizes) - max(sizes)
+    exact = run(large, overwrite__training_mode="exact")
+    assert not any(
+        (exact.rounded_bytes("bf16"), run(large, False).rounded_bytes("bf16"), run(large).rounded_bytes("fp32"))
+    )
+
+
 def test_larger_pictures_and_batches_take_more() -> None:
     model = Model.of("digitcanvas")
     sizes = [Run(model, with_batch(Config(), count)).step_bytes("fp32", False) for count in (2, 4, 8)]

@@ -27,9 +27,9 @@ NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/
 GXX = shutil.which(os.environ.get("CXX", "g++"))
 
 # Shared memory of a block that needs no opt-in, and the registers at which 256 threads still fill half of a
-# multiprocessor that holds 64 Ki of them. The gather kernels' shared memory lets two blocks in and no more.
+# multiprocessor that holds 64 Ki of them. Shared memory lets two blocks of the others' in and no more.
 MAX_SHARED_BYTES = 48 * 1024
-MAX_REGISTERS = {"gather.cu": 128}
+MAX_REGISTERS = {"gather.cu": 128, "least_squares.cu": 128}
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH or in /usr/local/cuda/bin: nothing to compile with")
@@ -182,10 +182,13 @@ MUTATIONS = {
     "contract": ("gather", "gradient[order[j]]", "gradient[j]", 3),
     "find_support": ("least_squares", "__ffs(word) - 1)", "(__ffs(word) - 1 ^ 1))", 0),
     "find_support, wide rows": ("least_squares", "    before = found;", "    before = 0;", 0),
-    "factor": ("least_squares", "row[k] -= own * column[k - 1]", "row[k] -= own * column[k]", 0),
-    "factor, singular": ("least_squares", "kPivotTolerance * n * diagonal[j]", "-1e-9", 2),
-    "invert": ("least_squares", "value *= -sum;", "value *= sum;", 0),
-    "solve_rows": ("least_squares", "y[i] -= a[row_offset(j) + i] * x", "y[i] -= a[row_offset(i) + j] * x", 0),
+    "factor": ("least_squares", "value -= own[r][c] * column[c];", "value -= own[r][c] * column[0];", 0),
+    "factor, panel": ("least_squares", "value -= own[k] * block[c][k];", "", 0),
+    "factor, block": ("least_squares", "a.row(first + r)[first + c] = block[r][c];", "{}", 0),
+    "factor, singular": ("least_squares", "kPivotTolerance * n * diagonal[first + c]", "-1e-9", 2),
+    "invert": ("least_squares", "own[r] = value * pivots[first + r];", "own[r] = -value * pivots[first + r];", 0),
+    "invert, beyond": ("least_squares", "add(a.row(max(j, middle)) + j, max(j, middle), first);", "{}", 0),
+    "solve_rows": ("least_squares", "y[i] -= row[i] * x", "y[i] -= row[0] * x", 0),
     "solve_rows, order": ("least_squares", "const int64_t index = s.order[r];", "const int64_t index = r;", 1),
     "count_digits": ("select", "if (t < head) count_one", "if (t < head - 1) count_one", 1),
     "find_digit": ("select", "needed <= above + counts[i]", "needed < above + counts[i]", 0),
