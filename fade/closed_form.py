@@ -325,8 +325,10 @@ def working_bytes(systems: Collection[tuple[int, int]]) -> tuple[int, int, int]:
     solving takes beside them."""
     entries = [count for count, _ in systems]
     held = sum(8 * count + 8 * 8 * columns**2 for count, columns in systems)
+    # Large supports: the Gram matrix's inverse, and what its factorisation takes.
+    inverse = 3 * 8 * max((columns**2 for _, columns in systems), default=0)
     # Scores, what is gained by an entry more (float64, then float32), and where entries are already.
-    return held, 17 * max(entries, default=0), 5 * max(entries, default=0)
+    return held, 17 * max(entries, default=0) + inverse, 5 * max(entries, default=0) + inverse
 
 
 def _cuts(layers: Mapping[str, nn.Module], regions: Mapping[str, Region] | None) -> tuple[dict[str, slice], slice]:

@@ -1,4 +1,5 @@
-"""Makes the compositions of `cuda/` and the definitions serve the operators on CUDA devices.
+"""Makes the compositions of `cuda/` and the definitions serve the operators on CUDA devices, and on the CPU the one
+composition that it has.
 
 What cannot run on a machine (an old GPU, a Triton that does not compile, a library that was not built) is served by
 the definition, after one warning that says why.
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fade_kernels import _ops, reference
+from fade_kernels import _ops, least_squares_by_size, reference
 from fade_kernels._environment import FORCED, INTERPRETED
 from fade_kernels._extension import MISSING_CUDA, build_info, cuda_library_loaded, missing_cuda, runs_on
 from fade_kernels.cuda import conv2d, least_squares, linear, merging, saliency
@@ -184,5 +185,11 @@ if FORCED in ("", "cuda", "triton") and not INTERPRETED:
     # In fp64 always, and so not among KERNELS: torch is faster than the definition where the library is not there.
     solver = least_squares.masked_least_squares if cuda_library_loaded() else least_squares.padded_masked_least_squares
     _ops.implement("masked_least_squares", solver, "CUDA")
+if FORCED != "reference" and not INTERPRETED:
+    _ops.implement(
+        "masked_least_squares",
+        functools.partial(least_squares_by_size.masked_least_squares, launches=least_squares_by_size.CPU_SIZES),
+        "CPU",
+    )
 if INTERPRETED:
     register("CPU")

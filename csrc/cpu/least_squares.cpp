@@ -1,16 +1,14 @@
-// Masked least squares on the CPU: for each row i of a mask with support S, values[i] = rhs[i, S] (gram[S, S])⁻¹, and the
-// price of dropping each entry. Rows of equal support share one factor; supports of similar size are factored kLanes at a
-// time, one in each lane (least_squares_simd.h), larger ones by LAPACK. All in float64. Definition: reference.py.
+// Masked least squares of some rows on the CPU: for a row i of a mask with support S, values[i] = rhs[i, S] (gram[S, S])⁻¹,
+// and the price of dropping each entry. Rows of equal support share one factor; supports of similar size are factored
+// kLanes at a time, one in each lane (least_squares_simd.h). All in float64. Definition: reference.py; rows whose triangles
+// leave the second-level cache are for torch's own blocking (least_squares_by_size.py).
 #include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <mutex>
-#include <numeric>
-#include <tuple>
 
 #include "common/bitmask.h"
 #include "cpu/kernel.h"
@@ -20,9 +18,6 @@ namespace fade {
 
 constexpr int kLanes = 8;  // doubles of a vector in least_squares_simd.h, whatever the instruction set
 constexpr int kBlock = 4;  // rows and columns of a block that stays in registers
-// Beyond this a triangle of kLanes matrices (2 MiB) leaves the second-level cache, and LAPACK's own blocking wins.
-constexpr int64_t kMostInLanes = 256;
-constexpr int64_t kMostRightSides = 1024;  // rows solved at once with a large support
 
 // Where row i of a triangle begins, in numbers of each lane (least_squares_simd.h).
 constexpr int64_t row_offset(int64_t i) {
@@ -85,43 +80,47 @@ Loops loops() {
 // A pivot at most this part of its diagonal is rounding: the block is singular. As in reference.py.
 double pivot_tolerance(int64_t size) { return 8.0 * static_cast<double>(size) * std::numeric_limits<double>::epsilon(); }
 
-// The rows of a mask, their columns as one list, and the rows in an order in which equal supports are neighbours and
-// sizes ascend.
+// The supports of some rows of a mask, of at most `most` columns each: their columns as one list, and the rows in an order
+// in which equal supports are neighbours and sizes ascend. Rows go by their positions among those given.
 struct Supports {
-  std::vector<int64_t> offsets;   // [rows + 1]
-  std::vector<int32_t> columns;   // [count]
-  std::vector<int64_t> order;     // non-empty rows
-  std::vector<int64_t> first;     // where each distinct support begins in `order`, and its length at the end
+  const int64_t* rows;           // which rows of the mask
+  std::vector<int64_t> offsets;  // [rows + 1]
+  std::vector<int32_t> columns;  // [offsets.back()]
+  std::vector<int64_t> order;    // non-empty rows
+  std::vector<int64_t> first;    // where each distinct support begins in `order`, and its length at the end
 
-  int64_t size(int64_t row) const { return offsets[row + 1] - offsets[row]; }
+  int64_t size(int64_t position) const { return offsets[position + 1] - offsets[position]; }
   int64_t distinct() const { return static_cast<int64_t>(first.size()) - 1; }
   int64_t size_of(int64_t support) const { return size(order[first[support]]); }
   const int32_t* columns_of(int64_t support) const { return columns.data() + offsets[order[first[support]]]; }
   int64_t rows_of(int64_t support) const { return first[support + 1] - first[support]; }
+  int64_t row(int64_t support, int64_t r) const { return rows[order[first[support] + r]]; }
 };
 
-Supports supports_of(const Tensor& mask_words, int64_t rows, int64_t columns) {
-  const Tensor dense = valid_words(mask_words, rows, columns);
+Supports supports_of(const Tensor& mask_words, int64_t all_rows, int64_t columns, const Tensor& rows, int64_t most) {
+  const Tensor dense = valid_words(mask_words, all_rows, columns);
   const auto* words = read<uint32_t>(dense);
-  const int64_t width = words_per_row(columns);
-  Supports s;
-  s.offsets.assign(rows + 1, 0);
-  for (int64_t n = 0; n < rows; ++n) {
+  const int64_t width = words_per_row(columns), count = rows.numel();
+  Supports s{read<int64_t>(rows)};
+  const auto bits_of = [&](int64_t i) { return words + s.rows[i] * width; };
+  s.offsets.assign(count + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(0 <= s.rows[i] && s.rows[i] < all_rows, "row ", s.rows[i], " of a mask with ", all_rows, " rows");
     int64_t bits = 0;
-    for (int64_t w = 0; w < width; ++w) bits += std::popcount(words[n * width + w]);
-    s.offsets[n + 1] = s.offsets[n] + bits;
+    for (int64_t w = 0; w < width; ++w) bits += std::popcount(bits_of(i)[w]);
+    s.offsets[i + 1] = s.offsets[i] + std::min(bits, most);
   }
   s.columns.resize(s.offsets.back());
-  int32_t* out = s.columns.data();
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t w = 0; w < width; ++w) {
-      for (uint32_t word = words[n * width + w]; word != 0; word &= word - 1) {
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t* out = s.columns.data() + s.offsets[i];
+    const int32_t* const end = s.columns.data() + s.offsets[i + 1];
+    for (int64_t w = 0; out != end; ++w) {
+      for (uint32_t word = bits_of(i)[w]; word != 0 && out != end; word &= word - 1) {
         *out++ = static_cast<int32_t>(w * kWordBits + std::countr_zero(word));
       }
     }
-    if (s.size(n) > 0) s.order.push_back(n);
+    if (s.size(i) > 0) s.order.push_back(i);
   }
-  const auto bits_of = [&](int64_t n) { return words + n * width; };
   std::sort(s.order.begin(), s.order.end(), [&](int64_t a, int64_t b) {
     if (s.size(a) != s.size(b)) return s.size(a) < s.size(b);
     const int differ = std::memcmp(bits_of(a), bits_of(b), width * sizeof(uint32_t));
@@ -143,8 +142,9 @@ struct Problem {
   const double* gram;  // [columns, columns]
   int64_t columns;
   const Supports& supports;
-  T* values;  // [count]
-  T* prices;  // [count], or null
+  const int64_t* starts;  // [rows]: where a row's answers begin
+  T* values;              // [count]
+  T* prices;              // [count], or null
 };
 
 struct Scratch {
@@ -193,7 +193,7 @@ uint32_t solve_in_lanes(const Problem<T>& p, const Loops& run, int64_t begin, in
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t u = begin + lane;
       if (r >= s.rows_of(u)) continue;
-      const T* from = p.rhs + s.order[s.first[u] + r] * p.columns;
+      const T* from = p.rhs + s.row(u, r) * p.columns;
       const int32_t* columns = s.columns_of(u);
       for (int64_t i = 0; i < s.size_of(u); ++i) x[i * kLanes + lane] = static_cast<double>(from[columns[i]]);
     }
@@ -201,7 +201,7 @@ uint32_t solve_in_lanes(const Problem<T>& p, const Loops& run, int64_t begin, in
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t u = begin + lane;
       if (r >= s.rows_of(u)) continue;
-      T* to = p.values + s.offsets[s.order[s.first[u] + r]];
+      T* to = p.values + p.starts[s.row(u, r)];
       for (int64_t i = 0; i < s.size_of(u); ++i) to[i] = static_cast<T>(x[i * kLanes + lane]);
     }
   }
@@ -211,7 +211,7 @@ uint32_t solve_in_lanes(const Problem<T>& p, const Loops& run, int64_t begin, in
   for (int lane = 0; lane < lanes; ++lane) {
     const int64_t u = begin + lane;
     for (int64_t r = 0; r < s.rows_of(u); ++r) {
-      const int64_t at = s.offsets[s.order[s.first[u] + r]];
+      const int64_t at = p.starts[s.row(u, r)];
       for (int64_t i = 0; i < s.size_of(u); ++i) {
         const double value = static_cast<double>(p.values[at + i]);
         p.prices[at + i] = static_cast<T>(value * value / diagonal[i * kLanes + lane]);
@@ -221,80 +221,16 @@ uint32_t solve_in_lanes(const Problem<T>& p, const Loops& run, int64_t begin, in
   return singular;
 }
 
-// Calls an operator of torch's that returns its tensors on the stack.
-template <size_t N>
-void call(const char* name, std::array<StableIValue, N>& stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-}
-
-// One large support, through torch's LAPACK. Returns whether its block is singular.
+// Returns the first row whose block is singular, or `singular` if that is before it.
 template <typename T>
-bool solve_by_lapack(const Problem<T>& p, int64_t u, const Tensor& like) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
+int64_t solve_all(const Problem<T>& p, int64_t singular) {
   const Supports& s = p.supports;
-  const int64_t n = s.size_of(u), rows = s.rows_of(u);
-  const int32_t* columns = s.columns_of(u);
-  const Tensor block = torch::stable::new_empty(like, {n, n}, ScalarType::Double);
-  auto* out = write<double>(block);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t k = 0; k < n; ++k) out[i * n + k] = p.gram[columns[i] * p.columns + columns[k]];
-  }
-  std::array<StableIValue, 3> factored{from(block), from(false), from(false)};
-  call("aten::linalg_cholesky_ex", factored);
-  const Tensor factor = as_dense(to<Tensor>(factored[0]));
-  const Tensor info = to<Tensor>(factored[1]);
-  bool singular = *read<int32_t>(info) != 0;
-  const auto* l = read<double>(factor);
-  const double tolerance = pivot_tolerance(n);
-  for (int64_t i = 0; i < n; ++i) singular |= !(l[i * n + i] * l[i * n + i] > tolerance * out[i * n + i]);
-  if (singular) return true;
-
-  Tensor inverse;
-  if (p.prices != nullptr) {
-    std::array<StableIValue, 2> inverted{from(factor), from(false)};
-    call("aten::cholesky_inverse", inverted);
-    inverse = as_dense(to<Tensor>(inverted[0]));
-  }
-  for (int64_t begin = 0; begin < rows; begin += kMostRightSides) {
-    const int64_t count = std::min(rows - begin, kMostRightSides);
-    const Tensor right = torch::stable::new_empty(like, {n, count}, ScalarType::Double);
-    auto* x = write<double>(right);
-    for (int64_t r = 0; r < count; ++r) {
-      const T* given = p.rhs + s.order[s.first[u] + begin + r] * p.columns;
-      for (int64_t i = 0; i < n; ++i) x[i * count + r] = static_cast<double>(given[columns[i]]);
-    }
-    std::array<StableIValue, 3> solved{from(right), from(factor), from(false)};
-    call("aten::cholesky_solve", solved);
-    const Tensor solution = as_dense(to<Tensor>(solved[0]));
-    const auto* found = read<double>(solution);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = s.offsets[s.order[s.first[u] + begin + r]];
-      for (int64_t i = 0; i < n; ++i) {
-        const double value = found[i * count + r];
-        p.values[at + i] = static_cast<T>(value);
-        if (p.prices != nullptr) {
-          p.prices[at + i] = static_cast<T>(value * value / read<double>(inverse)[i * n + i]);
-        }
-      }
-    }
-  }
-  return false;
-}
-
-// Returns the first row whose block is singular, or -1.
-template <typename T>
-int64_t solve_all(const Problem<T>& p, const Tensor& like) {
-  const Supports& s = p.supports;
-  int64_t in_lanes = 0;
-  while (in_lanes < s.distinct() && s.size_of(in_lanes) <= kMostInLanes) ++in_lanes;
-  const int64_t batches = (in_lanes + kLanes - 1) / kLanes;
+  const int64_t batches = (s.distinct() + kLanes - 1) / kLanes;
   std::atomic<int64_t> left{batches};
   std::mutex mutex;
-  int64_t singular = std::numeric_limits<int64_t>::max();
   const auto note = [&](int64_t support) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (int64_t i = s.first[support]; i < s.first[support + 1]; ++i) singular = std::min(singular, s.order[i]);
+    for (int64_t r = 0; r < s.rows_of(support); ++r) singular = std::min(singular, s.row(support, r));
   };
   const Loops run = loops();
   // The largest first, each thread taking the next that nobody has: sizes differ too much for equal shares.
@@ -303,7 +239,7 @@ int64_t solve_all(const Problem<T>& p, const Tensor& like) {
     for (int64_t thread = first; thread < last; ++thread) {
       Scratch scratch;
       for (int64_t b = left.fetch_sub(1) - 1; b >= 0; b = left.fetch_sub(1) - 1) {
-        const int64_t begin = b * kLanes, end = std::min(begin + kLanes, in_lanes);
+        const int64_t begin = b * kLanes, end = std::min(begin + kLanes, s.distinct());
         const uint32_t lanes = solve_in_lanes(p, run, begin, end, scratch);
         for (int64_t u = begin; u < end; ++u) {
           if ((lanes >> (u - begin)) & 1u) note(u);
@@ -311,44 +247,55 @@ int64_t solve_all(const Problem<T>& p, const Tensor& like) {
       }
     }
   });
-  for (int64_t u = in_lanes; u < s.distinct(); ++u) {
-    if (solve_by_lapack(p, u, like)) note(u);
-  }
-  return singular == std::numeric_limits<int64_t>::max() ? -1 : singular;
+  return singular;
 }
 
 template <typename T>
-int64_t solve_as(const Tensor& rhs, const std::vector<double>& gram, const Supports& supports, const Tensor& values,
-                 const Tensor& prices, bool with_prices) {
-  return solve_all(Problem<T>{read<T>(rhs), gram.data(), rhs.size(1), supports, write<T>(values),
-                              with_prices ? write<T>(prices) : nullptr},
-                   rhs);
+void solve_as(const Tensor& values, const Tensor& prices, const Tensor& singular, const Tensor& rhs, const double* gram,
+              const Supports& supports, const Tensor& starts) {
+  auto* const first = write<int64_t>(singular);
+  *first = solve_all(Problem<T>{read<T>(rhs), gram, rhs.size(1), supports, read<int64_t>(starts), write<T>(values),
+                                prices.numel() > 0 ? write<T>(prices) : nullptr},
+                     *first);
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_least_squares(const Tensor& rhs, const Tensor& gram, const Tensor& mask_words,
-                                                        int64_t count, bool with_prices) {
+void masked_least_squares_rows_(Tensor values, Tensor prices, Tensor singular, const Tensor& rhs, const Tensor& gram,
+                                const Tensor& mask_words, const Tensor& starts, const Tensor& rows, int64_t most) {
   const bool wide = rhs.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(wide || rhs.scalar_type() == ScalarType::Float, "rhs must be float32 or float64");
-  STD_TORCH_CHECK(gram.scalar_type() == rhs.scalar_type(), "gram must be of the right-hand side's dtype");
+  for (const auto& other : {gram, values, prices}) {
+    STD_TORCH_CHECK(other.scalar_type() == rhs.scalar_type(), "gram, values and prices must be of rhs's dtype");
+  }
+  for (const auto& indices : {starts, rows, singular}) {
+    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "starts, rows and singular must be int64");
+  }
+  for (const auto& other : {values, prices, singular, starts, rows}) {
+    STD_TORCH_CHECK(other.is_contiguous(), "what is written, starts and rows must be contiguous");
+  }
   STD_TORCH_CHECK(rhs.dim() == 2 && gram.dim() == 2 && gram.size(0) == rhs.size(1) && gram.size(1) == rhs.size(1),
                   "rhs [N, K] and gram [K, K] must fit");
-  const int64_t rows = rhs.size(0), columns = rhs.size(1);
-  const Supports supports = supports_of(mask_words, rows, columns);
-  STD_TORCH_CHECK(supports.offsets.back() == count, "the mask has ", supports.offsets.back(), " set bits, not ", count);
-  const Tensor dense = as_dense(rhs), square = as_dense(gram);
-  std::vector<double> matrix(columns * columns);
-  for (int64_t i = 0; i < columns * columns; ++i) {
-    matrix[i] = wide ? read<double>(square)[i] : static_cast<double>(read<float>(square)[i]);
+  STD_TORCH_CHECK(starts.numel() == rhs.size(0), "starts must be [", rhs.size(0), "], not [", starts.numel(), "]");
+  STD_TORCH_CHECK(prices.numel() == 0 || prices.numel() == values.numel(), "prices must be [0] or as long as values");
+  STD_TORCH_CHECK(most >= 1, "rows of at least one entry are solved, not of ", most);
+  const int64_t columns = rhs.size(1);
+  const Supports supports = supports_of(mask_words, rhs.size(0), columns, rows, most);
+  for (const int64_t i : supports.order) {
+    const int64_t start = read<int64_t>(starts)[supports.rows[i]];
+    STD_TORCH_CHECK(0 <= start && start + supports.size(i) <= values.numel(), "the entries of row ", supports.rows[i],
+                    " do not fit into values [", values.numel(), "] from ", start, " on");
   }
-  const Tensor values = torch::stable::new_empty(rhs, {count});
-  const Tensor prices = torch::stable::new_empty(rhs, {with_prices ? count : 0});
-  const Tensor singular = torch::stable::new_empty(rhs, std::vector<int64_t>{}, ScalarType::Long);
-  *write<int64_t>(singular) = wide ? solve_as<double>(dense, matrix, supports, values, prices, with_prices)
-                                   : solve_as<float>(dense, matrix, supports, values, prices, with_prices);
-  return {values, prices, singular};
+  const Tensor dense = as_dense(rhs), square = as_dense(gram);
+  if (wide) {
+    solve_as<double>(values, prices, singular, dense, read<double>(square), supports, starts);
+  } else {
+    const std::vector<double> matrix(read<float>(square), read<float>(square) + columns * columns);
+    solve_as<float>(values, prices, singular, dense, matrix.data(), supports, starts);
+  }
 }
 
 }  // namespace
 }  // namespace fade
 
-STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m) { m.impl("masked_least_squares", TORCH_BOX(&fade::masked_least_squares)); }
+STABLE_TORCH_LIBRARY_IMPL(fade_kernels, CPU, m) {
+  m.impl("masked_least_squares_rows_", TORCH_BOX(&fade::masked_least_squares_rows_));
+}

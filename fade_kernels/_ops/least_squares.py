@@ -1,4 +1,4 @@
-"""Masked least squares, row by row: csrc/cpu/least_squares.cpp, csrc/cuda/least_squares.cu, `cuda/least_squares.py`."""
+"""Masked least squares, row by row: csrc/{cpu,cuda}/least_squares.* behind `least_squares_by_size.py`."""
 
 import torch
 from torch import Tensor
