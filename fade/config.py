@@ -249,7 +249,9 @@ class ClosedFormConfig:
     training made of them, and leave the retain tokens alone (`fade.closed_form.refitted`). Training holds each prompt
     as a whole; what it leaves undone adds up over adapters. None is where the adapter acts beside others: of 12
     DigitCanvas concepts, forgotten one after another, "three" came back in 12.5 % of its pictures when it was taken out
-    of the sum, and in all with it; the sum's drift was 0.018 instead of 0.040, at UA and IRA 100 both (80 pictures)."""
+    of the sum, and in all with it; the sum's drift was 0.019 instead of 0.040, at UA and IRA 100 both (80 pictures).
+    What it gives up: with all of λ (here half of it), 62.5 % of the pictures of "three" that the base model had drawn
+    the first 10 of 20 steps of were finished as threes, 12.5 without; of "neon" none either way."""
     damping: float = 1e-4
     """μ as a share of the tokens' mean square entry: keeps the edit small where no token says what it should be, and
     the system solvable. Hardly matters between 1e-6 and 1e-2."""
