@@ -1,6 +1,6 @@
 """Twelve requests to forget, one after another, as they come in: what each method has forgotten and kept after each.
 
-    python -m bench.sequential [--methods closed-form both uce speed] [--show] [--markdown]
+    python -m bench.sequential [--methods closed-form both uce speed …] [--show] [--markdown]
 
 The requests and their order are `bench_stack`'s. Each is made on DigitCanvas with what was made for the requests before
 it on, and told what that forgets (`fade.unlearn(beside=…)`), so that the changes add up; like every adapter it is made
@@ -29,7 +29,7 @@ from bench.files import ROOT, load_kind, write_json
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "sequential.json"
 FOLDER = ROOT / "build" / "sequential"
-DEFAULT = ("closed-form", "both", "uce", "speed")
+DEFAULT = ("closed-form", "both", "uce", "speed", "concept-ablation")
 BACK = "three"
 """The concept that is taken back at the end."""
 SHOWN = (1, 4, 8, len(CONCEPTS))
