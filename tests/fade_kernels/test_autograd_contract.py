@@ -266,6 +266,17 @@ def writing_calls() -> dict[str, tuple[Any, ...]]:
         "effective_weights_from_values_out": ([w.clone()], [w], [values], [mask.words], [scale], False, 0),
         "add_gathered_lora_": (torch.zeros(3, 4), torch.randn(3, 40), a, b, *by_row, False, scale),
         "add_gathered_values_": (torch.zeros(3, 4), torch.randn(3, 40), values, None, *by_row[:2], scale),
+        "masked_least_squares_rows_": (
+            torch.empty(mask.count),
+            torch.empty(mask.count),
+            torch.tensor(4),
+            w,
+            torch.eye(40),
+            mask.words,
+            mask.row_counts.cumsum(0) - mask.row_counts,
+            torch.arange(4),
+            40,
+        ),
     }
 
 
