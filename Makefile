@@ -44,7 +44,7 @@ $(QUANTISED)/.ready: $(READY)
 # other way round. libstdc++ is loaded first, too, or the sanitizer does not find what throws exceptions.
 ASAN := build/asan
 ASAN_TESTS := $(addprefix tests/,fuzz fade/test_adapter_file.py $(patsubst %,fade_kernels/test_%.py,bitmask masked_lora \
-	masked_lora_backward masked_lora_conv2d stochastic_rounding select_top_fraction gradient_magnitude positions))
+	masked_lora_backward masked_lora_conv2d stochastic_rounding select_top_fraction gradient_magnitude positions least_squares))
 
 asan: $(READY)
 	FADE_SANITIZE=address,undefined FADE_CUDA=0 FADE_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext \
