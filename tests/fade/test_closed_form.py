@@ -530,6 +530,26 @@ def test_an_adapter_that_acts_beside_others_is_refitted(tokenizer: CLIPTokenizer
         solved(quick, closed_form__refit=True)
 
 
+def test_other_parts_wait_elsewhere_where_something_is_trained_or_room_is_short(
+    pipeline: StableDiffusionPipeline, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To move them takes longer than a closed form, so they stay where there is room for it beside them."""
+    moved, move = [], type(backbone_for(pipeline)).only_denoiser_on_device
+
+    def watched(backbone: Any) -> Any:
+        moved.append(1)
+        return move(backbone)
+
+    monkeypatch.setattr(type(backbone_for(pipeline)), "only_denoiser_on_device", watched)
+    for config, room, expected in (
+        (solved(quick), 0.8, 0), (solved(quick), 0.0, 1), (quick.replace(overwrite__method="both"), 0.8, 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(fade.unlearning, "ROOM", room)
+        moved.clear()
+        fade.unlearn(pipeline, **WORDS, config=config).remove()
+        assert len(moved) == expected
+
+
 @pytest.mark.parametrize("refit", [None, True])
 def test_both_resumes_where_it_was(
     tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool | None

@@ -25,6 +25,7 @@ COMPILED = (
     "accumulate_gradient_magnitude_",
     "accumulate_linear_gradient_magnitude_",
     "select_top_k",
+    "masked_least_squares",
     "masked_least_squares_rows_",
 )
 
