@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "gpu_least_squares.json")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu tries the program without one")
     found = []
     for rows, columns, entries in SHAPES:
         given = (*problem(rows, columns, entries, arguments.device), True)

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.harness import ROOT, environment, print_table, write_json
 
 SCHEMA = 1
@@ -57,7 +59,6 @@ CASES: dict[str, Case] = {
 
 def random_pipeline(case: Case, device: str) -> Any:
     """The case's pipeline in bfloat16, matrices of variance 1/fan-in, so that no gate is shut and nothing explodes."""
-    import torch
     from transformers import CLIPTokenizer
 
     from fade.digitcanvas import MODEL_PATH
@@ -89,8 +90,6 @@ def random_pipeline(case: Case, device: str) -> Any:
 def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """A row for each method."""
     import warnings
-
-    import torch
 
     import fade
     from fade.backbones import backbone_for
@@ -149,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="that a case may take at most (default: 600)")
     parser.add_argument("--run", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu tries the program without one")
     if arguments.run:
         for row in run_case(arguments.run, arguments.device, arguments.methods):
             print(json.dumps(row, default=str), flush=True)

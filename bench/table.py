@@ -271,6 +271,8 @@ def draw(payload: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    import torch
+
     from bench.harness import print_table
     from fade.methods import METHODS
 
@@ -281,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to fill (default: bench/results/table[-quick].json)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept meanwhile")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where a cell runs (default: cpu)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="print as README has it")
@@ -295,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = json.loads(a.cell)
         run_cell(replace(Cell(**given), attacks=tuple(given["attacks"])), a.folder, a.device)
         return 0
+    if a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; leave out --device")
     output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
     if a.show:
         payload = load_kind(output, "table")

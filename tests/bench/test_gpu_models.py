@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import gpu_models
+from bench import gpu_models, table
 
 
 def test_a_row_has_what_was_planned_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,3 +22,13 @@ def test_a_row_has_what_was_planned_and_measured(tmp_path: Path, capsys: pytest.
     assert gpu_models.main([*given, "--methods", "none such"]) == 1
     (row,) = json.loads(output.read_text())["rows"]
     assert "none such" in row["failed"]
+
+
+@pytest.mark.parametrize("program", [gpu_models, table])
+def test_without_a_gpu_one_line_says_so(
+    program: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        program.main(["--device", "cuda"])
+    assert error.value.code == 2 and "there is no CUDA device here" in capsys.readouterr().err
