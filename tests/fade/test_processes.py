@@ -158,14 +158,13 @@ def check_alike(alone: dict[str, Any], several: list[dict[str, Any]], changes: d
         assert not one["warnings"]
     for name, mask in alone["masks"].items():
         assert same(several[0]["masks"][name], mask)
-    # AdamW divides a gradient by its own size, which hides a wrong factor: so the gradients are compared, too. They are
-    # those of the difference between two predictions that are nearly the same, which is less exact than either.
+    # Those of the difference between two predictions that are nearly the same, which is less exact than either.
     if alone["gradients"]:
         assert apart(several[0]["gradients"][0], alone["gradients"][0]) < 2e-4
         assert len(several[0]["gradients"]) == len(alone["gradients"])
-    assert max(np.abs(change).max() for change in alone["changes"].values()) > 1e-4
+    assert max(np.abs(change).max() for change in alone["changes"].values()) > 1e-3
     for name, change in alone["changes"].items():
-        np.testing.assert_allclose(several[0]["changes"][name], change, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(several[0]["changes"][name], change, rtol=1e-5, atol=2e-6)
     ours, theirs = alone["run"], several[0]["run"]
     assert theirs["processes"] == len(several) and "processes" not in ours
     assert len(ours["losses"]["forget"]) == len(theirs["losses"]["forget"])
@@ -246,7 +245,7 @@ def test_two_processes_go_on_with_what_one_began(started: Processes, tmp_path: P
     assert any("processes 1 -> 2" in warning for warning in first["warnings"])
     assert len(first["gradients"]) == len(second["gradients"]) == 2
     for name, change in alone["changes"].items():
-        np.testing.assert_allclose(first["changes"][name], change, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(first["changes"][name], change, rtol=1e-5, atol=2e-6)
         assert same(first["changes"][name], second["changes"][name])
 
 
@@ -260,7 +259,7 @@ def test_one_process_goes_on_with_what_two_began(started: Processes, tmp_path: P
     resumed = jobs.unlearned(seed, {}, output, resume=True)
     assert any("processes 2 -> 1" in warning for warning in resumed["warnings"]) and len(resumed["gradients"]) == 2
     for name, change in alone["changes"].items():
-        np.testing.assert_allclose(resumed["changes"][name], change, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(resumed["changes"][name], change, rtol=1e-5, atol=2e-6)
 
 
 def test_an_adapter_for_each_concept(started: Processes, tmp_path: Path) -> None:
