@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "common/bitmask.h"
+#include "common/least_squares.h"
 #include "cpu/kernel.h"
 #include "cpu/mask_words.h"
 
@@ -261,22 +262,7 @@ void solve_as(const Tensor& values, const Tensor& prices, const Tensor& singular
 
 void masked_least_squares_rows_(Tensor values, Tensor prices, Tensor singular, const Tensor& rhs, const Tensor& gram,
                                 const Tensor& mask_words, const Tensor& starts, const Tensor& rows, int64_t most) {
-  const bool wide = rhs.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || rhs.scalar_type() == ScalarType::Float, "rhs must be float32 or float64");
-  for (const auto& other : {gram, values, prices}) {
-    STD_TORCH_CHECK(other.scalar_type() == rhs.scalar_type(), "gram, values and prices must be of rhs's dtype");
-  }
-  for (const auto& indices : {starts, rows, singular}) {
-    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "starts, rows and singular must be int64");
-  }
-  for (const auto& other : {values, prices, singular, starts, rows}) {
-    STD_TORCH_CHECK(other.is_contiguous(), "what is written, starts and rows must be contiguous");
-  }
-  STD_TORCH_CHECK(rhs.dim() == 2 && gram.dim() == 2 && gram.size(0) == rhs.size(1) && gram.size(1) == rhs.size(1),
-                  "rhs [N, K] and gram [K, K] must fit");
-  STD_TORCH_CHECK(starts.numel() == rhs.size(0), "starts must be [", rhs.size(0), "], not [", starts.numel(), "]");
-  STD_TORCH_CHECK(prices.numel() == 0 || prices.numel() == values.numel(), "prices must be [0] or as long as values");
-  STD_TORCH_CHECK(most >= 1, "rows of at least one entry are solved, not of ", most);
+  const bool wide = check_least_squares(values, prices, singular, rhs, gram, starts, rows, most);
   const int64_t columns = rhs.size(1);
   const Supports supports = supports_of(mask_words, rhs.size(0), columns, rows, most);
   for (const int64_t i : supports.order) {

@@ -8,6 +8,7 @@
 // or rows, so that a number brought from shared memory is used that often, and barriers are as few. Sums have a fixed
 // order: a row's answer depends neither on other rows nor on the launch.
 #include "common/bitmask.h"
+#include "common/least_squares.h"
 
 #include "cuda/kernel.h"
 
@@ -279,20 +280,8 @@ void launch(const Device& device, const Tensor& values, const Tensor& prices, co
 
 void masked_least_squares_rows_(Tensor values, Tensor prices, Tensor singular, const Tensor& rhs, const Tensor& gram,
                                 const Tensor& mask_words, const Tensor& starts, const Tensor& rows, int64_t most) {
-  const bool wide = rhs.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || rhs.scalar_type() == ScalarType::Float, "rhs must be float32 or float64");
-  for (const auto& other : {gram, values, prices}) {
-    STD_TORCH_CHECK(other.scalar_type() == rhs.scalar_type(), "gram, values and prices must be of rhs's dtype");
-  }
-  for (const auto& indices : {starts, rows, singular}) {
-    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "starts, rows and singular must be int64");
-  }
-  for (const auto& other : {values, prices, singular, starts, rows}) {
-    STD_TORCH_CHECK(other.is_contiguous(), "what is written, starts and rows must be contiguous");
-  }
-  STD_TORCH_CHECK(rhs.dim() == 2 && gram.dim() == 2 && gram.size(0) == rhs.size(1) && gram.size(1) == rhs.size(1),
-                  "rhs [N, K] and gram [K, K] must fit");
-  STD_TORCH_CHECK(most >= 1 && most <= 512, "rows of at most 512 entries are solved, not of ", most);
+  const bool wide = check_least_squares(values, prices, singular, rhs, gram, starts, rows, most);
+  STD_TORCH_CHECK(most <= 512, "rows of at most 512 entries are solved here, not of ", most);
   const Device device(rhs);
   if (wide) {
     launch<double>(device, values, prices, singular, rhs, gram, mask_words, starts, rows, most);
