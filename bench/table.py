@@ -270,6 +270,12 @@ def draw(payload: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def defaults(quick: bool, device: str) -> tuple[Path, Path]:
+    """File and folder, others for each device: what one took is not to stand beside what another did."""
+    beside = "-gpu" if device == "cuda" else ""
+    return RESULTS.with_name(f"table{'-quick' if quick else ''}{beside}.json"), FOLDER.with_name(f"table{beside}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
@@ -280,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one concept, the quick attacks")
-    parser.add_argument("--output", type=Path, help="file to fill (default: bench/results/table[-quick].json)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept meanwhile")
+    parser.add_argument("--output", type=Path, help="file to fill (default: bench/results/table[-quick][-gpu].json)")
+    parser.add_argument("--folder", type=Path, help="where adapters are kept meanwhile (default: build/table[-gpu])")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where a cell runs (default: cpu)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
@@ -299,11 +305,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; leave out --device")
-    output = a.output or (RESULTS.with_name("table-quick.json") if a.quick else RESULTS)
+    output, folder = defaults(a.quick, a.device)
+    output, folder = a.output or output, a.folder or folder
     if a.show:
         payload = load_kind(output, "table")
     else:
-        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, a.folder, a.workers, a.quick, a.device)
+        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
     others = [load_kind(path, "table")["rows"] for path in (usual if a.beside is None else a.beside)]
     payload = {**payload, "rows": [*payload["rows"], *itertools.chain(*others)]}

@@ -38,6 +38,15 @@ def test_every_method_meets_every_concept_and_every_attack() -> None:
     ]
 
 
+def test_each_device_has_files_of_its_own() -> None:
+    found = {(quick, device): table.defaults(quick, device) for quick in (False, True) for device in ("cpu", "cuda")}
+    assert len({path for path, _ in found.values()}) == 4
+    assert found[False, "cpu"] == (table.RESULTS, table.FOLDER)
+    assert {folder for (_, device), (_, folder) in found.items() if device == "cuda"} == {
+        table.FOLDER.with_name("table-gpu")
+    }
+
+
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
