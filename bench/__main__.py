@@ -297,7 +297,7 @@ def _command(name: str, rest: Sequence[str]) -> int:
         )
     elif name == "show":
         parser.add_argument("file", type=Path)
-        parser.add_argument("--markdown", action="store_true", help="print README's tables of a GPU run")
+        parser.add_argument("--markdown", action="store_true", help="print the tables as docs/engine.md has them")
         arguments = parser.parse_args(rest)
         results = Results.load(arguments.file)
         if arguments.markdown:

@@ -1,4 +1,4 @@
-"""README's tables of what a GPU run measured: `python -m bench show FILE --markdown`."""
+"""The tables in docs/engine.md of what a GPU run measured: `python -m bench show FILE --markdown`."""
 
 from collections.abc import Mapping
 from typing import Any

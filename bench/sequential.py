@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where adapters are kept")
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt")
     parser.add_argument("--show", action="store_true", help="run nothing: print the table of the file")
-    parser.add_argument("--markdown", action="store_true", help="print as README has it")
+    parser.add_argument("--markdown", action="store_true", help="print as Markdown")
     a = parser.parse_args(argv)
     payload = load_kind(a.output, "sequential") if a.show else fill(a.methods, a.output, a.folder, a.seeds)
     if a.markdown:

@@ -1,6 +1,7 @@
 """The table of methods: which cells there are, going on, reasons, what is shown."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,28 @@ def test_a_cell_without_a_number_has_a_reason() -> None:
     rows += [row(cell, reason="no cross-attention") for cell in cells[4:]]
     payload = {"rows": rows}
     header, uce, ssd = table.lines(payload, "digitcanvas")
-    assert header == ["method", "cells", "UA", "IRA", "CRA", "drift", "KID", "completion", "s", "MB", "kB"]
+    assert header == ["method", "cells", "UA", "IRA", "CRA", "drift", "KID", "attacks", "s", "MB", "kB"]
     assert uce[:3] == ["uce", "4", "91.5 (91-92)"] and uce[7] == "15 (10-20)" and uce[-3:] == ["2.5", "700", "46"]
+    assert table.attack_lines(payload, "digitcanvas") == [["method", "completion"], ["uce", "15 (10-20)"]]
     assert ssd[:3] == ["ssd", "0", "no cross-attention"] and len(ssd) == len(header)
     text = table.markdown(payload)
     assert "| uce | 4 | 91.5 (91-92) |" in text and "- ssd on digitcanvas: no cross-attention" in text
+
+
+def test_attacks_are_counted_once_each_and_taking_the_adapter_off_is_none() -> None:
+    rates = {"removal, adapter off": 100.0, "pruning, 10 %": 0.0, "pruning, 30 %": 50.0, "completion, 5": 25.0}
+    (header, line) = table.lines({"rows": [measured(Cell("m", "uce", "a", "b", 0), 100.0, rates)]}, "m")
+    assert line[header.index("attacks")] == "37.5"
+    (header, line) = table.lines({"rows": [measured(Cell("m", "uce", "a", "b", 0), 100.0)]}, "m")
+    assert line[header.index("attacks")] == "-"
+
+
+def test_readme_quotes_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copy(table.RESULTS, tmp_path)
+    beside = [str(path) for path in (table.AUTHORS,) if path.exists()]
+    assert table.main(["--show", "--markdown", "--output", str(copy), "--beside", *beside]) == 0
+    text = (table.ROOT / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in text, "put the output of `python -m bench.table --show --markdown` there"
 
 
 def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def test_host_times_come_from_their_measurement(tmp_path):
     assert model.measured_host(path) == {**roofline.HOST, "exact": 1e-4, "frozen": 3e-5}
 
 
-def test_readme_has_the_measured_tables(capsys):
+def test_the_documentation_has_the_measured_tables(capsys):
     path = ROOT / "bench" / "results" / "gpu.json"
     assert command.main(["show", str(path), "--markdown"]) == 0
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in text, f"put the output of `python -m bench show {path.name} --markdown` there"
 
 

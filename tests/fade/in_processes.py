@@ -224,7 +224,12 @@ def unlearned(
     from fade.config import Config
 
     pipeline = _pipeline(seed)
-    with warnings.catch_warnings(record=True) as caught, _failing_step(stop_at), _watched_gradients() as gradients, _steady_steps():
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        _failing_step(stop_at),
+        _watched_gradients() as gradients,
+        _steady_steps(),
+    ):
         warnings.simplefilter("always")
         adapter = fade.unlearn(
             pipeline, "cat", "dog", templates=("{}", "an image of {}", "a picture of {}"), retain=("a tree", "a house"),
@@ -291,8 +296,8 @@ def differing(seed: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _steady_steps() -> Iterator[None]:
-    """AdamW's own epsilon divides a gradient by its size, which blows up the rounding of those near 0, whose sums several
-    processes round otherwise than one, and hides a wrong factor. With one far above all gradients a step is in
+    """With its own epsilon AdamW divides a gradient by its size: that blows up the rounding of those near 0, which
+    several processes sum otherwise than one, and hides a wrong factor. With one far above all gradients a step is in
     proportion to them."""
     import torch
 
