@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import ROOT, load_kind, write_json
-from bench.table import ATTACKED, PAIRS, PICTURES, SCHEMA, TOLD
+from bench.table import ATTACKED, PAIRS, PICTURES, SCHEMA, TOLD, measured_attacks, measured_metrics
 
 RESULTS = ROOT / "bench" / "results" / "authors_package.json"
 NAME = "vision-unlearning 1.0.0"
@@ -183,12 +183,11 @@ def run(forget: str, surrogate: str, seed: int, setting: str, where: Path) -> di
     attacked: dict[str, Any] = {}
     if seed == 0 and forget in ATTACKED["digitcanvas"]:
         record = attack(pipeline, adapter, tuple(ATTACKS), pictures=PICTURES, progress=False)
-        attacked["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in record.results}
-        attacked |= {"unattacked": record.unattacked.rate, "left_out": record.left_out}
+        attacked = measured_attacks(record)
     return {
         **dict(zip(TOLD, ("digitcanvas", f"{NAME}, {setting}", forget, surrogate, seed), strict=True)),
         "seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes, "adapter_bytes": size,
-        "metrics": found.metrics, "base": found.base, "notes": found.notes, **attacked,
+        **measured_metrics(found), **attacked,
     }  # fmt: skip
 
 

@@ -248,6 +248,13 @@ def _gpu_facts() -> dict[str, Any] | None:
     }
 
 
+def engine_version() -> str:
+    """The last commit to the packages that are measured, with a + where they have changes of their own since."""
+    packages = ("fade", "fade_kernels", "csrc")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *packages)
+    return _git("log", "-1", "--format=%h", "--", *packages) + ("+" if changed else "")
+
+
 def environment() -> dict[str, Any]:
     """Device, versions, commit and load of the machine at this moment."""
     build = fade_kernels.build_info()

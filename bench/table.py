@@ -5,23 +5,28 @@
     python -m bench.table --show     run nothing: print the table of a file (--markdown: as README has it)
 
 A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
-failure is a line of the table with its reason. What it makes stays in `--folder` (adapter, attacks) until the file has
-it; a run that is stopped goes on where it was, also within a cell's attacks. What depends on the base model alone, all
+failure is a line of the table with its reason; a process that was killed is run again the next time. What a cell makes
+stays in `--folder` (adapter, attacks) until the file has it; a run that is stopped goes on where it was, also within a
+cell's attacks. Cells whose settings have changed since are measured anew. What depends on the base model alone, all
 cells share (`kept` in that folder).
 
-    {"schema": 1, "kind": "table", "environment", "quick", "rows": [
-        {"model", "method", "forget", "surrogate", "seed", "seconds", "peak_memory_bytes", "adapter_bytes",
-         "metrics": {name: number}, "base": {name: number}, "attacks": {"attack, setting": success rate in percent},
-         "left_out": {attack: why}} | {..., "reason": why there is nothing}]}
+    {"schema": 2, "kind": "table", "environment", "quick", "settings": {method: {"section.setting": value}}, "rows": [
+        {"model", "method", "forget", "surrogate", "seed", "code": the last commit to what was measured,
+         "seconds", "peak_memory_bytes", "adapter_bytes", "metrics": {name: number}, "base": {name: number},
+         "interval_95": {name: [low, high]}, "change_95": {name: [low, high]}, paired, "notes": {name: text},
+         "attacks": {"attack, setting": {"recognised", "pictures", and numbers of its own}},
+         "unattacked": {"recognised", "pictures"}, "left_out": {attack: why}} | {..., "reason": why there is nothing}]}
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,11 +35,11 @@ from typing import Any
 
 from bench.files import ROOT, load_kind, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS = ROOT / "bench" / "results" / "table.json"
 AUTHORS = RESULTS.with_name("authors_package.json")
 FOLDER = ROOT / "build" / "table"
-SHOWN = ("UA", "IRA", "CRA", "NA", "drift", "KID")
+SHOWN = ("UA", "IRA", "CRA", "NA", "drift")
 """Metrics of the printed table; the file has all that the evaluation measures."""
 PICTURES = 8
 """That an attack draws."""
@@ -51,6 +56,13 @@ PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 """Concepts and what takes their place, by bundled model."""
 TOLD = ("model", "method", "forget", "surrogate", "seed")
 """What tells a row from another."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "distillation + gift": ("distillation", {"overwrite__gift": 1e-4}),
+    "distillation + ekpc": ("distillation", {"overwrite__ekpc": 1e-3}),
+    "fade, whole modules": ("fade", {"locate__granularity": "module"}),
+    "fade, dense": ("fade", {"locate__granularity": "none"}),
+}
+"""Options of methods, measured on the first model with the first seed, without attacks: the method and what is set."""
 ATTACKED = {"digitcanvas": ("three", "neon"), "emojicanvas": ("tiger", "glossy")}
 """Concepts on which every attack is made, with the first seed."""
 
@@ -80,28 +92,85 @@ class Cell:
         return "-".join(str(part).replace(" ", "_") for part in self.key)
 
 
+def names() -> list[str]:
+    """Every method, then the variants."""
+    from fade.methods import METHODS
+
+    return [*METHODS, *VARIANTS]
+
+
+def config_of(method: str, seed: int = 0) -> Any:
+    """The `fade.Config` of a method or variant."""
+    import fade
+
+    method, changes = VARIANTS.get(method, (method, {}))
+    return fade.Config.of(method, seed=seed, **changes)
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """Its settings by section and name, ready for JSON."""
+    found: dict[str, Any] = {}
+    for section, values in config_of(method).to_dict().items():
+        found |= {f"{section}.{name}": value for name, value in values.items()} if isinstance(values, dict) else {}
+    return json.loads(json.dumps(found))
+
+
 def cells(quick: bool, methods: Sequence[str]) -> list[Cell]:
     """In the order in which an interrupted table is most worth having."""
     from fade.evaluation.attacks.registry import ATTACKS
 
+    whole = [method for method in methods if method not in VARIANTS]
+    first = next(iter(PAIRS))
     if quick:
-        pair = PAIRS["digitcanvas"][0]
-        return [Cell("digitcanvas", method, *pair, 0, QUICK_ATTACKS) for method in methods]
+        return [Cell(first, method, *PAIRS[first][0], 0, QUICK_ATTACKS) for method in whole]
+
+    def of(model: str, seed: int, methods: Sequence[str], attacks: tuple[str, ...]) -> list[Cell]:
+        return [
+            Cell(model, method, forget, surrogate, seed, attacks if forget in ATTACKED[model] else ())
+            for forget, surrogate in sorted(PAIRS[model], key=lambda pair: pair[0] not in ATTACKED[model])
+            for method in methods
+        ]
+
     return [
-        Cell(model, method, forget, surrogate, seed, tuple(ATTACKS) if seed == 0 and forget in ATTACKED[model] else ())
-        for seed in (0, 1)
-        for model, pairs in PAIRS.items()
-        for forget, surrogate in sorted(pairs, key=lambda pair, model=model: pair[0] not in ATTACKED[model])
-        for method in methods
+        *(cell for model in PAIRS for cell in of(model, 0, whole, tuple(ATTACKS))),
+        *of(first, 0, [method for method in methods if method in VARIANTS], ()),
+        *(cell for model in PAIRS for cell in of(model, 1, whole, ())),
     ]
 
 
 # --- one cell, in a process of its own -------------------------------------------------------------------------------
 
 
+def _rounded(value: Any) -> Any:
+    """Floats of five digits, also in what is within."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def measured_metrics(found: Any) -> dict[str, Any]:
+    """What a row has of an `Evaluation`."""
+    spans = {"interval_95": found.intervals, "change_95": found.changes}
+    ends = {kind: {name: [one["low"], one["high"]] for name, one in by.items()} for kind, by in spans.items()}
+    rounded = {kind: {name: [*map(_rounded, both)] for name, both in by.items()} for kind, by in ends.items()}
+    return {"metrics": _rounded(found.metrics), "base": _rounded(found.base), **rounded, "notes": found.notes}
+
+
+def measured_attacks(record: Any) -> dict[str, Any]:
+    """What a row has of an `AttackRecord`: counts and numbers, no pictures and no words."""
+
+    def counts(one: Any) -> dict[str, Any]:
+        own = {name: number for name, number in one.numbers.items() if not isinstance(number, list)}
+        return {"recognised": one.recognised, "pictures": one.pictures, **_rounded(own)}
+
+    attacks = {f"{one.attack}, {one.setting}": counts(one) for one in record.results}
+    return {"attacks": attacks, "unattacked": counts(record.unattacked), "left_out": record.left_out}
+
+
 def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Unlearns, evaluates and attacks; what is in `folder` already is not done again."""
     import fade
+    from bench.harness import engine_version
     from fade import bundled
     from fade.errors import FadeError
     from fade.evaluation import evaluate
@@ -115,25 +184,27 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
         if "metrics" not in row:
             with measured(device) as cost:
                 adapter = fade.unlearn(
-                    pipeline, cell.forget, cell.surrogate, method=cell.method,
-                    config=fade.Config().replace(seed=cell.seed), output=made, overwrite=True, progress=False,
+                    pipeline, cell.forget, cell.surrogate, config=config_of(cell.method, cell.seed), output=made,
+                    overwrite=True, progress=False,
                 )  # fmt: skip
-            row |= {"seconds": cost.seconds, "peak_memory_bytes": cost.peak_memory_bytes}
+            row |= {"code": engine_version(), "seconds": _rounded(cost.seconds)}
+            row |= {"peak_memory_bytes": cost.peak_memory_bytes}
             row["adapter_bytes"] = (made / "adapter.safetensors").stat().st_size
-            found = evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False)
-            row |= {"metrics": found.metrics, "base": found.base, "notes": found.notes}
+            row |= measured_metrics(evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False))
             write_json(path, row)
         elif cell.attacks:
             adapter = fade.load_adapter(pipeline, made / "adapter.safetensors")
-        if cell.attacks:
+    except FadeError as reason:
+        row["reason"] = str(reason)
+    if cell.attacks and "reason" not in row:
+        try:
             record = attack(
                 pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", cache=kept,
                 progress=False,
             )  # fmt: skip
-            row["attacks"] = {f"{one.attack}, {one.setting}": one.rate for one in record.results}
-            row |= {"unattacked": record.unattacked.rate, "left_out": record.left_out}
-    except FadeError as reason:
-        row["reason"] = str(reason)
+            row |= measured_attacks(record)
+        except FadeError as reason:
+            row["left_out"] = {name: str(reason) for name in cell.attacks}
     write_json(path, row)
     return row
 
@@ -142,73 +213,127 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def _finished(row: dict[str, Any], cell: Cell) -> bool:
+    if "failed" in row:
+        return False
     if "reason" in row:
         return True
     known = {name.partition(",")[0] for name in row.get("attacks", {})} | set(row.get("left_out", {}))
     return "metrics" in row and set(cell.attacks) <= known
 
 
-def _run(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
-    """The cell in its process; a process that fails leaves its last words as the reason."""
-    command = [sys.executable, "-m", "bench.table", "--cell", json.dumps(asdict(cell)), "--folder", str(folder)]
-    command += ["--device", device]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    path = folder / f"{cell.name}.json"
-    if done.returncode == 0 and path.exists():
-        return json.loads(path.read_text())
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
-    return {**cell.told, "reason": f"the process failed: {last[0]}"}
+class _Runner:
+    """Runs cells in processes of one thread each, from several threads."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def __call__(self, cell: Cell) -> dict[str, Any]:
+        """The cell's row; a process that fails leaves what it had measured, and its last words."""
+        command = [sys.executable, "-m", "bench.table", "--cell", json.dumps(asdict(cell))]
+        command += ["--folder", str(self.folder), "--device", self.device]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            self._running.add(process)
+            if self._stopped:
+                process.terminate()
+            said = process.communicate()[1]
+            self._running.discard(process)
+        path = self.folder / f"{cell.name}.json"
+        row = json.loads(path.read_text()) if path.exists() else cell.told
+        if process.returncode != 0:
+            last = [line for line in said.splitlines() if line.strip()][-1:] or [f"exit code {process.returncode}"]
+            row["failed"] = f"the process failed, and is run again with the table: {last[0]}"
+        return row
+
+    def stop(self) -> None:
+        self._stopped = True
+        for process in list(self._running):
+            process.terminate()
+
+
+def _forget_changed(payload: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The rows whose methods have the settings that they were measured with; what the others left is removed."""
+    kept, changed = [], {}
+    for method, before in payload.get("settings", {}).items():
+        now = settings_of(method) if method in names() else {}
+        changed[method] = sorted(name for name in before if name in now and before[name] != now[name])
+    for row in payload["rows"]:
+        if not changed.get(row["method"]):
+            kept.append(row)
+            continue
+        name = Cell(*(row[part] for part in TOLD)).name
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    for method, what in changed.items():
+        if what:
+            print(f"{method} is measured anew: other settings now: {', '.join(what)}", file=sys.stderr)
+    return kept
 
 
 def fill(
-    todo: Iterable[Cell], output: Path, folder: Path, workers: int, quick: bool, device: str = "cpu"
+    todo: Sequence[Cell], output: Path, folder: Path, workers: int, quick: bool, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Runs what the file lacks, and writes it after every cell."""
+    """Runs what the file lacks, and writes it after every cell. Interrupted, it ends the cells that are running."""
     from bench.harness import environment
     from fade.progress import progress_bar
 
     empty = {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
     payload = load_kind(output, "table") if output.exists() else empty
-    rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
+    if payload["schema"] != SCHEMA:
+        raise SystemExit(f"{output} was written by another version of this program; give another --output")
+    rows = {tuple(row[name] for name in TOLD): row for row in _forget_changed(payload, folder)}
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
+    settings = payload.get("settings", {}) | {cell.method: settings_of(cell.method) for cell in wanted}
     folder.mkdir(parents=True, exist_ok=True)
-    with progress_bar("table", len(wanted), True) as advance, ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_run, cell, folder, device): cell for cell in wanted}
-        for future in as_completed(futures):
-            cell, row = futures[future], future.result()
-            rows[cell.key] = row
-            payload |= {"environment": environment(), "rows": list(rows.values())}
-            write_json(output, payload)
-            reached = row.get("reason") or f"UA {row['metrics']['UA']:.0f}, {row['seconds']:.0f} s"
-            advance(f"{cell.method}, {cell.forget}: {reached}")
+    runner, pool = _Runner(folder, device), ThreadPoolExecutor(workers)
+    try:
+        with progress_bar("table", len(wanted), True) as advance:
+            futures = {pool.submit(runner, cell): cell for cell in wanted}
+            for future in as_completed(futures):
+                cell, row = futures[future], future.result()
+                rows[cell.key] = row
+                payload |= {"environment": environment(), "settings": settings, "rows": list(rows.values())}
+                write_json(output, payload, line_a_row=True)
+                reached = row.get("failed") or row.get("reason")
+                advance(f"{cell.method}, {cell.forget}: {reached or _in_short(row)}")
+    finally:
+        runner.stop()
+        pool.shutdown(cancel_futures=True)
     return payload
+
+
+def _in_short(row: dict[str, Any]) -> str:
+    return f"UA {row['metrics']['UA']:.0f}, {row['seconds']:.0f} s"
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
 def _middle(numbers: list[float]) -> str:
-    """The median, and where there are several the range of the middle half."""
+    """The median over cells, and where they differ the range that has it with 95 %, by order statistics; of fewer than
+    six cells, from which none follows, the least and the most."""
     if not numbers:
         return ""
-    ordered = sorted(numbers)
+    ordered, count = sorted(numbers), len(numbers)
+    without = 0  # of the least and of the most, as many as leave the median outside in 5 % at the most
+    while 2 * sum(math.comb(count, k) for k in range(without + 2)) <= 0.05 * 2**count:
+        without += 1
+    low, high = _number(ordered[without]), _number(ordered[count - 1 - without])
     text = _number(median(ordered))
-    if len(ordered) < 4:
-        return text
-    low, high = (_number(ordered[round(share * (len(ordered) - 1))]) for share in (0.25, 0.75))
     return text if low == high else f"{text} ({low}-{high})"
 
 
 def _worst(row: dict[str, Any]) -> dict[str, float]:
     """Of each attack that a cell stood the setting that succeeds most, in percent."""
     found: dict[str, float] = {}
-    for name, rate in row.get("attacks", {}).items():
-        attack = name.partition(",")[0]
+    for name, counts in row.get("attacks", {}).items():
+        attack, rate = name.partition(",")[0], 100 * counts["recognised"] / counts["pictures"]
         found[attack] = max(rate, found.get(attack, 0.0))
     return found
 
@@ -219,10 +344,19 @@ def _attacked(row: dict[str, Any]) -> float | None:
     return sum(rates) / len(rates) if rates else None
 
 
+def _relearnt(row: dict[str, Any]) -> str | None:
+    """Steps on ten pictures after which half of the concept is back, and steps to learn it anew."""
+    for name, counts in row.get("attacks", {}).items():
+        if name.startswith("relearning, 10 pictures, up to"):
+            return " / ".join(str(counts[which] or "never") for which in ("steps_to_half", "anew_steps_to_half"))
+    return None
+
+
 def _by_method(payload: dict[str, Any], model: str) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
     """Of each method all its rows and those that have numbers."""
-    rows = [row for row in payload["rows"] if row["model"] == model]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    rows, order = [row for row in payload["rows"] if row["model"] == model], names()
+    found = dict.fromkeys(row["method"] for row in rows)
+    for method in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
         own = [row for row in rows if row["method"] == method]
         yield method, own, [row for row in own if "metrics" in row]
 
@@ -235,13 +369,15 @@ def lines(payload: dict[str, Any], model: str) -> list[list[str]]:
     table = [header]
     for method, own, good in _by_method(payload, model):
         if not good:
-            table.append([method, "0", own[0].get("reason", "not run"), *[""] * (len(header) - 3)])
+            table.append(
+                [method, "0", own[0].get("failed") or own[0].get("reason", "not run"), *[""] * (len(header) - 3)]
+            )
             continue
         metrics = [[row["metrics"][name] for row in good if row["metrics"].get(name) is not None] for name in shown]
         attacked = [mean for mean in map(_attacked, good) if mean is not None]
         costs = [(row["seconds"], row["peak_memory_bytes"] / 1e6, row["adapter_bytes"] / 1e3) for row in good]
-        columns = [*metrics, attacked, *map(list, zip(*costs, strict=True))]
-        table.append([method, str(len(good)), *(_middle(column) or "-" for column in columns)])
+        medians = [_number(median(column)) for column in zip(*costs, strict=True)]
+        table.append([method, str(len(good)), *(_middle(column) or "-" for column in (*metrics, attacked)), *medians])
     return table
 
 
@@ -249,7 +385,8 @@ def attack_lines(payload: dict[str, Any], model: str) -> list[list[str]]:
     """Header and one line a method: each attack, of its settings the one that succeeds most."""
     rows = [row for row in payload["rows"] if row["model"] == model]
     attacks = list(dict.fromkeys(attack for row in rows for attack in _worst(row)))
-    table = [["method", *attacks]]
+    relearnt = any(_relearnt(row) for row in rows)
+    table = [["method", *attacks, *(["relearning on 10: steps to half / anew"] if relearnt else [])]]
     for method, _, good in _by_method(payload, model):
         cells = []
         for attack in attacks:
@@ -257,7 +394,8 @@ def attack_lines(payload: dict[str, Any], model: str) -> list[list[str]]:
             refused = any(attack in row.get("left_out", {}) for row in good)
             cells.append(_middle(rates) or ("cannot" if refused else "-"))
         if set(cells) - {"-"}:
-            table.append([method, *cells])
+            steps = [text for text in map(_relearnt, good) if text]
+            table.append([method, *cells, *([", ".join(steps) or "-"] if relearnt else [])])
     return table
 
 
@@ -279,7 +417,11 @@ def markdown(payload: dict[str, Any]) -> str:
             text += [f"<details><summary>{model}, attack by attack</summary>", ""]
             add(attacks)
             text += ["</details>", ""]
-    reasons = {(row["method"], row["model"]): row["reason"] for row in payload["rows"] if "reason" in row}
+    reasons = {
+        (row["method"], row["model"]): row.get("failed") or row["reason"]
+        for row in payload["rows"]
+        if "reason" in row or "failed" in row
+    }
     text += [f"- {method} on {model}: {reason}" for (method, model), reason in reasons.items()]
     return "\n".join(text).rstrip() + "\n"
 
@@ -318,7 +460,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from bench.harness import print_table
-    from fade.methods import METHODS
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -328,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where adapters are kept meanwhile (default: build/table[-gpu])")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where a cell runs (default: cpu)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="only these")
+    parser.add_argument("--methods", nargs="+", choices=names(), metavar="NAME", help="only these")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="print as README has it")
     parser.add_argument(
@@ -348,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         payload = load_kind(output, "table")
     else:
-        payload = fill(cells(a.quick, a.methods or list(METHODS)), output, folder, a.workers, a.quick, a.device)
+        payload = fill(cells(a.quick, a.methods or names()), output, folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
     others = [load_kind(path, "table")["rows"] for path in (usual if a.beside is None else a.beside)]
     payload = {**payload, "rows": [*payload["rows"], *itertools.chain(*others)]}
