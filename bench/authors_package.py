@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.files import ROOT, load_kind, write_json
-from bench.table import ATTACKED, PAIRS, PICTURES, SCHEMA, TOLD, measured_attacks, measured_metrics
+from bench.files import ROOT, write_json
+from bench.table import ATTACKED, PAIRS, PICTURES, SCHEMA, TOLD, measured_attacks, measured_metrics, read
 
 RESULTS = ROOT / "bench" / "results" / "authors_package.json"
 NAME = "vision-unlearning 1.0.0"
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(run(*json.loads(a.cell), a.package)))
         return 0
     find(a.package)
-    payload = load_kind(a.output, "table") if a.output.exists() else {"rows": []}
+    payload = read(a.output) if a.output.exists() else {"rows": []}
     rows = {tuple(row[name] for name in TOLD): row for row in payload["rows"]}
     for seed in a.seeds:
         for forget, surrogate in PAIRS["digitcanvas"]:

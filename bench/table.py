@@ -253,6 +253,14 @@ class _Runner:
             process.terminate()
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A table's file. Raises SystemExit with a message for people where it is none, or another version's."""
+    payload = load_kind(path, "table")
+    if payload.get("schema") != SCHEMA:
+        raise SystemExit(f"{path} was written by another version of this program; give another --output")
+    return payload
+
+
 def _forget_changed(payload: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The rows whose methods have the settings that they were measured with; what the others left is removed."""
     kept, changed = [], {}
@@ -280,9 +288,7 @@ def fill(
     from fade.progress import progress_bar
 
     empty = {"schema": SCHEMA, "kind": "table", "quick": quick, "rows": []}
-    payload = load_kind(output, "table") if output.exists() else empty
-    if payload["schema"] != SCHEMA:
-        raise SystemExit(f"{output} was written by another version of this program; give another --output")
+    payload = read(output) if output.exists() else empty
     rows = {tuple(row[name] for name in TOLD): row for row in _forget_changed(payload, folder)}
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
     settings = payload.get("settings", {}) | {cell.method: settings_of(cell.method) for cell in wanted}
@@ -487,11 +493,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, folder = defaults(a.quick, a.device)
     output, folder = a.output or output, a.folder or folder
     if a.show:
-        payload = load_kind(output, "table")
+        payload = read(output)
     else:
         payload = fill(cells(a.quick, a.methods or names()), output, folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
-    others = [load_kind(path, "table")["rows"] for path in (usual if a.beside is None else a.beside)]
+    others = [read(path)["rows"] for path in (usual if a.beside is None else a.beside)]
     payload = {**payload, "rows": [*payload["rows"], *itertools.chain(*others)]}
     if a.markdown:
         print(markdown(payload), end="")
