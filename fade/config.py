@@ -582,7 +582,8 @@ def _check(config: Config) -> None:
     )
     require(
         config.solves or not solving.hardening,
-        "closed_form.hardening would be ignored: the method distillation solves nothing. Choose closed-form or both",
+        f"closed_form.hardening would be ignored: the method {overwrite.method} solves nothing. Choose closed-form or "
+        "both",
     )
     require(
         (config.solves and config.trains) or not solving.refit,
@@ -609,7 +610,7 @@ def _check(config: Config) -> None:
     for name in ("forget_images", "retain_images"):
         require(
             config.needs_latents or getattr(data, name) is None,
-            f"{name} would be ignored: the method closed-form reads prompts alone. Leave it out, or choose both",
+            f"{name} would be ignored: the method {overwrite.method} reads prompts alone. Leave it out, or choose both",
         )
     require(
         data.forget_from == "concept" or data.forget_images is None,

@@ -23,6 +23,7 @@ from fade.base_model import (
     base_name,
     bring_to_its_device,
     fingerprint,
+    maskable_layers,
     outline,
     refuse_merged,
     refuse_offloaded,
@@ -472,19 +473,18 @@ def with_targets(backbone: Backbone, config: Config) -> Config:
 
 
 def _of_kind(backbone: Backbone, kind: TargetKind) -> tuple[str, ...]:
-    """Patterns of the layers of a kind. Raises FadeError where the denoiser has none of it."""
-    if kind == "all":
-        return ("*",)
-    if kind == "attention":
-        return backbone.targets
-    layers = target_layers(backbone.denoiser)
+    """Patterns of the layers of a kind that can carry masks. Raises FadeError where the denoiser has none of it."""
+    patterns = {"all": ("*",), "attention": backbone.targets}.get(kind)
+    found = maskable_layers(backbone.denoiser, patterns)
     if kind == "convolutions":
-        found = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    else:
+        found = {name: layer for name, layer in found.items() if isinstance(layer, nn.Conv2d)}
+    elif kind == "beyond-attention":
         attention = target_layers(backbone.denoiser, backbone.targets)
-        found = [name for name in layers if name not in attention]
+        found = {name: layer for name, layer in found.items() if name not in attention}
     if not found:
         raise FadeError(f"the targets name {kind}, and {backbone.family.name} has none; name others, or all")
+    if patterns is not None and len(found) == len(target_layers(backbone.denoiser, patterns)):
+        return patterns
     return tuple(found)
 
 
