@@ -47,7 +47,7 @@ from fade.closed_form import (
     token_statistics,
     working_bytes,
 )
-from fade.concept import Concept, Pair, mentions, together
+from fade.concept import Concept, Pair, holding_surrogates, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
 from fade.config import TARGET_KINDS, ClosedFormConfig, Config, TargetKind
@@ -136,7 +136,7 @@ def unlearn(
     concept = together(concepts, config.data.plurals)
     config = config.replace(concepts=())  # the record names them as the concept
     others = concepts_of(backbone, beside)
-    concept = concept_beside(concept, others, config.data.plurals)
+    concept = _retaining(concept, others, config)
     config = with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
@@ -252,7 +252,7 @@ def unlearn_each(
     try:
         for one, slug in zip(concepts, names, strict=True):
             theirs = [pair for pair in taken if pair not in one.pairs] + others
-            request = concept_beside(one, theirs, config.data.plurals)
+            request = _retaining(one, theirs, config)
             folder = folders[one.forget]
             _, there = processes.from_first(
                 {}, [folder is not None and (folder / file).is_file() for file in (REQUEST_FILE, ADAPTER_FILE)]
@@ -269,6 +269,12 @@ def unlearn_each(
             adapter.remove()
         raise
     return made
+
+
+def _retaining(concept: Concept, others: Sequence[Pair], config: Config) -> Concept:
+    """The request with all that must stay: beside the adapters that forget `others`, as its method trains."""
+    concept = concept_beside(concept, others, config.data.plurals)
+    return holding_surrogates(concept, config.data.plurals) if config.method.holds_surrogate else concept
 
 
 def _finished(backbone: Backbone, folder: Path, concept: Concept, config: Config, name: str) -> Adapter:

@@ -51,6 +51,8 @@ class Method:
             layer, all of the settings' rank times `ranks`; None begins at no change.
         accumulators: numbers that `edit` or `start` sums up for every weight (`fade.importance`), for planning.
         reads_latents: of an edit, whether it looks at forget and retain latents.
+        holds_surrogate: whether the surrogate's prompts are retain prompts, too, of a method that would drift with
+            them.
         targets: the layers that are edited, as patterns; None is the family's own choice.
         check: raises FadeError, saying why, for a pipeline or settings with which the method cannot work. Called before
             anything is drawn.
@@ -70,6 +72,7 @@ class Method:
     ranks: int = 1
     accumulators: int = 0
     reads_latents: bool = True
+    holds_surrogate: bool = False
     targets: Callable[[Backbone], tuple[str, ...]] | None = None
     check: Callable[[Backbone, Config], None] | None = None
     finish: Callable[[Adapter, Any], None] | None = None

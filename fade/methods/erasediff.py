@@ -11,8 +11,9 @@ with L_f = ‖ε(z_t, c) − sg ε(z_t, c')‖² and L_r = ‖ε(z_t^r, c_r) −
 - `cosine`   [η − cos(g_r, g_q)]₊, the authors' code where its λ is negative
 - `fixed`    forget_weight, the authors' default; then the method is the weighted sum of both losses
 
-Ours: the snapshot is the adapter, not the model; the inner steps are Adam's with a state of their own, where the
-authors' leave theirs in the outer optimiser; the learning rate.
+Ours: the snapshot is the adapter, not the model; all K inner steps see the outer step's own batch and noise, where the
+authors' go on over the loader, so that φ_K says how far L_f of this very batch falls; they are Adam's with a state of
+their own, where the authors' leave theirs in the outer optimiser; the learning rate.
 
 On DigitCanvas (80 pictures) "three" had UA 100, IRA 93.1 and CRA 100, "neon" 100, 100 and 98.8.
 """
