@@ -128,8 +128,8 @@ def unlearn(
 
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
-    config = with_method(config, method)
     check_arguments(output, name, overwrite, resume)
+    config = with_method(config, method, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, surrogate, concept, templates, retain, config)
@@ -231,8 +231,8 @@ def unlearn_each(
 
     Returns the adapters by concept, attached and enabled. Whatever is raised, the pipeline is as it was before.
     """
-    config = with_method(config, method)
     check_arguments(output, name, overwrite, resume)
+    config = with_method(config, method, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, None, concept, templates, retain, config)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade.config import Config
 from fade.errors import FadeError
 from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.methods.salun import RandomLabel
@@ -95,6 +96,17 @@ class Bilevel(RandomLabel):
         return max(0.0, self.options.eta * gap - product) / of_forget
 
 
+def unread(config: Config) -> dict[str, str]:
+    barrier = config.options["barrier"]
+    named, inner = f"the method erasediff with barrier {barrier}", ("options.inner_steps",)
+    if barrier == "fixed":
+        return dict.fromkeys((*inner, "options.eta"), f"{named} weighs by forget_weight alone")
+    weighing = (f"overwrite.{name}" for name in ("forget_weight", "retain_weight", "dual_rate", "dual_bound"))
+    why = f"{named} finds how both losses are weighed. Leave it out, or give the option barrier=fixed"
+    makes_none = dict.fromkeys(inner, f"{named} makes none") if barrier == "cosine" else {}
+    return {**dict.fromkeys(weighing, why), **makes_none}
+
+
 ERASEDIFF = Method(
     name="erasediff",
     summary="Bi-level: lowers the retain loss among what lowers the forget loss as inner steps show that it can fall.",
@@ -111,4 +123,5 @@ ERASEDIFF = Method(
     },
     options=Options,
     objective=Bilevel,
+    unread=unread,
 )
