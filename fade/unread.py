@@ -64,9 +64,6 @@ def unread_by_parts(config: Config) -> dict[str, str]:
         if not method.accumulators and kind == "random":
             why = f"{named} with saliency random looks at nothing. Leave it out, or choose another saliency"
             skip("locate", measuring, why)
-        if not method.accumulators and kind == "guided":
-            why = f"{named} with saliency guided sums gradients before it takes their magnitude"
-            skip("locate", "per_sample", why)
         if locate.granularity != "tile":
             skip("locate", "tile", f"{named} has granularity {locate.granularity}. Leave it out, or choose tile")
 

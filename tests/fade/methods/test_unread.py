@@ -33,7 +33,7 @@ from ..conftest import tiny_pipeline
 CONCEPT = concept_from_words("cat", "dog", ["a {}", "one {}"], ["a house", "a tree", "a car", "a dog"])
 SMALL = {
     "data__forget_samples": 2, "data__retain_samples": 3, "data__sampling_steps": 1, "locate__batch_size": 2,
-    "overwrite__steps": 2, "overwrite__batch_size": 1, "overwrite__retain_batch_size": 1, "overwrite__warmup_steps": 0,
+    "overwrite__steps": 2, "overwrite__batch_size": 3, "overwrite__retain_batch_size": 1, "overwrite__warmup_steps": 0,
     "locate__keep": 0.1, "overwrite__stop_every": 2, "overwrite__cooldown_steps": 2, "overwrite__learning_rate": 1e-2,
     "overwrite__checkpoint_every": 3,
 }  # fmt: skip
@@ -48,7 +48,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "overwrite.parameters": ("factors", "values"), "overwrite.rank": (3,), "overwrite.alpha": (5.0,),
     "overwrite.steps": (4,), "overwrite.stop_forget": (0.0, 0.4), "overwrite.stop_flat": (0.9,),
     "overwrite.stop_every": (1,), "overwrite.cooldown_steps": (1,), "overwrite.pool": (2, 0),
-    "overwrite.batch_size": (3,), "overwrite.retain_batch_size": (3,), "overwrite.accumulation": (2,),
+    "overwrite.batch_size": (2,), "overwrite.retain_batch_size": (3,), "overwrite.accumulation": (2,),
     "overwrite.learning_rate": (0.03,), "overwrite.warmup_steps": (2,), "overwrite.weight_decay": (0.7,),
     "overwrite.max_grad_norm": (1e-4,), "overwrite.forget_weight": (0.77,), "overwrite.retain_weight": (0.55,),
     "overwrite.dual_rate": (0.7,), "overwrite.dual_bound": (0.6,), "overwrite.gift": (0.3,), "overwrite.ekpc": (0.3,),
@@ -61,7 +61,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "options.answer": ("random",), "options.barrier": ("cosine", "fixed"), "options.direction": ("prompt",),
     "options.neutral": ("empty",), "options.among": ("all",), "options.tokens": ("following",),
     "options.preserved": ("last",), "options.neighbours": (1,), "options.most": (100.0,), "options.slack": (0.5,),
-    "options.bound": (1e-3,), "options.attacked": (3,), "options.threshold": (3.0,),
+    "options.bound": (1e-3,), "options.anchors": (0.0,), "options.empty": (1.0,),
+    "options.attacked": (3,), "options.threshold": (3.0,),
 }  # fmt: skip
 """Other values for every setting; options that are numbers or switches need none here."""
 TABLES = {"data": DataConfig, "locate": LocateConfig, "overwrite": OverwriteConfig, "closed_form": ClosedFormConfig}
