@@ -39,7 +39,7 @@ def unread_by_parts(config: Config) -> dict[str, str]:
     elif data.forget_images is not None and data.retain_images is not None:
         skip("data", "sampling_steps guidance_scale", f"{named} is given all pictures, and samples none")
 
-    measuring = "passes batch_size per_sample"
+    measuring = "" if method.accumulators else "passes batch_size per_sample"
     if method.edit is not None or locate.granularity == "none":
         why = f"{named} with granularity none keeps every weight. Leave it out, or choose granularity element, too"
         if method.edit is not None:
@@ -48,8 +48,7 @@ def unread_by_parts(config: Config) -> dict[str, str]:
         skip("locate", "keep scaling tile guidance memory_budget", why)
         if method.edit is not None or config.solves or locate.saliency != "closed-form":
             skip("locate", "saliency", why)
-        if not method.accumulators:
-            skip("locate", measuring, why)
+        skip("locate", measuring, why)
     else:
         kind = config.saliency
         if kind == "closed-form":
@@ -61,7 +60,7 @@ def unread_by_parts(config: Config) -> dict[str, str]:
         if kind != "guided":
             why = f"{named} with saliency {kind} has none. Leave it out, or choose the saliency guided"
             skip("locate", "guidance", why)
-        if not method.accumulators and kind == "random":
+        if kind == "random":
             why = f"{named} with saliency random looks at nothing. Leave it out, or choose another saliency"
             skip("locate", measuring, why)
         if locate.granularity != "tile":
@@ -93,10 +92,9 @@ def unread_by_parts(config: Config) -> dict[str, str]:
         skip("overwrite", "dual_bound", f"{named} with dual_rate 0 leaves the forget weight as it is")
 
     if not config.solves:
-        skip("closed_form", "hardening refit", f"{named} solves nothing. Leave it out, or choose closed-form or both")
-        if config.saliency != "closed-form" or locate.granularity == "none":
-            why = f"{named} solves nothing. Leave it out, or choose closed-form or both"
-            skip("closed_form", others("closed_form"), why)
+        chooses = config.saliency == "closed-form" and locate.granularity != "none"
+        names = "hardening refit" if chooses else others("closed_form")
+        skip("closed_form", names, f"{named} solves nothing. Leave it out, or choose closed-form or both")
     elif not config.trains:
         skip("closed_form", "refit", f"{named} does not train what it has solved. Leave it out, or choose both")
     if solving.retain_weight is not None:
