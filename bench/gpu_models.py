@@ -112,7 +112,7 @@ def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> It
         }  # fmt: skip
         trains = fade.Config.of(method).trains
         for steps in (case.steps // 2, case.steps) if trains else (1, 1):
-            config = fade.Config.of(method, **changes, overwrite__steps=steps)
+            config = fade.Config.of(method, **changes, overwrite__steps=steps).without_ignored()
             began = time.perf_counter()
             adapter = fade.unlearn(
                 pipeline, "three", "eight", templates=["a {}", "a handwritten {}"], retain=["a two", "a four"],

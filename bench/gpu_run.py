@@ -50,7 +50,7 @@ def run(method: str, dtype: str, graph: str, mode: str, device: str, steps: int 
     config = fade.Config().replace(
         locate__keep=KEEP, overwrite__method=method, overwrite__cuda_graph=graph, overwrite__training_mode=mode,
         **({} if steps is None else {"overwrite__steps": steps}),
-    )  # fmt: skip
+    ).without_ignored()  # fmt: skip
     with measured(torch.device(device)) as cost:
         adapter = fade.unlearn(pipeline, FORGET, SURROGATE, config=config, progress=False)
     said = adapter.run

@@ -113,7 +113,7 @@ def run_case(name: str, device: str) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     model, checkpointing, changes = CASES[name]
-    config = fade.Config().replace(**changes)
+    config = fade.Config().replace(**changes).without_ignored()
 
     def run(pipeline: Any, config: fade.Config) -> Any:
         return fade.unlearn(
@@ -129,7 +129,7 @@ def run_case(name: str, device: str) -> dict[str, Any]:
     # Everything that either method imports, with no model left afterwards.
     small = _batches(2)
     for method in ("distillation", "both"):
-        run(digitcanvas.load_pipeline(), fade.Config().replace(**small, overwrite__method=method))
+        run(digitcanvas.load_pipeline(), fade.Config().replace(**small, overwrite__method=method).without_ignored())
     with tempfile.TemporaryDirectory() as folder:
         found = str(folder) if model == "sdxl-shaped" else model
         if model == "sdxl-shaped":

@@ -117,6 +117,7 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     pipeline = model.load_pipeline(torch_dtype=getattr(torch, study.dtype))
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
     config = fade.Config().replace(**study.recipes[cell.recipe], locate__keep=cell.keep, seed=cell.seed)
+    config = config.without_ignored()  # all recipes are given the study's keep and passes
     adapter = fade.unlearn(
         pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
     )  # fmt: skip
@@ -196,7 +197,7 @@ def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence
     pipeline = bundled.model(study.model).load_pipeline()
 
     def run(forget: str, surrogate: str, recipe: str, keep: float) -> float:
-        config = fade.Config().replace(**study.recipes[recipe], locate__keep=keep)
+        config = fade.Config().replace(**study.recipes[recipe], locate__keep=keep).without_ignored()
         with measured() as cost:
             adapter = fade.unlearn(pipeline, forget, surrogate, config=config, progress=False)
         adapter.remove()

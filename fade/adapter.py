@@ -35,10 +35,9 @@ from fade.base_model import (
 )
 from fade.errors import AdapterFileError, FadeError
 from fade.guards import put_guards, remove_guards
-from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk
+from fade.layers import MaskedLoraLayer, execution_device, groups_on_disk, why_unmasked
 from fade.noise import step_generator
 from fade.peft_file import read_any_file
-from fade.quantised import quantisation
 from fade.regions import matrix_shape
 from fade.rollback import merges_as_found, structure_as_found_on_error
 from fade.tuner import Configurations, FadeConfig, bare_name, exactly
@@ -562,10 +561,8 @@ def check_carriers(denoiser: nn.Module, layers: Mapping[str, BaseLayer], names: 
                 f"{name} is a {kind}, where an adapter needs a plain Linear or Conv2d: load it into the model as it "
                 "was before quantisation, weight norm or other wrapping"
             )
-        if isinstance(layer.module, nn.Conv2d) and (words := quantisation(layer.module)) is not None:
-            raise FadeError(f"{name} is a quantised convolution ({words}), which masked adapters do not support")
-        if getattr(layer.module, "groups", 1) > 1:
-            raise FadeError(f"{name} is a grouped convolution, which masked adapters do not support; do not target it")
+        if (why := why_unmasked(layer.module)) is not None:
+            raise FadeError(f"{name} {why}")
         if "original_module" in layer.path.split("."):
             raise FadeError(
                 f"the layer {name} is trained whole by another adapter (modules_to_save), which replaces it; delete "

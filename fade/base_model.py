@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fade.bundled import name_of
 from fade.errors import FadeError, WrongBaseError
-from fade.layers import carries_masks, groups_on_disk
+from fade.layers import carries_masks, groups_on_disk, why_unmasked
 from fade.quantised import quantisation
 from fade.regions import Region, region_of, split_pattern
 from fade_kernels import weight_shape
@@ -120,6 +120,12 @@ def target_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) 
         return layers
     found = _matched(layers, patterns)
     return {name: layers[name] for name in layers if name in found}
+
+
+def maskable_layers(denoiser: nn.Module, patterns: tuple[str, ...] | None = None) -> dict[str, nn.Module]:
+    """Those of `target_layers` that can carry a masked adapter: what stands for layers of a kind that nobody named one
+    by one. A layer that is named and cannot is an error (`fade.adapter.check_carriers`)."""
+    return {name: layer for name, layer in target_layers(denoiser, patterns).items() if why_unmasked(layer) is None}
 
 
 def target_regions(denoiser: nn.Module, patterns: tuple[str, ...]) -> dict[str, Region]:

@@ -304,6 +304,14 @@ def beside(concept: Concept, others: Sequence[Pair], plurals: bool = False) -> C
     return replace(concept, retain_prompts=without_mention(kept, concept.pairs, plurals))
 
 
+def holding_surrogates(concept: Concept, plurals: bool = False) -> Concept:
+    """The request with the surrogates' prompts among the retain prompts, those that are not there yet behind them, but
+    none that names what is forgotten."""
+    answers = without_mention(dict.fromkeys(concept.surrogate_prompts), concept.pairs, plurals)
+    missing = tuple(prompt for prompt in answers if prompt not in concept.retain_prompts)
+    return replace(concept, retain_prompts=(*concept.retain_prompts, *missing)) if missing else concept
+
+
 def _answered(text: str, pairs: Sequence[Pair], plurals: bool) -> str:
     # The longest first: "black cat" is found before the "cat" in it.
     for pair in sorted(pairs, key=lambda pair: -len(pair.forget)):

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 from fade.errors import FadeError
 from fade.methods import Method
 from fade.methods import method as method_called
+from fade.unread import unread, unread_by_parts
 
 Saliency = Literal["denoising", "distillation", "contrast", "guided", "random", "closed-form", "auto"]
 Scaling = Literal["none", "module"]
@@ -372,6 +373,35 @@ class Config:
         kept.pop("options", None)
         return Config.of(method, **{**kept, **changes})
 
+    def unread(self) -> dict[str, str]:
+        """Settings that a run with these reads nowhere, by dotted name, with the reason (`fade.unread`)."""
+        return unread(self)
+
+    def ignored(self) -> dict[str, str]:
+        """Those of `unread` that somebody gave: that are not the method's own."""
+        return {name: why for name, why in self.unread().items() if self._is_given(name)}
+
+    def refuse_ignored(self) -> None:
+        """Raises FadeError, which names the setting and the method, where one was given that a run does not read."""
+        for name, why in self.ignored().items():
+            raise FadeError(f"{name} would be ignored: {why}")
+
+    def without_ignored(self) -> "Config":
+        """A copy without what would be `ignored`: for those who go through several methods with one set of settings."""
+        return _merge(self, _nested({_keyed(name): self._own(name) for name in self.ignored()}), "")
+
+    def _own(self, name: str) -> Any:
+        """What the method has for a setting, by its dotted name."""
+        table, _, own = name.rpartition(".")
+        if table == "options":
+            return getattr(self.method.options(), own)
+        return self.method.settings.get(_keyed(name), getattr(type(getattr(self, table)) if table else Config, own))
+
+    def _is_given(self, name: str) -> bool:
+        table, _, own = name.rpartition(".")
+        value = self.options[own] if table == "options" else getattr(getattr(self, table) if table else self, own)
+        return value != self._own(name)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as saved in adapter files."""
         return dataclasses.asdict(self)
@@ -399,6 +429,11 @@ class Config:
                 values.pop("options", None)  # which are another method's
             values["overwrite"]["method"] = method
         return cls.from_dict(values)
+
+
+def _keyed(name: str) -> str:
+    """A setting's dotted name, as `Config.replace` takes it."""
+    return name.replace(".", "__")
 
 
 def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -510,6 +545,14 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+_WISHES = (
+    "locate.memory_budget", "overwrite.rank", "overwrite.alpha", "overwrite.gift", "overwrite.ekpc",
+    "closed_form.hardening", "closed_form.refit", "data.forget_images", "data.retain_images",
+)  # fmt: skip
+"""Settings that are refused as soon as they are given to a method without the part that they are for. Others are
+refused when a run is asked for (`Config.refuse_ignored`), because they go along where the method is changed."""
+
+
 def _check(config: Config) -> None:
     data, locate, overwrite = config.data, config.locate, config.overwrite
 
@@ -518,12 +561,6 @@ def _check(config: Config) -> None:
             raise FadeError(message)
 
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
-    require(
-        locate.budget_bytes is None or config.measures,
-        "memory_budget would be ignored: it bounds the saliency of gradients, and here "
-        f"{'all weights are kept' if locate.granularity == 'none' else 'the solved edit chooses them'}. Leave it out, "
-        "or choose another saliency or the method distillation",
-    )
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
     require(locate.targets is None or len(locate.targets) > 0, "targets must name at least one layer pattern")
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")
@@ -557,11 +594,6 @@ def _check(config: Config) -> None:
         not (overwrite.gift and overwrite.ekpc),
         "gift and ekpc are two ways of holding the adapter near its start; choose one and leave the other at 0",
     )
-    require(
-        config.trains or not (overwrite.gift or overwrite.ekpc),
-        f"gift and ekpc would be ignored: the method {overwrite.method} trains nothing. Leave them out, or choose "
-        "distillation or both",
-    )
     low, high = overwrite.timestep_band
     require(0.0 <= low < high <= 1.0, f"timestep_band must satisfy 0 <= low < high <= 1, not ({low}, {high})")
     solving = config.closed_form
@@ -577,17 +609,8 @@ def _check(config: Config) -> None:
     require(all(map(str.strip, solving.protect)), "closed_form.protect holds an empty prompt")
     require(
         config.overwrite.method == "closed-form" or not solving.protect,
-        f"closed_form.protect would not hold: the method {overwrite.method} trains without constraints. Choose "
+        f"closed_form.protect would not hold: the method {overwrite.method} has no such constraints. Choose "
         "closed-form, or give what must stay as retain prompts",
-    )
-    require(
-        config.solves or not solving.hardening,
-        "closed_form.hardening would be ignored: the method distillation solves nothing. Choose closed-form or both",
-    )
-    require(
-        (config.solves and config.trains) or not solving.refit,
-        f"closed_form.refit would be ignored: the method {overwrite.method} does not train what it has solved. Leave "
-        "it out, or choose both",
     )
     require(
         0 <= solving.damping < math.inf,
@@ -597,19 +620,12 @@ def _check(config: Config) -> None:
         not config.solves or config.in_values,
         f"the method {overwrite.method} solves the masked weights themselves, and no factors: leave out parameters",
     )
-    computed = "the masked weights themselves are changed, and no factors"
-    if config.method.edit is not None:
-        computed = f"what the method {overwrite.method} computes has the rank that it has"
-    for name in ("rank", "alpha"):
+    passed_over = unread_by_parts(config)
+    for name in _WISHES:
+        table, _, own = name.partition(".")
         require(
-            not config.in_values or getattr(overwrite, name) == getattr(OverwriteConfig, name),
-            f"{name} would be ignored: {computed}. Leave it out, or choose the method distillation with parameters "
-            "factors",
-        )
-    for name in ("forget_images", "retain_images"):
-        require(
-            config.needs_latents or getattr(data, name) is None,
-            f"{name} would be ignored: the method closed-form reads prompts alone. Leave it out, or choose both",
+            name not in passed_over or not getattr(getattr(config, table), own) or not config._is_given(name),
+            f"{name} would be ignored: {passed_over.get(name)}",
         )
     require(
         data.forget_from == "concept" or data.forget_images is None,

@@ -891,6 +891,15 @@ def carries_masks(module: nn.Module) -> bool:
     return type(module) in MASKED_LAYERS or quantisation(module) is not None
 
 
+def why_unmasked(layer: nn.Module) -> str | None:
+    """Why a Linear or Conv2d cannot carry a masked adapter, in words to follow its name; None where it can."""
+    if isinstance(layer, nn.Conv2d) and (words := quantisation(layer)) is not None:
+        return f"is a quantised convolution ({words}), which masked adapters do not support; do not target it"
+    if getattr(layer, "groups", 1) > 1:
+        return "is a grouped convolution, which masked adapters do not support; do not target it"
+    return None
+
+
 def takes_product(base: nn.Module) -> bool:
     """Whether one product with the base layer's own weight may take the place of calling the layer."""
     return type(base) in MASKED_LAYERS and is_ordinary(base) and not is_hooked(base)

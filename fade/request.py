@@ -22,14 +22,18 @@ from fade.images import listed
 from fade.peft_file import read_any_file
 
 
-def with_method(config: Config | None, method: str | None) -> Config:
-    """The settings, of the method where one is named. Raises FadeError for an unknown one."""
+def with_method(config: Config | None, method: str | None, resume: bool = False) -> Config:
+    """The settings, of the method where one is named. Raises FadeError for an unknown one, and for settings that were
+    given and that it does not read; a run that is resumed goes on with those that it was begun with."""
     if method is not None and not isinstance(method, str):
         raise FadeError(f"method must be a name, not {method!r}"[:200])
     if not isinstance(config, Config | None):
         raise FadeError(f"config must be a fade.Config, not a {type(config).__name__}; see fade.Config().replace")
     config = config or Config()
-    return config if method is None else config.replace(overwrite__method=method)
+    config = config if method is None else config.replace(overwrite__method=method)
+    if not resume:
+        config.refuse_ignored()
+    return config
 
 
 def check_arguments(output: str | Path | None, name: str, overwrite: bool, resume: bool) -> None:

@@ -23,6 +23,7 @@ from fade.base_model import (
     base_name,
     bring_to_its_device,
     fingerprint,
+    maskable_layers,
     outline,
     refuse_merged,
     refuse_offloaded,
@@ -46,7 +47,7 @@ from fade.closed_form import (
     token_statistics,
     working_bytes,
 )
-from fade.concept import Concept, Pair, mentions, together
+from fade.concept import Concept, Pair, holding_surrogates, mentions, together
 from fade.concept import beside as concept_beside
 from fade.conditioning import EncodedPrompts
 from fade.config import TARGET_KINDS, ClosedFormConfig, Config, TargetKind
@@ -127,15 +128,15 @@ def unlearn(
 
     Raises FadeError for bad input, DivergedError where the loss is not finite.
     """
-    config = with_method(config, method)
     check_arguments(output, name, overwrite, resume)
+    config = with_method(config, method, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, surrogate, concept, templates, retain, config)
     concept = together(concepts, config.data.plurals)
     config = config.replace(concepts=())  # the record names them as the concept
     others = concepts_of(backbone, beside)
-    concept = concept_beside(concept, others, config.data.plurals)
+    concept = _retaining(concept, others, config)
     config = with_targets(backbone, settings_for(config, len(concept.pairs), bool(others)))
     return _unlearn(backbone, concept, config, output, name, overwrite, resume, progress)
 
@@ -230,8 +231,8 @@ def unlearn_each(
 
     Returns the adapters by concept, attached and enabled. Whatever is raised, the pipeline is as it was before.
     """
-    config = with_method(config, method)
     check_arguments(output, name, overwrite, resume)
+    config = with_method(config, method, resume)
     backbone = backbone_for(pipeline)
     backbone.check_trainable()
     concepts = requested_concepts(pipeline, forget, None, concept, templates, retain, config)
@@ -251,7 +252,7 @@ def unlearn_each(
     try:
         for one, slug in zip(concepts, names, strict=True):
             theirs = [pair for pair in taken if pair not in one.pairs] + others
-            request = concept_beside(one, theirs, config.data.plurals)
+            request = _retaining(one, theirs, config)
             folder = folders[one.forget]
             _, there = processes.from_first(
                 {}, [folder is not None and (folder / file).is_file() for file in (REQUEST_FILE, ADAPTER_FILE)]
@@ -268,6 +269,12 @@ def unlearn_each(
             adapter.remove()
         raise
     return made
+
+
+def _retaining(concept: Concept, others: Sequence[Pair], config: Config) -> Concept:
+    """The request with all that must stay: beside the adapters that forget `others`, as its method trains."""
+    concept = concept_beside(concept, others, config.data.plurals)
+    return holding_surrogates(concept, config.data.plurals) if config.method.holds_surrogate else concept
 
 
 def _finished(backbone: Backbone, folder: Path, concept: Concept, config: Config, name: str) -> Adapter:
@@ -472,19 +479,18 @@ def with_targets(backbone: Backbone, config: Config) -> Config:
 
 
 def _of_kind(backbone: Backbone, kind: TargetKind) -> tuple[str, ...]:
-    """Patterns of the layers of a kind. Raises FadeError where the denoiser has none of it."""
-    if kind == "all":
-        return ("*",)
-    if kind == "attention":
-        return backbone.targets
-    layers = target_layers(backbone.denoiser)
+    """Patterns of the layers of a kind that can carry masks. Raises FadeError where the denoiser has none of it."""
+    patterns = {"all": ("*",), "attention": backbone.targets}.get(kind)
+    found = maskable_layers(backbone.denoiser, patterns)
     if kind == "convolutions":
-        found = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    else:
+        found = {name: layer for name, layer in found.items() if isinstance(layer, nn.Conv2d)}
+    elif kind == "beyond-attention":
         attention = target_layers(backbone.denoiser, backbone.targets)
-        found = [name for name in layers if name not in attention]
+        found = {name: layer for name, layer in found.items() if name not in attention}
     if not found:
         raise FadeError(f"the targets name {kind}, and {backbone.family.name} has none; name others, or all")
+    if patterns is not None and len(found) == len(target_layers(backbone.denoiser, patterns)):
+        return patterns
     return tuple(found)
 
 

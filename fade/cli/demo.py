@@ -15,7 +15,6 @@ from fade.cli.options import (
     Seed,
     TrainingSteps,
     config_from,
-    refuse_ignored,
 )
 from fade.cli.output import open_in_browser, say, terminal
 
@@ -57,7 +56,6 @@ def demo(
     from fade.evaluation.drawings import default_cache
 
     config = config_from(None, overwrite__method=method, locate__keep=keep, overwrite__steps=steps, seed=seed)
-    refuse_ignored(config, steps=steps)
     evaluation, record = run_demo(
         output, forget, surrogate, config, model=model, overwrite=overwrite,
         cache=None if no_cache else default_cache(), progress=not quiet,

@@ -17,6 +17,12 @@ def choice(literal: Any) -> str:
     return "|".join(get_args(literal))
 
 
+def of_method(default: Any, method: str = OVERWRITE.method) -> str:
+    """The default of a setting that methods bring their own of, for help, with what one of them has."""
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"Default: the method's own (fade methods NAME), with {method} {shown}."
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -33,7 +39,7 @@ Dtype = Annotated[
 ]
 Keep = Annotated[
     float | None,
-    typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. Default {LOCATE.keep}."),
+    typer.Option(metavar="X", help=f"Fraction of target weights that may change, in (0, 1]. {of_method(LOCATE.keep)}"),
 ]
 OverwriteMethod = Annotated[
     str | None,
@@ -49,7 +55,7 @@ MethodOptions = Annotated[
     typer.Option("--option", metavar="NAME=VALUE", help="A setting that only the method has; repeat for several."),
 ]
 TrainingSteps = Annotated[
-    int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. Default {OVERWRITE.steps}.")
+    int | None, typer.Option(metavar="N", help=f"Most optimiser steps of stage 2. {of_method(OVERWRITE.steps)}")
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of everything random. Default 0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output where it exists already.")]
@@ -94,14 +100,28 @@ Guidance = Annotated[
 ]
 
 
-def config_from(file: Path | None, **changes: Any) -> settings.Config:
-    """The file's settings, or the defaults of the method that is asked for, with every change that is not None."""
+def config_from(file: Path | None, resume: bool = False, **changes: Any) -> settings.Config:
+    """The file's settings, or the defaults of the method that is asked for, with every change that is not None.
+
+    Raises FadeError for an option that was given, though it were at its default, and for a setting of the file, that a
+    run does not read; not where one that was begun with it is to be resumed.
+    """
     method = changes.pop("overwrite__method", None)
     if file is not None:
         config = settings.Config.load(file, method)
     else:
         config = settings.Config() if method is None else settings.Config.of(method)
-    return config.replace(**{name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = config.replace(**given)
+    if not resume:
+        passed_over = config.unread()
+        options = {f"option {name}": f"options.{name}" for name in given.pop("options", {})}
+        named = {name.rpartition("__")[2].replace("_", "-"): name.replace("__", ".") for name in given} | options
+        for option, name in named.items():
+            if name in passed_over:
+                raise FadeError(f"--{option} would be ignored: {passed_over[name]}")
+        config.refuse_ignored()
+    return config
 
 
 def options_from(given: list[str] | None) -> dict[str, Any] | None:
@@ -116,15 +136,6 @@ def options_from(given: list[str] | None) -> dict[str, Any] | None:
         except tomllib.TOMLDecodeError:
             found[name] = value
     return found or None
-
-
-def refuse_ignored(config: settings.Config, **given: Any) -> None:
-    """Raises FadeError for an option of training that was given where nothing is trained."""
-    if not config.trains and (named := [name for name, value in given.items() if value is not None]):
-        raise FadeError(
-            f"--{named[0].replace('_', '-')} would be ignored: the method {config.overwrite.method} trains nothing. "
-            "Leave it out, or choose both or distillation"
-        )
 
 
 def listed(words: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fade.cli.options import OVERWRITE, Keep, OverwriteMethod, config_from
+from fade.cli.options import OVERWRITE, Keep, OverwriteMethod, config_from, of_method
 from fade.cli.output import json_text, say, terminal
 from fade.errors import FadeError
 
@@ -41,7 +41,8 @@ def plan(
         str | None, typer.Option(metavar="fp32|bf16|nf4", help="Plan this dtype alone. Default: all three.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Rank of the factors. Default {OVERWRITE.rank}.")
+        int | None,
+        typer.Option(metavar="N", help=f"Rank of the factors. {of_method(OVERWRITE.rank, 'distillation')}"),
     ] = None,
     budget: Annotated[
         str | None,

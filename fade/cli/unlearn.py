@@ -23,9 +23,9 @@ from fade.cli.options import (
     TrainingSteps,
     choice,
     config_from,
+    of_method,
     options_from,
     path_text,
-    refuse_ignored,
 )
 from fade.cli.output import say, terminal
 from fade.errors import FadeError
@@ -106,22 +106,22 @@ def unlearn(
         str | None,
         typer.Option(
             metavar=choice(settings.Saliency),
-            help="What ranks the weights; denoising is the paper's. Default: closed-form where the adapter is solved, "
-            "else distillation.",
+            help="What ranks the weights; denoising is the paper's. "
+            f"{of_method('closed-form')}",
         ),
     ] = None,
     scaling: Annotated[
         str | None,
         typer.Option(
             metavar=choice(settings.Scaling),
-            help=f"module divides each layer's saliency by its mean. Default {LOCATE.scaling}.",
+            help=f"module divides each layer's saliency by its mean. {of_method(LOCATE.scaling)}",
         ),
     ] = None,
     granularity: Annotated[
         str | None,
         typer.Option(
             metavar=choice(settings.Granularity),
-            help=f"What is kept as a whole; none keeps everything (dense LoRA). Default {LOCATE.granularity}.",
+            help=f"What is kept as a whole; none keeps everything (dense LoRA). {of_method(LOCATE.granularity)}",
         ),
     ] = None,
     target: Annotated[
@@ -129,7 +129,8 @@ def unlearn(
         typer.Option(
             metavar="PATTERN",
             help="Layer name or glob; a region of rows and columns may follow, as in 'to_out[:, :3072]'; or attention, "
-            "beyond-attention, convolutions, all. Repeat for several. Default: the projections of the attention.",
+            "beyond-attention, convolutions, all. Repeat for several. "
+            f"{of_method('the projections of the attention')}",
         ),
     ] = None,
     memory_budget: Annotated[
@@ -141,37 +142,65 @@ def unlearn(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Rank of the factors. Default {OVERWRITE.rank}.")
+        int | None,
+        typer.Option(metavar="N", help=f"Rank of the factors. {of_method(OVERWRITE.rank, 'distillation')}"),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(metavar="X", help=f"LoRA alpha; scale = alpha/rank. Default {OVERWRITE.alpha:g}.")
+        float | None,
+        typer.Option(
+            metavar="X", help=f"LoRA alpha; scale = alpha/rank. {of_method(OVERWRITE.alpha, 'distillation')}"
+        ),
     ] = None,
     steps: TrainingSteps = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(metavar="X", help="AdamW's peak learning rate. Default 0.01; 0.005 to train on what is solved."),
+        typer.Option(metavar="X", help=f"AdamW's peak learning rate. {of_method(OVERWRITE.peak_rate)}"),
     ] = None,
     forget_weight: Annotated[
         float | None,
-        typer.Option(metavar="X", help=f"Weight of the forget loss. Default {OVERWRITE.forget_weight:g}."),
+        typer.Option(metavar="X", help=f"Weight of the forget loss. {of_method(OVERWRITE.forget_weight)}"),
     ] = None,
     retain_weight: Annotated[
         float | None,
-        typer.Option(metavar="X", help=f"Weight of the retain loss. Default {OVERWRITE.retain_weight:g}."),
+        typer.Option(metavar="X", help=f"Weight of the retain loss. {of_method(OVERWRITE.retain_weight)}"),
+    ] = None,
+    dual_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Step size of the dual ascent that changes the forget loss's weight; 0 leaves it as it is. "
+            f"{of_method(OVERWRITE.dual_rate)}",
+        ),
+    ] = None,
+    gift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Weight of GIFT's pull of the adapter to its start, by the Fisher information of each step. "
+            f"Default {OVERWRITE.gift:g}, which is none.",
+        ),
+    ] = None,
+    ekpc: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Weight of EKPC's penalty on what the adapter changes, by what each weight matters to the retain "
+            f"latents. Default {OVERWRITE.ekpc:g}, which is none.",
+        ),
     ] = None,
     timesteps: Annotated[
         str | None,
         typer.Option(
             metavar=choice(settings.TimestepSampler),
-            help=f"Where in the diffusion forgetting is trained. Default {OVERWRITE.timesteps}.",
+            help=f"Where in the diffusion forgetting is trained. {of_method(OVERWRITE.timesteps)}",
         ),
     ] = None,
     parameters: Annotated[
         str | None,
         typer.Option(
             metavar=choice(settings.Parameters),
-            help="Train low-rank factors or the masked weights themselves. Default: values where the adapter is "
-            "solved, else factors.",
+            help="Train low-rank factors or the masked weights themselves. "
+            f"{of_method('values')}",
         ),
     ] = None,
     training_mode: Annotated[
@@ -179,7 +208,7 @@ def unlearn(
         typer.Option(
             metavar=choice(settings.TrainingMode),
             help="How a model in 16 bits is trained: with both products summed in float32, or in one product with a "
-            f"stochastically rounded weight. Default {OVERWRITE.training_mode}.",
+            f"stochastically rounded weight. {of_method(OVERWRITE.training_mode)}",
         ),
     ] = None,
     gradient_checkpointing: Annotated[
@@ -205,6 +234,7 @@ def unlearn(
     words = _concept_words(forget or [], surrogate)
     chosen = config_from(
         config,
+        resume,
         concepts=words,
         data__forget_images=path_text(forget_images),
         data__retain_images=path_text(retain_images),
@@ -223,6 +253,9 @@ def unlearn(
         overwrite__learning_rate=learning_rate,
         overwrite__forget_weight=forget_weight,
         overwrite__retain_weight=retain_weight,
+        overwrite__dual_rate=dual_rate,
+        overwrite__gift=gift,
+        overwrite__ekpc=ekpc,
         overwrite__timesteps=timesteps,
         overwrite__parameters=parameters,
         overwrite__training_mode=training_mode,
@@ -231,10 +264,6 @@ def unlearn(
         gradient_checkpointing=gradient_checkpointing or None,
         seed=seed,
     )
-    refuse_ignored(
-        chosen, steps=steps, learning_rate=learning_rate, forget_weight=forget_weight, retain_weight=retain_weight,
-        timesteps=timesteps, training_mode=training_mode,
-    )  # fmt: skip
     if not chosen.concepts:
         raise FadeError("name the concept to forget and what takes its place: --forget three --surrogate eight")
     from fade.concept import read_prompts

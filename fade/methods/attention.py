@@ -1,7 +1,7 @@
 """The layers that several methods change: those of cross-attention, where a family has it."""
 
 from fade.backbones import Backbone
-from fade.base_model import target_layers
+from fade.base_model import maskable_layers, target_layers
 from fade.errors import FadeError
 
 
@@ -27,7 +27,7 @@ def cross_attention(backbone: Backbone) -> tuple[str, ...]:
 
 
 def beside_cross_attention(backbone: Backbone) -> tuple[str, ...]:
-    """Every layer but cross-attention's, by name; every layer where a family has none."""
+    """Every layer but cross-attention's that can carry masks, by name; every such layer where a family has none."""
     read = frozenset().union(*backbone.text_layers().values())
     crossed = cross_attention(backbone) if any(name.endswith((".to_k", ".to_v")) for name in read) else ()
-    return tuple(name for name in target_layers(backbone.denoiser) if name not in crossed)
+    return tuple(name for name in maskable_layers(backbone.denoiser) if name not in crossed)

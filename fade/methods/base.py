@@ -51,7 +51,11 @@ class Method:
             layer, all of the settings' rank times `ranks`; None begins at no change.
         accumulators: numbers that `edit` or `start` sums up for every weight (`fade.importance`), for planning.
         reads_latents: of an edit, whether it looks at forget and retain latents.
+        holds_surrogate: whether the surrogate's prompts are retain prompts, too, of a method that would drift with
+            them.
         targets: the layers that are edited, as patterns; None is the family's own choice.
+        unread: which settings its own code passes over, though other methods with such parts read them: dotted names,
+            each with the reason, in words that follow "would be ignored:" (`fade.unread` has what follows from parts).
         check: raises FadeError, saying why, for a pipeline or settings with which the method cannot work. Called before
             anything is drawn.
         finish: changes the trained adapter before it is recorded and saved.
@@ -70,7 +74,9 @@ class Method:
     ranks: int = 1
     accumulators: int = 0
     reads_latents: bool = True
+    holds_surrogate: bool = False
     targets: Callable[[Backbone], tuple[str, ...]] | None = None
+    unread: Callable[[Config], Mapping[str, str]] | None = None
     check: Callable[[Backbone, Config], None] | None = None
     finish: Callable[[Adapter, Any], None] | None = None
 

@@ -4,7 +4,8 @@ anchor's, on pictures of the anchor.
     L = ‖ε_θ'(z_t, c) − sg ε_θ'(z_t, c*)‖² + ‖ε_θ'(z_t^r, c_r) − ε‖²
 
 z are pictures that the frozen model draws of the anchor c*, the surrogate; θ' is the model in training, so that the
-target moves with it (it hardly does: c* is held by the second term). Changed are the keys and values of
+target moves with it (it hardly does: c* is held by the second term, whose prompts hold the anchor's; not where every
+picture of a retain folder has a caption, and captions take the place of prompts). Changed are the keys and values of
 cross-attention. Ours: factors of a low rank instead of whole weights, with a learning rate for them (2e-6 a sample for
 whole ones); the second term is on the retain set, which has more than the anchor.
 
@@ -47,5 +48,6 @@ CONCEPT_ABLATION = Method(
         "overwrite__pool": 0,
     },
     objective=Anchor,
+    holds_surrogate=True,
     targets=keys_and_values,
 )

@@ -11,8 +11,9 @@ with L_f = ‖ε(z_t, c) − sg ε(z_t, c')‖² and L_r = ‖ε(z_t^r, c_r) −
 - `cosine`   [η − cos(g_r, g_q)]₊, the authors' code where its λ is negative
 - `fixed`    forget_weight, the authors' default; then the method is the weighted sum of both losses
 
-Ours: the snapshot is the adapter, not the model; the inner steps are Adam's with a state of their own, where the
-authors' leave theirs in the outer optimiser; the learning rate.
+Ours: the snapshot is the adapter, not the model; all K inner steps see the outer step's own batch and noise, where the
+authors' go on over the loader, so that φ_K says how far L_f of this very batch falls; they are Adam's with a state of
+their own, where the authors' leave theirs in the outer optimiser; the learning rate.
 
 On DigitCanvas (80 pictures) "three" had UA 100, IRA 93.1 and CRA 100, "neon" 100, 100 and 98.8.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fade.config import Config
 from fade.errors import FadeError
 from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.methods.salun import RandomLabel
@@ -94,6 +96,17 @@ class Bilevel(RandomLabel):
         return max(0.0, self.options.eta * gap - product) / of_forget
 
 
+def unread(config: Config) -> dict[str, str]:
+    barrier = config.options["barrier"]
+    named, inner = f"the method erasediff with barrier {barrier}", ("options.inner_steps",)
+    if barrier == "fixed":
+        return dict.fromkeys((*inner, "options.eta"), f"{named} weighs by forget_weight alone")
+    weighing = (f"overwrite.{name}" for name in ("forget_weight", "retain_weight", "dual_rate", "dual_bound"))
+    why = f"{named} finds how both losses are weighed. Leave it out, or give the option barrier=fixed"
+    makes_none = dict.fromkeys(inner, f"{named} makes none") if barrier == "cosine" else {}
+    return {**dict.fromkeys(weighing, why), **makes_none}
+
+
 ERASEDIFF = Method(
     name="erasediff",
     summary="Bi-level: lowers the retain loss among what lowers the forget loss as inner steps show that it can fall.",
@@ -110,4 +123,5 @@ ERASEDIFF = Method(
     },
     options=Options,
     objective=Bilevel,
+    unread=unread,
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fade.config import Config
 from fade.errors import FadeError
 from fade.methods.base import AS_THE_MODEL_DRAWS, Method
 from fade.objective import Batch, Objective
@@ -44,6 +45,11 @@ class Ascent(Objective):
         return -self.config.forget_weight if rising else 0.0, self.config.retain_weight
 
 
+def unread(config: Config) -> dict[str, str]:
+    why = "the method gradient-ascent has no forget loss that is to fall, and pauses by its option most"
+    return dict.fromkeys(("overwrite.dual_rate", "overwrite.dual_bound"), why)
+
+
 GRADIENT_ASCENT = Method(
     name="gradient-ascent",
     summary="Trains the denoising loss of the concept up and that of everything else down.",
@@ -60,4 +66,5 @@ GRADIENT_ASCENT = Method(
     },
     options=Options,
     objective=Ascent,
+    unread=unread,
 )

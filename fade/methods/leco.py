@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fade.config import Config
 from fade.errors import FadeError
 from fade.methods.base import Method
 from fade.methods.esd import DENSE, AwayFrom, check_direction
@@ -85,6 +86,13 @@ class PromptsAlone(AwayFrom):
         return self.frozen(half.noised, half.times, neutral) - self.options.guidance * self.apart(half)
 
 
+def unread(config: Config) -> dict[str, str]:
+    if config.measures or config.overwrite.timesteps == "targeted":
+        return {}
+    why = "the method leco draws its forget half from noise. Leave it out, or choose esd-x, which takes pictures"
+    return dict.fromkeys(("data.forget_images", "data.forget_from"), why)
+
+
 LECO = Method(
     name="leco",
     summary="Trains a LoRA from prompts alone, on noise that the model in training denoises part of the way.",
@@ -92,4 +100,5 @@ LECO = Method(
     settings={**DENSE, "overwrite__pool": 0},
     options=Options,
     objective=PromptsAlone,
+    unread=unread,
 )

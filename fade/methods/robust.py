@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fade.adapter import gradients_as_found
 from fade.conditioning import Conditioning
+from fade.config import Config
 from fade.errors import FadeError
 from fade.methods.base import Method
 from fade.noise import levels, loss_scale, split, step_generator
@@ -261,6 +262,19 @@ def _rms(one: Tensor, numbers: tuple[int, ...]) -> Tensor:
     return one.square().mean(numbers, keepdim=True).sqrt().clamp_min(torch.finfo(one.dtype).tiny)
 
 
+def unread(config: Config) -> dict[str, str]:
+    options, found = config.options, {}
+    for part, names in (
+        ("attacked", ("attacked_share", "attack_every", "attack_steps", "attack_rate")),
+        ("anchors", ("anchor_times",)),
+        ("redrawn", ("overshoot", "bound", "redrawn_from", "drawing_steps", "drawing_guidance")),
+    ):
+        if not options[part]:
+            why = f"the method robust with {part} {str(options[part]).lower()} has no use for it"
+            found |= dict.fromkeys((f"options.{name}" for name in names), why)
+    return found
+
+
 ROBUST = Method(
     name="robust",
     summary="Trains every layer to see the concept in a picture and to draw the surrogate, whatever is asked.",
@@ -281,6 +295,7 @@ ROBUST = Method(
     },
     options=Options,
     objective=Robust,
+    unread=unread,
 )
 """Of DigitCanvas's "three" (80 pictures; 8 for the attack): UA, IRA and CRA 100, drift 0.052, an optimised conditioning
 finds 3 of 8, of `both` all 8. With a forget weight of 0.1 and anchors up to 0.4 IRA 97.2, drift 0.048 and 1 of 8. With

@@ -28,8 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fade.backbones import Backbone
-from fade.base_model import target_layers
 from fade.errors import FadeError
 from fade.importance import Importance
 from fade.methods.base import AS_THE_MODEL_DRAWS, Edit, Editing, Method
@@ -100,19 +98,13 @@ def edit(editing: Editing) -> Edit:
     return Edit(located, deltas)
 
 
-def targets(backbone: Backbone) -> tuple[str, ...]:
-    """Every Linear and Conv2d, as the paper has every parameter, but convolutions in groups, which carry no masks."""
-    layers = target_layers(backbone.denoiser)
-    kept = tuple(name for name, layer in layers.items() if getattr(layer, "groups", 1) == 1)
-    return ("*",) if len(kept) == len(layers) else kept
-
-
 SSD = Method(
     name="ssd",
     summary="Dampens, without training, the weights that matter far more to the concept than to the rest.",
     source="Selective Synaptic Dampening, arXiv 2308.07707",
     settings={
         **AS_THE_MODEL_DRAWS,
+        "locate__targets": ("all",),  # as the paper has every parameter
         "data__forget_samples": 48,
         "locate__passes": 4,
         "locate__per_sample": True,
@@ -121,5 +113,4 @@ SSD = Method(
     edit=edit,
     accumulators=2,
     options=Options,
-    targets=targets,
 )

@@ -233,7 +233,8 @@ def unlearned(
         warnings.simplefilter("always")
         adapter = fade.unlearn(
             pipeline, "cat", "dog", templates=("{}", "an image of {}", "a picture of {}"), retain=("a tree", "a house"),
-            config=Config().replace(**_QUICK | {"seed": seed} | changes), output=output, progress=False, **options,
+            config=Config().replace(**_QUICK | {"seed": seed} | changes).without_ignored(), output=output,
+            progress=False, **options,
         )  # fmt: skip
     return {
         "parameters": [parameter.detach().numpy() for parameter in adapter.parameters()],
@@ -251,7 +252,7 @@ def unlearned_each(seed: int, output: Path | None = None, **options: Any) -> dic
     import fade
     from fade.config import Config
 
-    config = Config().replace(**_QUICK | {"seed": seed, "overwrite__method": "closed-form"})
+    config = Config().replace(**_QUICK | {"seed": seed, "overwrite__method": "closed-form"}).without_ignored()
     adapters = fade.unlearn_each(
         _pipeline(seed), {"cat": "dog", "three": "eight"}, templates=("{}", "a picture of {}"), retain=("a tree",),
         config=config, output=output, progress=False, **options,

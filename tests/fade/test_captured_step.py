@@ -96,7 +96,7 @@ def test_a_run_is_the_same_recorded_or_not(
     config = quick.replace(
         overwrite__accumulation=2, overwrite__method=method, overwrite__training_mode=mode, overwrite__pool=3,
         overwrite__stop_forget=1e-9, overwrite__stop_every=2, overwrite__steps=4,
-    )  # fmt: skip
+    ).without_ignored()  # fmt: skip
 
     def run() -> fade.Adapter:
         pipeline = tiny_pipeline(tokenizer)
@@ -119,7 +119,7 @@ def test_a_run_is_the_same_recorded_or_not(
 def test_a_step_that_cannot_be_recorded_is_run_as_ever(
     tokenizer: CLIPTokenizer, quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = quick.replace(locate__saliency="random", overwrite__steps=2)
+    quick = quick.replace(locate__saliency="random", overwrite__steps=2).without_ignored()
     eager = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=quick)
 
     def refuse(*_: Any) -> None:
@@ -135,7 +135,7 @@ def test_a_step_that_cannot_be_recorded_is_run_as_ever(
 
 
 def test_who_asks_for_a_graph_is_told_where_there_is_none(pipeline: StableDiffusionPipeline, quick: Config) -> None:
-    quick = quick.replace(locate__saliency="random", overwrite__steps=1)
+    quick = quick.replace(locate__saliency="random", overwrite__steps=1).without_ignored()
     with pytest.warns(UserWarning, match="not as a CUDA graph: the denoiser is on the cpu"):
         fade.unlearn(pipeline, **WORDS, config=quick.replace(overwrite__cuda_graph="on"), name="on")
     with warnings.catch_warnings():

@@ -71,7 +71,6 @@ retain_samples = 4
 sampling_steps = 2
 [locate]
 keep = 0.05
-batch_size = 4
 [overwrite]
 steps = 3
 batch_size = 2

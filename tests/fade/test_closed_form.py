@@ -424,7 +424,7 @@ WORDS = {"forget": "cat", "surrogate": "dog", "templates": TEMPLATES, "retain": 
 
 
 def solved(quick: Config, **changes: object) -> Config:
-    return quick.replace(overwrite__method="closed-form", **changes)
+    return quick.replace(overwrite__method="closed-form", **changes).without_ignored()
 
 
 def answers(pipeline: StableDiffusionPipeline) -> torch.Tensor:
@@ -554,7 +554,7 @@ def test_other_parts_wait_elsewhere_where_something_is_trained_or_room_is_short(
 def test_both_resumes_where_it_was(
     tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool | None
 ) -> None:
-    config = quick.replace(overwrite__method="both", closed_form__refit=refit)
+    config = quick.replace(overwrite__method="both", closed_form__refit=refit).without_ignored()
     whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
     steps, step = [], torch.optim.AdamW.step
 

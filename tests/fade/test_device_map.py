@@ -81,7 +81,7 @@ def test_parts_on_different_devices(
     attach_align_device_hook_on_blocks(
         pipeline.unet, execution_device={"": "cpu", **parts}, offload=dict.fromkeys(parts, False)
     )
-    config = quick.replace(locate__granularity=granularity, locate__keep=0.2)
+    config = quick.replace(locate__granularity=granularity, locate__keep=0.2).without_ignored()
     adapter = fade.unlearn(pipeline, "cat", "dog", templates=("{}",), retain=["a tree"], config=config, progress=False)
     devices = {layer.get_base_layer().weight.device.type for layer in adapter.layers.values()}
     assert devices == {"cpu", other}

@@ -202,7 +202,7 @@ def test_a_run_changes_regions_alone(family: str, method: str, targets: tuple[st
         locate__targets=targets, locate__keep=0.2, overwrite__method=method, data__forget_samples=2,
         data__retain_samples=2, data__sampling_steps=1, overwrite__steps=2, overwrite__batch_size=2,
         overwrite__retain_batch_size=2, overwrite__stop_forget=0.0, overwrite__learning_rate=0.1, overwrite__pool=2,
-    )  # fmt: skip
+    ).without_ignored()  # fmt: skip
     adapter = fade.unlearn(
         pipeline, "cat", "dog", templates=["a picture of {}", "{}"], retain=["a house", "a red car"], config=config,
         progress=False,

@@ -90,7 +90,7 @@ def test_the_surrogate_takes_the_concepts_place(pipeline: StableDiffusionPipelin
     before = answers()
     config = quick.replace(
         locate__granularity="none", overwrite__steps=80, overwrite__batch_size=8, overwrite__retain_batch_size=8
-    )
+    ).without_ignored()
     fade.unlearn(pipeline, "cat", "dog", templates=["{}"], retain=["a house"], config=config, progress=False)
     after = answers()
     gap = (before[0] - before[1]).norm()
@@ -175,7 +175,7 @@ def stopping(quick: Config) -> Config:
 def test_a_run_that_stops_is_resumed_to_the_same_end(
     tokenizer: CLIPTokenizer, stopping: Config, tmp_path: Path, stop_after: int, method: str
 ) -> None:
-    config = stopping.replace(overwrite__method=method)
+    config = stopping.replace(overwrite__method=method).without_ignored()
     whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
     with interrupted_after(stop_after):
         fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
@@ -193,8 +193,8 @@ def test_training_stops_when_the_concept_is_forgotten(tokenizer: CLIPTokenizer, 
     """Until then it is the run that never stops, and what it stops at is what it was told."""
     config = quick.replace(
         locate__granularity="none", overwrite__steps=60, overwrite__batch_size=6, overwrite__stop_every=2,
-        overwrite__cooldown_steps=3, overwrite__stop_flat=1.0,
-    )  # fmt: skip
+        overwrite__cooldown_steps=3, overwrite__stop_flat=1.0, overwrite__stop_forget=0.7,
+    ).without_ignored()  # fmt: skip
     words = {**WORDS, "templates": ["{}"], "retain": ["a house"]}
     runs = {
         share: fade.unlearn(tiny_pipeline(tokenizer), **words, config=config.replace(overwrite__stop_forget=share)).run
@@ -231,7 +231,7 @@ def test_the_teacher_is_asked_once_about_a_pool(
         return predict(self, noised, *args)
 
     monkeypatch.setattr(DdpmBackbone, "predict", watched)
-    config = quick.replace(locate__saliency="random", overwrite__steps=12)
+    config = quick.replace(locate__saliency="random", overwrite__steps=12).without_ignored()
     fade.unlearn(pipeline, **WORDS, config=config.replace(overwrite__pool=3))
     asked = torch.cat(teacher)
     assert len(asked) == 3 * 5 and len(student) == 12
@@ -314,7 +314,7 @@ def test_timestep_samplers(
     monkeypatch.setattr(DdpmBackbone, "add_noise", lambda s, z, n, t: seen.append(t) or add_noise(s, z, n, t))
     config = quick.replace(
         overwrite__timesteps=sampler, overwrite__timestep_band=[0.2, 0.3], overwrite__steps=20, overwrite__pool=0
-    )
+    ).without_ignored()
     adapter = fade.unlearn(pipeline, **WORDS, config=config)
     training = torch.stack([t for t in seen[-20:]])
     forget, retain = training[:, :3], training[:, 3:]
@@ -382,7 +382,7 @@ def test_a_keep_that_leaves_nothing_is_told_before_anything_is_drawn(
     pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(Backbone, "sample_latents", lambda *_, **__: pytest.fail("drawn"))
-    config = quick.replace(overwrite__method=method, locate__keep=1e-6)
+    config = quick.replace(overwrite__method=method, locate__keep=1e-6).without_ignored()
     with pytest.raises(FadeError, match="keep 1e-06 selects none of .* use at least"):
         fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -259,7 +259,7 @@ def test_pipelines_of_other_models_are_refused_and_take_adapters(pipeline: Any, 
         backbone_for(foreign)
     fade.unlearn(
         pipeline, "cat", "dog", templates=["{}"], retain=["a house"], output=tmp_path / "run", progress=False,
-        config=quick().replace(overwrite__method="closed-form", closed_form__phrasings=False),
+        config=quick().replace(overwrite__method="closed-form", closed_form__phrasings=False).without_ignored(),
     )  # fmt: skip
     assert fade.load_adapter(foreign, tmp_path / "run" / "adapter.safetensors").enabled
 
@@ -380,7 +380,7 @@ def quick() -> Config:
 def test_a_whole_run(pipeline: Any, method: str, tmp_path: Path) -> None:
     """Unlearn, save, load into a fresh pipeline, merge and unmerge bit for bit; at scale 0 the base answers."""
     backbone = backbone_for(pipeline)
-    config = quick().replace(overwrite__method=method)
+    config = quick().replace(overwrite__method=method).without_ignored()
     _, latents, times = noised(backbone)
     conditioning = backbone.encode_prompts(["a picture of cat"])
 

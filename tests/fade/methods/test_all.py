@@ -23,7 +23,7 @@ SMALL = {
 def small(name: str) -> Config:
     config = Config.of(name, **SMALL, **({"overwrite__pool": 2} if Config.of(name).overwrite.pool else {}))
     steps = {key: 1 for key in config.options if key.endswith("steps")}
-    return config.replace(options=steps) if steps else config
+    return (config.replace(options=steps) if steps else config).without_ignored()
 
 
 @cache

@@ -174,7 +174,7 @@ def test_flow_matching_and_transformers_take_methods(family: str, name: str) -> 
 
 @pytest.mark.parametrize("name", ["erasediff", "salun", "primal-dual"])
 def test_a_method_is_resumed_to_the_same_end(tokenizer: CLIPTokenizer, quick: Config, tmp_path, name: str) -> None:
-    config = quick.replace(overwrite__method=name)
+    config = quick.replace(overwrite__method=name).without_ignored()
     whole = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config)
     with interrupted_after(5):
         fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
