@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 
 from fade.adapter import Adapter
 from fade.errors import FadeError
-from fade.evaluation.attacks import CannotAttackError, attack
+from fade.evaluation.attacks import CannotAttackError, Subject, attack, relearning
 from fade.evaluation.attacks.benign_tuning import BenignTuning
+from fade.evaluation.attacks.denoising import descend
 from fade.evaluation.attacks.pruning import Pruning, pruned
 from fade.evaluation.attacks.quantising import Quantising, rounded
-from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.relearning import Relearning, undecided
 from fade.evaluation.attacks.removal import Removal
 from fade.evaluation.attacks.weights import all_layers, edited_layers, fine_tuned, open_weights
 from fade.evaluation.drawings import Kept
@@ -154,6 +156,78 @@ def test_relearning_counts_after_each_check_and_stops_once_the_concept_is_back(a
     }
     assert drawn.found == "half back after 2; anew: half back after 3"
     assert len(shown) == 8
+
+
+def test_early_checks_change_nothing_but_what_is_counted(adapter: Adapter) -> None:
+    """The training, its noise and the pictures of the later checks are what they are without them, to the last bit."""
+    subject = subject_of(adapter)
+    subject.recognised = lambda images: torch.zeros(len(images), dtype=torch.bool)
+    subject.base_recognised = 3
+    examples, captions = subject.examples(2), subject.example_prompts(2)
+    for edited in (True, False):
+        late, both = (
+            dict(
+                Relearning(2, checks=(3, 4), early=early, batch_size=1).draws(
+                    replace(subject, kept=Kept(None)), examples, captions, subject.prompts, edited=edited
+                )
+            )
+            for early in ((), (1, 2, 3))
+        )
+        assert list(late) == [0, 3, 4] and list(both) == [0, 1, 2, 3, 4]
+        assert all(torch.equal(late[step], both[step]) for step in late)
+        assert not torch.equal(both[1], both[2])
+
+
+def test_training_does_not_stop_at_an_early_check_and_the_words_say_where_none_is_fine_enough(adapter: Adapter) -> None:
+    def told(edited: tuple[int, ...], anew: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+        counts = iter((*edited, *anew))
+        subject = subject_of(adapter, surrogates=("a dog", "a cat", "a dog"))
+        subject.base_recognised = 3
+        subject.count = lambda latents: next(counts)
+        drawn = Relearning(1, checks=(3, 4), early=(1, 2), batch_size=1)(subject)
+        assert next(counts, None) is None
+        return drawn.numbers, drawn.found
+
+    numbers, found = told((0, 3, 0, 3), (0, 0, 2, 3))
+    assert numbers["recognised_after"] == {"0": 0, "1": 3, "2": 0, "3": 3}
+    assert (numbers["steps_to_half"], numbers["anew_steps_to_half"]) == (1, 2)
+    assert found == "half back after 1; anew: half back after 2"
+    for counts in ((0, 2, 2, 3), (0, 3, 3, 3)):
+        numbers, found = told(counts, (0, 2, 3, 3))
+        assert undecided(numbers) and found.endswith("; which is sooner the checks do not tell")
+    numbers, found = told((3,), (3,))  # never gone
+    assert numbers["steps_to_half"] == 0 and not undecided(numbers)
+
+
+def test_every_layer_is_trained_where_that_is_asked_for(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(adapter, surrogates=("a house", "a tree", "a house"))
+    subject.recognised = lambda images: torch.zeros(len(images), dtype=torch.bool)
+    subject.base_recognised = 3
+    opened: list[set[str]] = []
+
+    def noting(subject: Subject, layers: dict[str, nn.Module], edited: bool) -> Any:
+        opened.append(set(layers))
+        return open_weights(subject, layers, edited)
+
+    monkeypatch.setattr(relearning, "open_weights", noting)
+    before = weights(adapter.pipeline)
+    some, every = (Relearning(1, layers=layers, **TINY)(subject) for layers in ("edited", "every"))
+    names = {name for name, one in adapter.pipeline.unet.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
+    assert opened == [set(adapter.layers)] * 2 + [set(all_layers(subject))] * 2
+    assert set(adapter.layers) < set(all_layers(subject)) and len(all_layers(subject)) <= len(names)
+    assert not torch.equal(some.images, every.images)
+    assert list(every.numbers["anew_recognised_after"]) == ["0", "1", "2"]
+    assert same_bits(before, weights(adapter.pipeline))
+    assert len({one.setting(subject) for one in relearning.VARIANTS}) == len(relearning.VARIANTS)
+
+
+def test_a_weight_that_no_picture_goes_through_stays_as_it_is(adapter: Adapter) -> None:
+    subject = subject_of(adapter)
+    used, unused = torch.randn(2, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    kept = unused.detach().clone(), used.detach().clone()
+    optimizer = torch.optim.Adam([used, unused], lr=0.1)
+    descend(used.square().sum(), [used, unused], optimizer, subject.backbone, 6, "a lesson")
+    assert torch.equal(unused, kept[0]) and not torch.equal(used, kept[1])
 
 
 def test_what_is_drawn_before_any_step_is_drawn_once_for_all_settings(
