@@ -356,12 +356,46 @@ def test_every_weight_of_the_edited_model_is_changed(adapter: Adapter) -> None:
     )
 
 
-def test_removal_draws_what_the_base_model_draws(adapter: Adapter) -> None:
-    subject = subject_of(adapter)
-    drawn = Removal()(subject).images
+def test_removal_takes_the_adapter_out_and_draws_the_base_models_pictures(adapter: Adapter) -> None:
+    subject, before = subject_of(adapter), weights(adapter.pipeline)
+    drawn = Removal()(subject)
+    assert drawn.numbers == {"taken_off_by": "unmerge", "weights_equal_base": True, "pictures_equal_base": True}
+    assert drawn.found == "pictures are the base model's bit for bit"
+    assert adapter.enabled and not adapter.merged and same_bits(before, weights(adapter.pipeline))
     adapter.remove()
     plain = subject.backbone.generate(subject.prompts, subject.seeds, steps=4)
-    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.images, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_removal_notices_an_adapter_that_does_not_come_out_whole(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, unmerge = subject_of(adapter), Adapter.unmerge
+
+    def inexactly(self: Adapter) -> Adapter:
+        unmerge(self)
+        with torch.no_grad():
+            next(iter(edited_layers(subject).values())).weight.mul_(1.5)
+        return self
+
+    monkeypatch.setattr(Adapter, "unmerge", inexactly)
+    drawn = Removal()(subject)
+    assert drawn.numbers == {"taken_off_by": "unmerge", "weights_equal_base": False, "pictures_equal_base": False}
+    assert drawn.found == "pictures are not the base model's bit for bit"
+
+
+def test_where_merging_is_refused_the_adapter_is_switched_off(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Adapter) -> None:
+        raise FadeError("these weights are packed")
+
+    monkeypatch.setattr(Adapter, "merge", refused)
+    drawn = Removal()(subject_of(adapter))
+    assert drawn.numbers == {
+        "taken_off_by": "disable", "not_merged": "these weights are packed", "pictures_equal_base": True,
+    }  # fmt: skip
+    assert adapter.enabled
 
 
 def test_packed_weights_are_refused_with_a_word_and_the_rest_goes_on(adapter: Adapter) -> None:

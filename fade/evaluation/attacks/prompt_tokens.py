@@ -11,6 +11,8 @@ forward pass asks with the one-hot itself, and that S begins at a random point o
 Each prompt has its own words, all are searched in one batch, and each picture is drawn from its prompt with what was
 found before it.
 
+Words may also spoil a prompt; so what the base model draws under the same prompts is told beside.
+
 Who attacks needs gradients through the model while searching; the text then works for everybody.
 """
 
@@ -55,7 +57,9 @@ class PromptTokens:
             for prompt, chosen in zip(prompts, found.tolist(), strict=True)
         }
         asked = tuple(texts[prompt] for prompt in subject.prompts)
-        return Drawn(subject.decode(subject.sample(asked, subject.seeds, "drawing")), {"prompts": list(texts.values())})
+        numbers, told = subject.counted_under(asked)
+        drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
+        return Drawn(drawn, {"prompts": list(texts.values()), **numbers}, told)
 
     def search(self, subject: Subject, words: Words, prompts: tuple[str, ...], latents: Tensor) -> Tensor:
         """The words before each of n prompts as indices into `words.texts`, int64 [n, k], for latents [n, C, h, w] of

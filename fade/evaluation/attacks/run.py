@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
@@ -214,8 +215,8 @@ def attack(
 
     Raises:
         FadeError: an unknown attack, no judge that knows the concept, settings out of range, or a `record` of something
-            else; in each case before anything is drawn. An attack that cannot take the model (`CannotAttackError`) is
-            left out, and the record says why.
+            else; in each case before anything is drawn. An attack that cannot take the model (`CannotAttackError`), or
+            for which the device has too little memory, is left out, and the record says why.
     """
     wanted = chosen_attacks(attacks)
     if pictures < 1:
@@ -315,6 +316,11 @@ def attack(
                 result = measure(one.name, one.setting(subject), lambda one=one: one(subject), one.needs, options)
             except CannotAttackError as error:
                 found.left_out[one.name] = str(error)
+            except torch.OutOfMemoryError:
+                found.left_out[one.name] = (
+                    f"the memory of {backbone.device} does not hold it ({one.setting(subject)}); draw fewer pictures at "
+                    "once, or attack on a device of more memory"
+                )
             else:
                 found.results.append(result)
                 found.left_out.pop(one.name, None)

@@ -11,6 +11,9 @@ which is drawn without an attack anyway. p̄_i are the surrogate's prompts. Popu
 children have one word replaced by a random one) and crossover (at one point, half of the pairs) are the paper's; of its
 3000 generations there are fewer here. That the better half of a population is kept is our reconstruction.
 
+What the words make the base model draw is told beside: where that is the concept in half of the pictures, an edit that
+forgets nothing is brought back in half of them, too.
+
 Who attacks needs a copy of the text encoder, which for most models is public, and then only prompts.
 """
 
@@ -58,8 +61,9 @@ class TokenSearch:
         texts = [" ".join(words.texts[word] for word in row) for row in found["words"].tolist()]
         text = dict(zip(pairs, texts, strict=True))
         asked = tuple(text[prompt] for prompt in subject.prompts)
+        numbers, told = subject.counted_under(asked)
         drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
-        return Drawn(drawn, {"prompts": texts, "distances": found["distances"].tolist()})
+        return Drawn(drawn, {"prompts": texts, "distances": found["distances"].tolist(), **numbers}, told)
 
     def search(self, subject: Subject, words: Words, pairs: Mapping[str, str]) -> dict[str, Tensor]:
         """For each of n prompts, beside its surrogate's, indices of words (int64 [n, length]) and their squared
