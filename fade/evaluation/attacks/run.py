@@ -318,8 +318,8 @@ def attack(
                 found.left_out[one.name] = str(error)
             except torch.OutOfMemoryError:
                 found.left_out[one.name] = (
-                    f"the memory of {backbone.device} does not hold it ({one.setting(subject)}); draw fewer pictures at "
-                    "once, or attack on a device of more memory"
+                    f"the memory of {backbone.device} does not hold it ({one.setting(subject)}); draw fewer pictures "
+                    "at once, or attack on a device of more memory"
                 )
             else:
                 found.results.append(result)
