@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fade.adapter import gradients_as_found
 from fade.evaluation.attacks.denoising import denoising_loss, descend
+from fade.evaluation.attacks.settings import Amount, Count, Rate, Steps
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.words import Words, encoded, words_of
 from fade.modes import evaluation_mode, out_of_inference_mode
@@ -37,12 +38,12 @@ class PromptTokens:
     name: ClassVar[str] = "prompt-tokens"
     needs: ClassVar[str] = "the adapted model's weights and a picture of the concept to search; then a prompt"
 
-    tokens: int = 3
+    tokens: Count = 3
     """Words before a prompt, k."""
-    iterations: int = 40
-    learning_rate: float = 0.01
-    weight_decay: float = 0.1
-    draws: int = 2
+    iterations: Steps = 40
+    learning_rate: Rate = 0.01
+    weight_decay: Amount = 0.1
+    draws: Count = 2
     """Noised copies of a prompt's picture in each iteration."""
 
     def setting(self, subject: Subject) -> str:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from fade.evaluation.attacks.settings import Checks, Count, EarlyChecks, Rate
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.weights import all_layers, edited_layers, fine_tuned, open_weights
 from fade.files import digest
@@ -40,18 +41,18 @@ class Relearning:
     name: ClassVar[str] = "relearning"
     needs: ClassVar[str] = "the weights, and pictures of the concept to train on"
 
-    pictures: int = 10
+    pictures: Count = 10
     """That are trained on, m."""
     layers: Literal["edited", "every"] = "edited"
     """That are trained: those that the adapter changed, or every Linear and Conv2d of the denoiser."""
-    checks: tuple[int, ...] = (10, 20, 30, 50, 100, 200)
+    checks: Checks = (10, 20, 30, 50, 100, 200)
     """Optimiser steps after which pictures are drawn; the last is the budget."""
-    early: tuple[int, ...] = (2, 5)
+    early: EarlyChecks = (2, 5)
     """Steps before the first of them, after which pictures are counted and training goes on, whatever they show."""
-    enough: float = 0.9
+    enough: Rate = 0.9
     """The concept is back, and training stops, at this share of the pictures that the base model draws of it."""
-    batch_size: int = 8
-    learning_rate: float = 0.01
+    batch_size: Count = 8
+    learning_rate: Rate = 0.01
     """Adam's, in units of a weight's root mean square."""
 
     def setting(self, subject: Subject) -> str:

@@ -19,12 +19,13 @@ Who attacks needs a copy of the text encoder, which for most models is public, a
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from fade.conditioning import Conditioning
+from fade.evaluation.attacks.settings import Count, Number, Share, Steps, Within
 from fade.evaluation.attacks.subject import CannotAttackError, Drawn, Subject
 from fade.evaluation.attacks.words import Words, words_of
 from fade.noise import step_generator
@@ -36,14 +37,14 @@ class TokenSearch:
     name: ClassVar[str] = "token-search"
     needs: ClassVar[str] = "the text encoder to search; then a prompt"
 
-    strength: float = 3.0
+    strength: Number = 3.0
     """η."""
-    length: int = 16
+    length: Count = 16
     """Words of a prompt; fewer where the text encoder reads no more."""
-    population: int = 200
-    generations: int = 30
-    mutation: float = 0.25
-    crossover: float = 0.5
+    population: Annotated[int, Within(3)] = 200
+    generations: Steps = 30
+    mutation: Share = 0.25
+    crossover: Share = 0.5
 
     def setting(self, subject: Subject) -> str:
         return f"{self.generations} generations of {self.population}"
