@@ -582,7 +582,7 @@ def test_the_command_takes_settings_and_lists_them(
     model, adapter = files
     file = tmp_path / "attacks.json"
     words = ["attack", model, "--adapter", adapter, "--attack", "completion:share=0.75", "--json", file]
-    words += ["--attack", "pruning:share=0.2", "--pictures", 1, "--steps", 4, "--device", "cpu", "--quiet", "--no-cache"]
+    words += ["--attack", "pruning:share=0.2", "--pictures", 1, "--steps", 4, "--device", "cpu", "--quiet"]
     assert cli.main([str(word) for word in words]) == 0
     results = json.loads(file.read_text())["results"]
     assert [one["settings"] for one in results] == [{"share": 0.75}, {"share": 0.2}]
