@@ -108,7 +108,7 @@ def as_text(value: Any) -> str:
 
 def _parts(hint: Any) -> tuple[Any, Any]:
     """The type of a setting, and its range."""
-    return typing.get_args(hint)[:2] if typing.get_origin(hint) is Annotated else (hint, None)
+    return typing.get_args(hint)[:2] if typing.get_origin(hint) is Annotated else (hint, Within())
 
 
 def _value(text: str, hint: Any) -> Any:

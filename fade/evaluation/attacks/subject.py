@@ -206,7 +206,8 @@ class Drawn:
 
 
 class Attack(Protocol):
-    """One way to get a forgotten concept back: a frozen dataclass whose fields are its settings, ready for JSON.
+    """One way to get a forgotten concept back: a frozen dataclass whose fields are its settings, ready for JSON; their
+    types say what they may be (`fade.evaluation.attacks.settings`).
 
     It leaves weights, adapter and gradients as they were. What it cannot attack it refuses with CannotAttackError,
     before it draws.
