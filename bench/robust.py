@@ -3,18 +3,19 @@
     python -m bench.robust           run what the file lacks, row by row (minutes each, one process)
     python -m bench.robust --show    run nothing: print the table of the file as docs/threats.md has it
 
-A run that is stopped goes on where it was, also within a row's attacks; adapters stay in `--folder`.
+A run that is stopped goes on where it was, also within a row's attacks; adapters stay in `--folder`. A row that lacks
+an attack is completed, where its adapter is no longer there with one that is made anew and measures the same.
 
     {"schema": 1, "kind": "robust", "environment", "rows": [
         {"recipe", "method", "settings", "forget", "surrogate", "seed", "seconds", "adapter_bytes", "kept_weights",
          "metrics": {name: number}, "base": {name: number},
-         "attacks": [{"attack", "setting", "recognised", "pictures", "numbers"}]}]}
+         "attacks": [{"attack", "setting", "settings", "recognised", "pictures", "numbers", "seconds"}]}]}
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,8 @@ from PIL import Image
 from bench.files import ROOT, write_json
 from fade.evaluation.attacks.null_text_inversion import VARIANTS, NullTextInversion
 from fade.evaluation.attacks.registry import ATTACKS
-from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.relearning import Relearning, undecided
 from fade.evaluation.attacks.subject import Attack, Drawn, Subject
-from fade.evaluation.attacks.textual_inversion import TextualInversion
 
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "robust.json"
@@ -102,13 +102,20 @@ def attacks() -> list[Attack]:
         for one in VARIANTS
     ]
     return [
-        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], TextualInversion(1), Relearning(10), *VARIANTS,
-        *controls,
+        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], *ATTACKS["textual-inversion"], Relearning(10),
+        *VARIANTS, *controls,
     ]  # fmt: skip
 
 
+def stood(row: Mapping[str, Any], one: Attack) -> dict[str, Any] | None:
+    """What a row has of an attack with these very settings."""
+    wanted = (one.name, json.loads(json.dumps(asdict(one))))
+    found = (known for known in row.get("attacks", ()) if (known["attack"], known["settings"]) == wanted)
+    return next(found, None)
+
+
 def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Unlearns, evaluates and attacks; what `row` or `folder` has already is not done again."""
+    """Unlearns, evaluates and attacks; what `row` or `folder` has already of the same adapter is not done again."""
     import fade
     from fade import bundled
     from fade.evaluation import evaluate
@@ -118,26 +125,33 @@ def run_row(recipe: str, forget: str, row: dict[str, Any], folder: Path) -> dict
     (method, settings), surrogate = RECIPES[recipe], CONCEPTS[forget]
     made = folder / f"{list(RECIPES).index(recipe)}-{forget}"
     file, pipeline = made / "adapter.safetensors", bundled.model(MODEL).load_pipeline()
-    if "metrics" not in row or not file.exists():
+    if "metrics" in row and file.exists():
+        adapter = fade.load_adapter(pipeline, file)
+    else:
         config = fade.Config.of(method).replace(**settings)
         with measured() as cost:
             adapter = fade.unlearn(
                 pipeline, forget, surrogate, config=config, output=made, overwrite=True, progress=False
             )
         found = evaluate(pipeline, adapter, seeds=(1,), progress=False)
-        row = {
-            "recipe": recipe, "method": method, "settings": settings, "forget": forget, "surrogate": surrogate,
-            "seed": config.seed, "seconds": round(cost.seconds, 1), "adapter_bytes": file.stat().st_size,
-            "kept_weights": adapter.run["selected"], "metrics": found.metrics, "base": found.base,
-        }  # fmt: skip
-    else:
-        adapter = fade.load_adapter(pipeline, file)
-    record = attack(pipeline, adapter, attacks(), pictures=PICTURES, record=made / "attacks.json", progress=False)
-    row["attacks"] = [
-        {name: getattr(one, name) for name in ("attack", "setting", "recognised", "pictures", "numbers", "seconds")}
-        for one in map(record.find, attacks())
-    ]
+        if not _as_before(row, found.metrics):
+            row = {
+                "recipe": recipe, "method": method, "settings": settings, "forget": forget, "surrogate": surrogate,
+                "seed": config.seed, "seconds": round(cost.seconds, 1), "adapter_bytes": file.stat().st_size,
+                "kept_weights": adapter.run["selected"], "metrics": found.metrics, "base": found.base,
+            }  # fmt: skip
+    lacking = [one for one in attacks() if stood(row, one) is None]
+    record = attack(pipeline, adapter, lacking, pictures=PICTURES, record=made / "attacks.json", progress=False)
+    names = ("attack", "setting", "settings", "recognised", "pictures", "numbers", "seconds")
+    new = [{name: getattr(one, name) for name in names} for one in map(record.find, lacking) if one is not None]
+    row["attacks"] = [*row.get("attacks", ()), *new]
+    row["attacks"] = [known for known in (stood(row, one) for one in attacks()) if known is not None]
     return row
+
+
+def _as_before(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> bool:
+    """Whether an adapter that was made anew measures what a row says of the one before, so that it is that one."""
+    return "metrics" in row and all(metrics.get(name) == value for name, value in row["metrics"].items())
 
 
 def fill(output: Path, folder: Path, only: Sequence[str]) -> dict[str, Any]:
@@ -150,7 +164,8 @@ def fill(output: Path, folder: Path, only: Sequence[str]) -> dict[str, Any]:
     for key in ROWS:
         known = rows.get(key, {})
         same = known.get("settings") == json.loads(json.dumps(RECIPES[key[0]][1]))
-        if (only and key[1] not in only) or (same and len(known.get("attacks", ())) == len(attacks())):
+        whole = same and all(stood(known, one) is not None for one in attacks())
+        if whole or (only and key[1] not in only):
             continue
         rows[key] = run_row(*key, known if same else {}, folder)
         payload |= {"environment": environment(), "rows": _sorted(rows.values())}
@@ -178,7 +193,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def markdown(payload: Mapping[str, Any]) -> str:
-    """A line for each row: the metrics, of each attack the pictures still recognised by setting, seconds."""
+    """A line for each row: the metrics, of each attack the pictures still recognised by setting (– where that was not
+    run), seconds."""
     shown = {"completion": "completion", "null-text inversion": "null-text-inversion", "turned": "turned",
              "scaled": "scaled", "turned, scaled": "turned, scaled", "embedding inversion": "embedding-inversion",
              "textual inversion": "textual-inversion"}  # fmt: skip
@@ -186,22 +202,25 @@ def markdown(payload: Mapping[str, Any]) -> str:
     lines = [header, ["---"] * len(header)]
     for row in payload["rows"]:
         counts: dict[str, list[str]] = {}
-        for one in row["attacks"]:
-            kinds = [part for part in one["setting"].split(", ") if part in ("turned", "scaled")]
-            counts.setdefault(", ".join(kinds) or one["attack"], []).append(str(one["recognised"]))
+        for one in attacks():
+            kinds = [kind for kind in ("turned", "scaled") if getattr(one, kind, False)]
+            known = stood(row, one) or {"recognised": "–"}
+            counts.setdefault(", ".join(kinds) or one.name, []).append(str(known["recognised"]))
         learnt = next(one["numbers"] for one in row["attacks"] if one["attack"] == "relearning")
         last = max(map(int, learnt["recognised_after"]))
         after, anew = (
             f"{learnt[name]} steps" if learnt[name] is not None else f"not after {last}"
             for name in ("steps_to_half", "anew_steps_to_half")
         )
+        if undecided(learnt):
+            anew += ", which is sooner the checks do not tell"
         metrics = row["metrics"]
         lines.append(
             [
                 f"{row['forget']} → {row['surrogate']}", row["recipe"],
                 *(f"{metrics[name]:.1f}" for name in ("UA", "IRA", "CRA")), f"{metrics['drift']:.3f}",
-                *(" / ".join(counts.get(name, ())) for name in shown.values()), f"{after}; anew {anew}",
-                f"{row['seconds']:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
+                *(" / ".join(counts[name]) if set(counts[name]) - {"–"} else "" for name in shown.values()),
+                f"{after}; anew {anew}", f"{row['seconds']:.0f}", f"{row['adapter_bytes'] / 1e3:.0f}",
             ]
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

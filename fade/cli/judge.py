@@ -140,15 +140,45 @@ def evaluate(
         raise typer.Exit(3)
 
 
+def _list_attacks(wanted: bool) -> None:
+    """Prints every attack with what can be set, and ends the command."""
+    if not wanted:
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fade.evaluation.attacks.registry import ATTACKS
+    from fade.evaluation.attacks.settings import difference, told, usual
+
+    table = Table(title="fade attack MODEL --adapter FILE --attack NAME:KEY=VALUE,KEY=VALUE", title_justify="left")
+    for column in ("attack", "settings, if nothing else is said", "tried by its name with", "needs"):
+        table.add_column(column, style="bold" if column == "attack" else None, overflow="fold")
+    for name, variants in ATTACKS.items():
+        tried = "; ".join(difference(one, usual(variants)) or "these" for one in variants)
+        table.add_row(*map(escape, (name, told(usual(variants)), tried, variants[0].needs)))
+    terminal().print(table)
+    raise typer.Exit
+
+
 def attack(
     model: Model,
     adapter: AdapterPath,
     attacks: Annotated[
         list[str] | None,
         typer.Option(
-            "--attacks", "--attack", metavar="NAME,NAME", help="Attacks to try, by name. Default: all there are."
+            "--attacks",
+            "--attack",
+            metavar="NAME[:KEY=VALUE],…",
+            help="Attacks to try, by name, or with settings of your own: textual-inversion:vectors=3,iterations=500. "
+            "May be given several times. Default: all there are, each with its usual settings.",
         ),
     ] = None,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--list", is_eager=True, callback=_list_attacks, help="Show all attacks with their settings, and exit."
+        ),
+    ] = False,
     forget: Annotated[
         str | None,
         typer.Option(metavar="WORDS", help="The concept to bring back, where the adapter forgets several."),
@@ -187,8 +217,7 @@ def attack(
     from fade.loading import load_model
     from fade.report import where_it_sits, write_attack_report
 
-    names = [name.strip() for given in attacks or () for name in listed(given)]
-    chosen = chosen_attacks(names if attacks else None)
+    chosen = chosen_attacks(attacks or None)
     for wanted in (json_file, report):
         if wanted is not None:
             check_writable(wanted)

@@ -38,6 +38,11 @@ from fade.evaluation.attacks import (
 from fade.evaluation.attacks.completion import Completion
 from fade.evaluation.attacks.embedding_inversion import EmbeddingInversion
 from fade.evaluation.attacks.null_text_inversion import NullTextInversion
+from fade.evaluation.attacks.registry import setting_of
+from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.removal import Removal
+from fade.evaluation.attacks.settings import checked, told, usual
+from fade.evaluation.attacks.textual_inversion import TextualInversion
 from fade.evaluation.attacks.token_search import TokenSearch
 from fade.evaluation.drawings import Kept, default_cache
 from fade.noise import step_generator
@@ -434,6 +439,68 @@ def test_attacks_by_name() -> None:
         chosen_attacks([])
 
 
+def test_attacks_with_settings_of_ones_own() -> None:
+    assert chosen_attacks(["textual-inversion:vectors=3,iterations=500"]) == (TextualInversion(3, iterations=500),)
+    assert chosen_attacks(["removal, textual-inversion : vectors = 3, completion", "completion:share=0.3"]) == (
+        Removal(), TextualInversion(3), *ATTACKS["completion"], Completion(0.3),
+    )  # fmt: skip
+    # What is not said is an attack's default, and without one its first setting.
+    (one,) = chosen_attacks(["relearning:layers=every,checks=1/4,learning_rate=1e-3"])
+    assert one == Relearning(10, "every", (1, 4), learning_rate=1e-3)
+    assert chosen_attacks(["inpainting:hidden=right"]) == ATTACKS["inpainting"][1:]
+    for variants in ATTACKS.values():
+        for one in variants:
+            assert type(one) is type(usual(variants)) and checked(one) == one
+            words = told(one).replace(", ", ",")
+            assert not words or chosen_attacks([f"{one.name}:{words}"]) == (one,)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("jailbreak:x=1", "no attack 'jailbreak'; choose among removal, .*, relearning"),
+        (
+            "textual-inversion:vector=3",
+            "textual-inversion has no setting 'vector'; it has vectors=1, iterations=100, pictures=16, batch_size=8, ",
+        ),
+        ("removal:x=1", "removal has no setting 'x'; it has none"),
+        ("textual-inversion:vectors=three", "vectors .* is to be a whole number of at least 1, not 'three'; it has ve"),
+        ("textual-inversion:vectors=0", "vectors .* is to be a whole number of at least 1, not '0'"),
+        ("textual-inversion:vectors=1.5", "not '1.5'"),
+        ("textual-inversion:learning_rate=0", "learning_rate .* is to be a number above 0, not '0'"),
+        ("pruning:share=1.2", "share .* is to be a number from 0 to 1, not '1.2'"),
+        ("noise-probe:eta=nan", "eta .* is to be a number of at least 0, not 'nan'"),
+        ("quantising:kind=int2", "kind .* is to be one of int8, fp8, int4, not 'int2'"),
+        ("relearning:checks=20/10", "checks .* is to be whole numbers .* greater than the one before, not '20/10'"),
+        ("relearning:checks=x", "checks .* not 'x'"),
+        ("textual-inversion,vectors=3", "'vectors=3' is no attack with settings, such as textual-inversion:vectors=3"),
+        ("vectors=3", "is no attack with settings"),
+        ("textual-inversion:", "is no attack with settings"),
+        ("textual-inversion:vectors", "is no attack with settings"),
+        ("textual-inversion:vectors=3,vectors=4", "gives vectors twice"),
+    ],
+)
+def test_what_is_no_attack_is_said_in_one_line(text: str, told: str) -> None:
+    with pytest.raises(FadeError, match=told) as refused:
+        chosen_attacks([text])
+    assert "\n" not in str(refused.value)
+
+
+def test_objects_out_of_range_are_refused_as_texts_are(pipeline: StableDiffusionPipeline, adapter: Adapter) -> None:
+    for one, words in ((TextualInversion(0), "of at least 1, not 0"), (Relearning(1, checks=()), "not $")):
+        with pytest.raises(FadeError, match=words):
+            fade.attack(pipeline, adapter, [one], **QUICK)
+
+
+def test_settings_that_an_attacks_words_leave_out_stand_behind_them(adapter: Adapter) -> None:
+    subject = subject_of(adapter)
+    for variants in ATTACKS.values():
+        assert [setting_of(one, subject) for one in variants] == [one.setting(subject) for one in variants]
+    one = TextualInversion(3, learning_rate=0.1, batch_size=4)
+    assert setting_of(one, subject) == f"{one.setting(subject)}, batch_size=4, learning_rate=0.1"
+    assert setting_of(Counted(7), subject) == "number 7"
+
+
 def test_what_cannot_be_attacked(pipeline: StableDiffusionPipeline, adapter: Adapter, tmp_path: Path) -> None:
     with pytest.raises(FadeError, match="at least one picture"):
         fade.attack(pipeline, adapter, pictures=0)
@@ -509,6 +576,22 @@ def test_the_command(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert json.loads(file.read_text()) == record
 
 
+def test_the_command_takes_settings_and_lists_them(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, adapter = files
+    file = tmp_path / "attacks.json"
+    words = ["attack", model, "--adapter", adapter, "--attack", "completion:share=0.75", "--json", file]
+    words += ["--attack", "pruning:share=0.2", "--pictures", 1, "--steps", 4, "--device", "cpu", "--quiet"]
+    assert cli.main([str(word) for word in words]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [one["settings"] for one in results] == [{"share": 0.75}, {"share": 0.2}]
+    capsys.readouterr()
+    assert cli.main(["attack", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ATTACKS) and "vectors=1, iterations=100" in shown
+
+
 def test_the_command_keeps_what_the_base_draws_unless_told_otherwise(files: tuple[Path, Path]) -> None:
     model, adapter = files
     words = ["attack", model, "--adapter", adapter, "--attacks", "removal", "--pictures", 2, "--steps", 2]
@@ -534,6 +617,7 @@ def test_the_command_says_what_is_wrong(
     for names in ("x", "completion,x", "x,completion"):
         assert "no attack 'x'; choose among removal, completion," in refused("nowhere", "--attacks", names)
     assert "no attack is chosen" in refused("nowhere", "--attacks", ",")
+    assert "has no setting 'steps'; it has share=0.1" in refused("nowhere", "--attack", "completion:steps=2")
     assert "'--pictures'" in refused(model, "--pictures", 0)
     assert "it is a folder" in refused("nowhere", "--json", tmp_path)
     other = tmp_path / "other"
@@ -582,7 +666,9 @@ def test_what_depends_on_the_base_alone_is_done_once_for_all_adapters(
     adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, cache = adapter.pipeline, tmp_path / "cache"
-    chosen = [one for one in quickly() if one.name not in ("completion", "quantising", "pruning", "textual-inversion")]
+    # Taking the adapter off is tried with each adapter; what prompt-tokens finds, and the base is asked, is its own.
+    left = ("completion", "quantising", "pruning", "textual-inversion", "removal", "prompt-tokens")
+    chosen = [one for one in quickly() if one.name not in left]
     budget = {"pictures": 2, "steps": 2, "progress": False}
     attack(pipeline, adapter, chosen, cache=cache, **budget)
     adapter.remove()
@@ -679,6 +765,28 @@ class Refusing:
 
     def __call__(self, subject: Subject) -> Drawn:
         raise CannotAttackError("this family has no <gate>")
+
+
+@dataclass(frozen=True)
+class Hungry:
+    """Takes more memory than there is."""
+
+    name: ClassVar[str] = "hungry"
+    needs: ClassVar[str] = "memory"
+
+    def setting(self, subject: Subject) -> str:
+        return "all of it"
+
+    def __call__(self, subject: Subject) -> Drawn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_attack_that_takes_too_much_memory_is_left_out_and_the_rest_goes_on(
+    adapter: Adapter, asked: list[int]
+) -> None:
+    record = attack(adapter.pipeline, adapter, [Hungry(), Counted(1)], **QUICK)
+    assert [result.setting for result in record.results] == ["number 1"]
+    assert record.left_out["hungry"].startswith("the memory of cpu does not hold it (all of it)")
 
 
 def test_an_attack_that_cannot_take_a_model_is_left_out_with_a_word(

@@ -222,6 +222,7 @@ def test_the_words_that_are_found_are_text_before_the_prompt(subject: Subject) -
     drawn = PromptTokens(tokens=2, iterations=2)(subject)
     texts = drawn.numbers["prompts"]
     assert [text.split(" ", 2)[2] for text in texts] == list(dict.fromkeys(PROMPTS))
+    assert drawn.found == f"base model {drawn.numbers['base_recognised']} of 3"
     asked = (texts[0], texts[1], texts[0])
     plain = subject.decode(subject.sample(asked, subject.seeds, ""))
     torch.testing.assert_close(drawn.images, plain, rtol=1e-4, atol=1e-4)
@@ -282,3 +283,20 @@ def test_the_target_is_the_prompt_led_on_by_the_concepts_direction(
     for target, state in zip(targets, states[:2], strict=True):
         torch.testing.assert_close(target, state + 2.5 * direction, rtol=1e-3, atol=1e-3)
     assert drawn.numbers["prompts"] == [" ".join(words_of(subject).texts[:2])] * 2
+
+
+def test_what_the_base_model_draws_under_the_words_that_are_found_is_told(subject: Subject) -> None:
+    """Counted by a judge that knows the base model's pictures of the words, but for one, and no others."""
+    attack, shown = TokenSearch(generations=1, population=4), []
+    subject.recognised = lambda images: shown.append(images) or torch.zeros(len(images), dtype=torch.bool)
+    drawn = attack(subject)
+    texts = dict(zip(dict.fromkeys(PROMPTS), drawn.numbers["prompts"], strict=True))
+    asked = tuple(texts[prompt] for prompt in PROMPTS)
+    with subject.adapter.disabled():
+        wanted = subject.decode(subject.sample(asked, subject.seeds, ""))
+    assert len(shown) == 1 and torch.equal(shown[0], wanted) and not torch.equal(drawn.images, wanted)
+    assert (drawn.numbers["base_recognised"], drawn.found) == (0, "base model 0 of 3")
+    subject.recognised = lambda images: (images == wanted).flatten(1).all(1) & (torch.arange(len(images)) > 0)
+    again = attack(subject)
+    assert (again.numbers["base_recognised"], again.found) == (2, "base model 2 of 3")
+    assert torch.equal(again.images, drawn.images)

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 
 from fade.adapter import Adapter
 from fade.errors import FadeError
-from fade.evaluation.attacks import CannotAttackError, attack
+from fade.evaluation.attacks import CannotAttackError, Subject, attack, relearning
 from fade.evaluation.attacks.benign_tuning import BenignTuning
+from fade.evaluation.attacks.denoising import descend
 from fade.evaluation.attacks.pruning import Pruning, pruned
 from fade.evaluation.attacks.quantising import Quantising, rounded
-from fade.evaluation.attacks.relearning import Relearning
+from fade.evaluation.attacks.relearning import Relearning, undecided
 from fade.evaluation.attacks.removal import Removal
 from fade.evaluation.attacks.weights import all_layers, edited_layers, fine_tuned, open_weights
 from fade.evaluation.drawings import Kept
@@ -156,6 +158,78 @@ def test_relearning_counts_after_each_check_and_stops_once_the_concept_is_back(a
     assert len(shown) == 8
 
 
+def test_early_checks_change_nothing_but_what_is_counted(adapter: Adapter) -> None:
+    """The training, its noise and the pictures of the later checks are what they are without them, to the last bit."""
+    subject = subject_of(adapter)
+    subject.recognised = lambda images: torch.zeros(len(images), dtype=torch.bool)
+    subject.base_recognised = 3
+    examples, captions = subject.examples(2), subject.example_prompts(2)
+    for edited in (True, False):
+        late, both = (
+            dict(
+                Relearning(2, checks=(3, 4), early=early, batch_size=1).draws(
+                    replace(subject, kept=Kept(None)), examples, captions, subject.prompts, edited=edited
+                )
+            )
+            for early in ((), (1, 2, 3))
+        )
+        assert list(late) == [0, 3, 4] and list(both) == [0, 1, 2, 3, 4]
+        assert all(torch.equal(late[step], both[step]) for step in late)
+        assert not torch.equal(both[1], both[2])
+
+
+def test_training_does_not_stop_at_an_early_check_and_the_words_say_where_none_is_fine_enough(adapter: Adapter) -> None:
+    def told(edited: tuple[int, ...], anew: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+        counts = iter((*edited, *anew))
+        subject = subject_of(adapter, surrogates=("a dog", "a cat", "a dog"))
+        subject.base_recognised = 3
+        subject.count = lambda latents: next(counts)
+        drawn = Relearning(1, checks=(3, 4), early=(1, 2), batch_size=1)(subject)
+        assert next(counts, None) is None
+        return drawn.numbers, drawn.found
+
+    numbers, found = told((0, 3, 0, 3), (0, 0, 2, 3))
+    assert numbers["recognised_after"] == {"0": 0, "1": 3, "2": 0, "3": 3}
+    assert (numbers["steps_to_half"], numbers["anew_steps_to_half"]) == (1, 2)
+    assert found == "half back after 1; anew: half back after 2"
+    for counts in ((0, 2, 2, 3), (0, 3, 3, 3)):
+        numbers, found = told(counts, (0, 2, 3, 3))
+        assert undecided(numbers) and found.endswith("; which is sooner the checks do not tell")
+    numbers, found = told((3,), (3,))  # never gone
+    assert numbers["steps_to_half"] == 0 and not undecided(numbers)
+
+
+def test_every_layer_is_trained_where_that_is_asked_for(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(adapter, surrogates=("a house", "a tree", "a house"))
+    subject.recognised = lambda images: torch.zeros(len(images), dtype=torch.bool)
+    subject.base_recognised = 3
+    opened: list[set[str]] = []
+
+    def noting(subject: Subject, layers: dict[str, nn.Module], edited: bool) -> Any:
+        opened.append(set(layers))
+        return open_weights(subject, layers, edited)
+
+    monkeypatch.setattr(relearning, "open_weights", noting)
+    before = weights(adapter.pipeline)
+    some, every = (Relearning(1, layers=layers, **TINY)(subject) for layers in ("edited", "every"))
+    names = {name for name, one in adapter.pipeline.unet.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
+    assert opened == [set(adapter.layers)] * 2 + [set(all_layers(subject))] * 2
+    assert set(adapter.layers) < set(all_layers(subject)) and len(all_layers(subject)) <= len(names)
+    assert not torch.equal(some.images, every.images)
+    assert list(every.numbers["anew_recognised_after"]) == ["0", "1", "2"]
+    assert same_bits(before, weights(adapter.pipeline))
+    assert len({one.setting(subject) for one in relearning.VARIANTS}) == len(relearning.VARIANTS)
+
+
+def test_a_weight_that_no_picture_goes_through_stays_as_it_is(adapter: Adapter) -> None:
+    subject = subject_of(adapter)
+    used, unused = torch.randn(2, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    kept = unused.detach().clone(), used.detach().clone()
+    optimizer = torch.optim.Adam([used, unused], lr=0.1)
+    descend(used.square().sum(), [used, unused], optimizer, subject.backbone, 6, "a lesson")
+    assert torch.equal(unused, kept[0]) and not torch.equal(used, kept[1])
+
+
 def test_what_is_drawn_before_any_step_is_drawn_once_for_all_settings(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,12 +356,46 @@ def test_every_weight_of_the_edited_model_is_changed(adapter: Adapter) -> None:
     )
 
 
-def test_removal_draws_what_the_base_model_draws(adapter: Adapter) -> None:
-    subject = subject_of(adapter)
-    drawn = Removal()(subject).images
+def test_removal_takes_the_adapter_out_and_draws_the_base_models_pictures(adapter: Adapter) -> None:
+    subject, before = subject_of(adapter), weights(adapter.pipeline)
+    drawn = Removal()(subject)
+    assert drawn.numbers == {"taken_off_by": "unmerge", "weights_equal_base": True, "pictures_equal_base": True}
+    assert drawn.found == "pictures are the base model's bit for bit"
+    assert adapter.enabled and not adapter.merged and same_bits(before, weights(adapter.pipeline))
     adapter.remove()
     plain = subject.backbone.generate(subject.prompts, subject.seeds, steps=4)
-    torch.testing.assert_close(drawn, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn.images, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_removal_notices_an_adapter_that_does_not_come_out_whole(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, unmerge = subject_of(adapter), Adapter.unmerge
+
+    def inexactly(self: Adapter) -> Adapter:
+        unmerge(self)
+        with torch.no_grad():
+            next(iter(edited_layers(subject).values())).weight.mul_(1.5)
+        return self
+
+    monkeypatch.setattr(Adapter, "unmerge", inexactly)
+    drawn = Removal()(subject)
+    assert drawn.numbers == {"taken_off_by": "unmerge", "weights_equal_base": False, "pictures_equal_base": False}
+    assert drawn.found == "pictures are not the base model's bit for bit"
+
+
+def test_where_merging_is_refused_the_adapter_is_switched_off(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Adapter) -> None:
+        raise FadeError("these weights are packed")
+
+    monkeypatch.setattr(Adapter, "merge", refused)
+    drawn = Removal()(subject_of(adapter))
+    assert drawn.numbers == {
+        "taken_off_by": "disable", "not_merged": "these weights are packed", "pictures_equal_base": True,
+    }  # fmt: skip
+    assert adapter.enabled
 
 
 def test_packed_weights_are_refused_with_a_word_and_the_rest_goes_on(adapter: Adapter) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from fade.evaluation.attacks.settings import Count, Rate, Steps
 from fade.evaluation.attacks.subject import CannotAttackError, Drawn, Subject
 from fade.evaluation.attacks.weights import edited_layers, fine_tuned, open_weights
 from fade.noise import step_generator
@@ -21,11 +22,11 @@ class BenignTuning:
     name: ClassVar[str] = "benign-fine-tuning"
     needs: ClassVar[str] = "the weights, and any pictures to train on"
 
-    steps: int = 100
-    pictures: int = 24
+    steps: Steps = 100
+    pictures: Count = 24
     """Of retained prompts, chosen at random."""
-    batch_size: int = 8
-    learning_rate: float = 0.01
+    batch_size: Count = 8
+    learning_rate: Rate = 0.01
     """Adam's, in units of a weight's root mean square."""
 
     def setting(self, subject: Subject) -> str:

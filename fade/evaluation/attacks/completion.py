@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fade.evaluation.attacks.settings import Share
 from fade.evaluation.attacks.subject import Drawn, Subject
 
 
@@ -17,7 +18,7 @@ class Completion:
     name: ClassVar[str] = "completion"
     needs: ClassVar[str] = "the base model and the forget prompt"
 
-    share: float
+    share: Share
     """Of the steps, drawn by the base model: 0 is the adapted model alone, 1 the base model alone."""
 
     def base_steps(self, steps: int) -> int:

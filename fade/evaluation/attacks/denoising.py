@@ -25,19 +25,20 @@ def descend(
     loss: Tensor, free: Sequence[Tensor], optimizer: torch.optim.Optimizer, backbone: Backbone, count: int, attack: str
 ) -> float:
     """One step of the optimiser for its parameters by the loss's gradients with respect to `free`, in their order, and
-    the loss as a number. `count` is how many numbers the loss is the mean of.
+    the loss as a number. `count` is how many numbers the loss is the mean of. What the loss does not depend on stays
+    as it is: families have layers that no picture goes through.
 
     Raises FadeError where a gradient is not finite.
     """
     scale = loss_scale(backbone.dtype, count)
-    gradients = torch.autograd.grad(scale * loss, free)
-    if not all(torch.isfinite(gradient).all() for gradient in gradients):
+    gradients = torch.autograd.grad(scale * loss, free, allow_unused=True)
+    if not all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None):
         raise FadeError(
             f"the loss of {attack} became {loss.item()}; load the model in fp32 or bf16, or lower the attack's "
             "learning rate"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.float() / scale
+        parameter.grad = None if gradient is None else gradient.float() / scale
     optimizer.step()
     return loss.item()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fade.adapter import gradients_as_found
 from fade.conditioning import Conditioning
 from fade.errors import FadeError
+from fade.evaluation.attacks.settings import Count, Rate, Steps
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.modes import evaluation_mode, out_of_inference_mode
 from fade.noise import loss_scale, step_generator
@@ -28,10 +29,10 @@ class EmbeddingInversion:
     name: ClassVar[str] = "embedding-inversion"
     needs: ClassVar[str] = "the adapted model's weights and pictures of the concept"
 
-    iterations: int = 300
+    iterations: Steps = 300
     """Optimiser steps, each on every picture once."""
-    pictures: int = 8
-    learning_rate: float = 0.03
+    pictures: Count = 8
+    learning_rate: Rate = 0.03
     """Adam's, in units of the root mean square of the embedding that is begun from."""
 
     def setting(self, subject: Subject) -> str:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fade.evaluation.attacks.settings import Share
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.trajectory import deterministic, levels, start_noise, walk
 
@@ -20,7 +21,7 @@ class ImageToImage:
     name: ClassVar[str] = "image-to-image"
     needs: ClassVar[str] = "the adapted model, pictures of the concept and the forget prompt"
 
-    strength: float
+    strength: Share
 
     def setting(self, subject: Subject) -> str:
         return f"strength {self.strength:g}"

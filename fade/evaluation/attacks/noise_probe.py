@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fade.evaluation.attacks.settings import Amount
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.trajectory import Level, Move, levels, start_noise, walk
 from fade.noise import step_generator
@@ -28,7 +29,7 @@ class NoiseProbe:
     name: ClassVar[str] = "noise-probe"
     needs: ClassVar[str] = "the adapted model and a sampler of one's own, and the forget prompt"
 
-    eta: float
+    eta: Amount
 
     def setting(self, subject: Subject) -> str:
         return f"η = {self.eta:g}"

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fade.evaluation.attacks.settings import Count
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.trajectory import ask, levels
 from fade.progress import progress_bar
@@ -27,9 +28,9 @@ class NullTextInversion:
     name: ClassVar[str] = "null-text-inversion"
     needs: ClassVar[str] = "the adapted model and pictures of the concept"
 
-    steps: int = 50
+    steps: Count = 50
     """Of the inversion, and of drawing from what it gives."""
-    iterations: int = 1
+    iterations: Count = 1
     """Of the fixed point, in each step of the inversion; 1 is plain inversion."""
 
     def setting(self, subject: Subject) -> str:

@@ -11,6 +11,8 @@ forward pass asks with the one-hot itself, and that S begins at a random point o
 Each prompt has its own words, all are searched in one batch, and each picture is drawn from its prompt with what was
 found before it.
 
+Words may also spoil a prompt; so what the base model draws under the same prompts is told beside.
+
 Who attacks needs gradients through the model while searching; the text then works for everybody.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from fade.adapter import gradients_as_found
 from fade.evaluation.attacks.denoising import denoising_loss, descend
+from fade.evaluation.attacks.settings import Amount, Count, Rate, Steps
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.words import Words, encoded, words_of
 from fade.modes import evaluation_mode, out_of_inference_mode
@@ -35,12 +38,12 @@ class PromptTokens:
     name: ClassVar[str] = "prompt-tokens"
     needs: ClassVar[str] = "the adapted model's weights and a picture of the concept to search; then a prompt"
 
-    tokens: int = 3
+    tokens: Count = 3
     """Words before a prompt, k."""
-    iterations: int = 40
-    learning_rate: float = 0.01
-    weight_decay: float = 0.1
-    draws: int = 2
+    iterations: Steps = 40
+    learning_rate: Rate = 0.01
+    weight_decay: Amount = 0.1
+    draws: Count = 2
     """Noised copies of a prompt's picture in each iteration."""
 
     def setting(self, subject: Subject) -> str:
@@ -55,7 +58,9 @@ class PromptTokens:
             for prompt, chosen in zip(prompts, found.tolist(), strict=True)
         }
         asked = tuple(texts[prompt] for prompt in subject.prompts)
-        return Drawn(subject.decode(subject.sample(asked, subject.seeds, "drawing")), {"prompts": list(texts.values())})
+        numbers, told = subject.counted_under(asked)
+        drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
+        return Drawn(drawn, {"prompts": list(texts.values()), **numbers}, told)
 
     def search(self, subject: Subject, words: Words, prompts: tuple[str, ...], latents: Tensor) -> Tensor:
         """The words before each of n prompts as indices into `words.texts`, int64 [n, k], for latents [n, C, h, w] of

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fade.evaluation.attacks.settings import Share
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.weights import draw_changed
 
@@ -19,7 +20,7 @@ class Pruning:
     name: ClassVar[str] = "pruning"
     needs: ClassVar[str] = "the weights"
 
-    share: float
+    share: Share
     """Of each weight's entries, set to zero."""
 
     def setting(self, subject: Subject) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fade.backbones import backbone_for
@@ -19,7 +20,7 @@ from fade.bundled import drawing
 from fade.concept import pairs_in, substitute
 from fade.errors import FadeError, printable
 from fade.evaluation.answers import AnswerSet, first_seeds
-from fade.evaluation.attacks.registry import chosen_attacks
+from fade.evaluation.attacks.registry import chosen_attacks, setting_of
 from fade.evaluation.attacks.subject import Attack, CannotAttackError, Drawn, Subject
 from fade.evaluation.drawings import Kept
 from fade.evaluation.intervals import wilson_interval
@@ -197,7 +198,8 @@ def attack(
 
     Args:
         adapter: the attached `fade.Adapter`; its metadata names the concept. It is enabled when this returns.
-        attacks: names of `ATTACKS`, or attacks with settings of your own; all of `ATTACKS` by default.
+        attacks: names of `ATTACKS`, or attacks with settings of your own, as objects (`TextualInversion(3)`) or texts
+            (`"textual-inversion:vectors=3,iterations=500"`); all of `ATTACKS` by default.
         forget: which concept to bring back, where the adapter forgets several.
         pictures: that each attack draws: every forget prompt in turn, then again with the next seed.
         steps: denoising steps per picture, where an attack has no number of its own; None as for `fade.evaluate`.
@@ -213,9 +215,10 @@ def attack(
             nothing beyond this call.
 
     Raises:
-        FadeError: an unknown attack, no judge that knows the concept, settings out of range, or a `record` of something
-            else; in each case before anything is drawn. An attack that cannot take the model (`CannotAttackError`) is
-            left out, and the record says why.
+        FadeError: an unknown attack, or a setting or value that it does not have, no judge that knows the concept,
+            settings out of range, or a `record` of something else; in each case before anything is drawn. An attack
+            that cannot take the model (`CannotAttackError`), or for which the device has too little memory, is left
+            out, and the record says why.
     """
     wanted = chosen_attacks(attacks)
     if pictures < 1:
@@ -312,9 +315,14 @@ def attack(
         if found.find(one) is None:
             options = json.loads(json.dumps(asdict(one)))
             try:
-                result = measure(one.name, one.setting(subject), lambda one=one: one(subject), one.needs, options)
+                result = measure(one.name, setting_of(one, subject), lambda one=one: one(subject), one.needs, options)
             except CannotAttackError as error:
                 found.left_out[one.name] = str(error)
+            except torch.OutOfMemoryError:
+                found.left_out[one.name] = (
+                    f"the memory of {backbone.device} does not hold it ({setting_of(one, subject)}); draw fewer "
+                    "pictures at once, or attack on a device of more memory"
+                )
             else:
                 found.results.append(result)
                 found.left_out.pop(one.name, None)

@@ -156,6 +156,12 @@ class Subject:
         """How many pictures the judge recognises, of latents [n, C, h, w]: of picture i the concept of prompt i."""
         return int(self.recognised(self.decode(latents)).sum())
 
+    def counted_under(self, prompts: tuple[str, ...]) -> tuple[dict[str, int], str]:
+        """How many pictures of the base model the judge recognises when it is asked with other prompts, one for each of
+        the subject's: as a number of an attack that asks with them, and in words."""
+        count = self.count(self.drawn_by_base_model(prompts, self.seeds, "drawing with the base model"))
+        return {"base_recognised": count}, f"base model {count} of {len(prompts)}"
+
     def example_prompts(self, count: int) -> tuple[str, ...]:
         """The forget prompts in turn."""
         prompts = list(dict.fromkeys(self.prompts))
@@ -200,7 +206,8 @@ class Drawn:
 
 
 class Attack(Protocol):
-    """One way to get a forgotten concept back: a frozen dataclass whose fields are its settings, ready for JSON.
+    """One way to get a forgotten concept back: a frozen dataclass whose fields are its settings, ready for JSON; their
+    types say what they may be (`fade.evaluation.attacks.settings`).
 
     It leaves weights, adapter and gradients as they were. What it cannot attack it refuses with CannotAttackError,
     before it draws.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fade.adapter import gradients_as_found
 from fade.evaluation.attacks.denoising import denoising_loss, descend
+from fade.evaluation.attacks.settings import Count, Rate, Steps
 from fade.evaluation.attacks.subject import Drawn, Subject
 from fade.evaluation.attacks.words import Encoder, Words, encoded, named_by_placeholders, words_of
 from fade.modes import evaluation_mode, out_of_inference_mode
@@ -31,12 +32,12 @@ class TextualInversion:
     name: ClassVar[str] = "textual-inversion"
     needs: ClassVar[str] = "the adapted model's weights and pictures of the concept; then an embedding file"
 
-    vectors: int = 1
+    vectors: Count = 1
     """New words, k."""
-    iterations: int = 100
-    pictures: int = 16
-    batch_size: int = 8
-    learning_rate: float = 0.2
+    iterations: Steps = 100
+    pictures: Count = 16
+    batch_size: Count = 8
+    learning_rate: Rate = 0.2
     """Adam's, in units of the root mean square of the text encoder's embeddings."""
 
     def setting(self, subject: Subject) -> str:

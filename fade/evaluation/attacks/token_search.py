@@ -11,17 +11,21 @@ which is drawn without an attack anyway. p̄_i are the surrogate's prompts. Popu
 children have one word replaced by a random one) and crossover (at one point, half of the pairs) are the paper's; of its
 3000 generations there are fewer here. That the better half of a population is kept is our reconstruction.
 
+What the words make the base model draw is told beside: where that is the concept in half of the pictures, an edit that
+forgets nothing is brought back in half of them, too.
+
 Who attacks needs a copy of the text encoder, which for most models is public, and then only prompts.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from fade.conditioning import Conditioning
+from fade.evaluation.attacks.settings import Count, Number, Share, Steps, Within
 from fade.evaluation.attacks.subject import CannotAttackError, Drawn, Subject
 from fade.evaluation.attacks.words import Words, words_of
 from fade.noise import step_generator
@@ -33,14 +37,14 @@ class TokenSearch:
     name: ClassVar[str] = "token-search"
     needs: ClassVar[str] = "the text encoder to search; then a prompt"
 
-    strength: float = 3.0
+    strength: Number = 3.0
     """η."""
-    length: int = 16
+    length: Count = 16
     """Words of a prompt; fewer where the text encoder reads no more."""
-    population: int = 200
-    generations: int = 30
-    mutation: float = 0.25
-    crossover: float = 0.5
+    population: Annotated[int, Within(3)] = 200
+    generations: Steps = 30
+    mutation: Share = 0.25
+    crossover: Share = 0.5
 
     def setting(self, subject: Subject) -> str:
         return f"{self.generations} generations of {self.population}"
@@ -58,8 +62,9 @@ class TokenSearch:
         texts = [" ".join(words.texts[word] for word in row) for row in found["words"].tolist()]
         text = dict(zip(pairs, texts, strict=True))
         asked = tuple(text[prompt] for prompt in subject.prompts)
+        numbers, told = subject.counted_under(asked)
         drawn = subject.decode(subject.sample(asked, subject.seeds, "drawing"))
-        return Drawn(drawn, {"prompts": texts, "distances": found["distances"].tolist()})
+        return Drawn(drawn, {"prompts": texts, "distances": found["distances"].tolist(), **numbers}, told)
 
     def search(self, subject: Subject, words: Words, pairs: Mapping[str, str]) -> dict[str, Tensor]:
         """For each of n prompts, beside its surrogate's, indices of words (int64 [n, length]) and their squared
