@@ -316,7 +316,11 @@ def test_evaluating_another_pipeline_with_a_clip_judge(
     assert adapter.enabled
     json.loads(evaluation.to_json())
     assert "FID" not in evaluation.metrics  # nothing to compare by
-    assert evaluation.metrics["CLIP"] >= 0 and evaluation.settings["clip"] == str(tiny_clip)  # the judge's
+    kept = ~evaluation.answers.forgotten
+    asked = [prompt for prompt, counted in zip(evaluation.answers.prompts, kept, strict=True) if counted]
+    fit = Clip(tiny_clip).score(evaluation.images[kept], asked)
+    assert evaluation.metrics["CLIP"] == pytest.approx(fit.mean().item())
+    assert evaluation.settings["clip"] == str(tiny_clip)  # the judge's
 
     again = evaluate(pipeline, adapter, **options, baseline=evaluation.baseline)
     assert torch.equal(again.images, evaluation.images)
