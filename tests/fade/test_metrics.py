@@ -19,9 +19,23 @@ from fade.errors import FadeError
 from fade.evaluation import run
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.features import JudgeFeatures, ModelFeatures, features_of_folder
-from fade.evaluation.intervals import mean_interval, paired_share_interval, wilson_interval
+from fade.evaluation.intervals import (
+    jackknife_interval,
+    mean_interval,
+    paired_share_interval,
+    resampled,
+    wilson_interval,
+    without_each_group,
+)
 from fade.evaluation.metrics.composition import composed
-from fade.evaluation.metrics.distribution import frechet_distance, inside, kernel_distance, paired_kernel_terms
+from fade.evaluation.metrics.distribution import (
+    _kid_to_real,
+    frechet_distance,
+    inside,
+    kernel_distance,
+    paired_kernel_terms,
+    polynomial_kernel,
+)
 from fade.evaluation.metrics.entangled import EPS, entangled, otsu, regions
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 from fade.evaluation.metrics.perceptual import feature_distance
@@ -183,9 +197,38 @@ def test_real_pictures_are_compared_with_what_both_models_retain(seed: int) -> N
         found = value(name, compared)
         assert found.adapted == pytest.approx(distance(real, adapted), rel=1e-9)
         assert found.base == pytest.approx(distance(real, base), rel=1e-9)
+        assert found.interval.low <= found.adapted <= found.interval.high and found.interval.images == len(adapted)
+        assert found.change.low <= found.adapted - found.base <= found.change.high
+        # Paired, it is far narrower than the distance itself is known, and nothing where nothing changed.
+        assert found.change.high - found.change.low < found.interval.high - found.interval.low
+        same = value(name, dataclasses.replace(compared, adapted=compared.base)).change
+        assert (same.low, same.high) == (0.0, 0.0)
     few = dataclasses.replace(compared, real=real[:12])
     assert value("FID-real", few).adapted is None and "more than 12 images a side" in value("FID-real", few).note
     assert value("KID-real", few).adapted == pytest.approx(kernel_distance(real[:12], adapted))
+
+
+def test_the_distance_to_real_pictures_in_a_resample_is_that_of_the_pictures_in_it(seed: int) -> None:
+    base, adapted, real = (features(seed + i, count, 5) for i, count in enumerate((6, 6, 8)))
+    estimates = []
+    for one, other in zip(resampled(6).long(), resampled(8, seed=1).long(), strict=True):
+        picked = [torch.repeat_interleave(torch.arange(len(counts)), counts) for counts in (one, other)]
+        drew, among = adapted[picked[0]], real[picked[1]]
+        apart = [index[:, None] != index for index in picked]
+        own, others = (polynomial_kernel(x, x)[where].mean() for x, where in zip((drew, among), apart, strict=True))
+        estimates.append(own + others - 2 * polynomial_kernel(drew, among).mean())
+    expected = torch.quantile(torch.stack(estimates), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    found = _kid_to_real(base, adapted, real).interval
+    assert [found.low, found.high] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error(seed: int) -> None:
+    values = features(seed, 200, 1).double().flatten()
+    left = torch.stack([values[kept].mean() for kept in without_each_group(200)])
+    groups = torch.stack([values[~kept].mean() for kept in without_each_group(200)])
+    low, high = jackknife_interval(values.mean().item(), left)
+    assert (low + high) / 2 == pytest.approx(values.mean().item())
+    assert (high - low) / 2 == pytest.approx(1.959964 * groups.std().item() / math.sqrt(len(groups)))
 
 
 # --- pairs of pictures -----------------------------------------------------------------------------------------------
