@@ -34,6 +34,14 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
     judge: JudgeModel = None,
     classes: Classes = None,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Words among concept, surrogate and --classes that look like the concept, for NA; bundled models' "
+            "judges know theirs.",
+        ),
+    ] = None,
     phrasings: Annotated[
         bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
     ] = False,
@@ -115,9 +123,10 @@ def evaluate(
     with measured(pipeline.device) as cost:
         evaluation = run(
             pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            judge=judge, classes=listed(classes), everything=every_word, features=features, clip=clip, real=real,
-            phrasings=phrasing or phrasings, wanted=[one.metric.name for one in required],
-            cache=None if no_cache else default_cache(), progress=not quiet,
+            judge=judge, classes=listed(classes), neighbours=listed(neighbours), everything=every_word,
+            features=features, clip=clip, real=real, phrasings=phrasing or phrasings,
+            wanted=[one.metric.name for one in required], cache=None if no_cache else default_cache(),
+            progress=not quiet,
         )  # fmt: skip
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size

@@ -199,6 +199,7 @@ def evaluate(
     baseline: "Evaluation | Tensor | None" = None,
     judge: str | None = None,
     classes: Sequence[str] = (),
+    neighbours: Sequence[str] = (),
     everything: bool = False,
     features: str | None = None,
     clip: str | None = None,
@@ -224,6 +225,7 @@ def evaluate(
         judge: folder or hub id of a CLIP model, or `python:module.function` (`fade.evaluation.plugin_judge`). Needed
             for pipelines that are not bundled ones.
         classes: words that such a judge tells apart, beside the concept and its surrogate.
+        neighbours: those of these words that look like the concept, for NA; a bundled model's judges know theirs.
         everything: draw every word of a bundled model.
         features: folder of a transformers image model, for FID, KID, precision, recall and the LPIPS-like distance. A
             bundled model has its judges' features without one.
@@ -235,7 +237,8 @@ def evaluate(
         cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
 
     Raises:
-        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images; a model that
+        FadeError: no judge knows the concept, `seeds` is empty, `baseline` is of other images, or a neighbour is none
+            of the classes; a model that
             cannot be loaded, a judge of the user's that fails, a wanted metric that is unknown or lacks its model, real
             pictures that cannot be read or have no features to go by, or a phrasing without the concept.
     """
@@ -245,7 +248,7 @@ def evaluate(
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
     drawn = drawing(pipeline, steps, guidance_scale)
-    chosen = judge_for(pipeline, concept, judge, classes, backbone.device, everything)
+    chosen = judge_for(pipeline, concept, judge, classes, backbone.device, everything, neighbours)
     answers = chosen.answers(seeds)
     if isinstance(baseline, Evaluation):
         earlier, drew = baseline.answers, {name: baseline.settings.get(name) for name in vars(drawn)}

@@ -19,16 +19,18 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from fade.digitcanvas import DIGITS, STYLES
+from fade.digitcanvas import DIGITS, STYLES, load_pipeline
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.clip_judge import Clip, ClipJudge
 from fade.evaluation.features import ModelFeatures, levels
+from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.phrasings import HELD_OUT
 from fade.evaluation.metrics.unlearncanvas import (
     cell_accuracy,
+    neighbour_accuracy,
     receiver_accuracy,
     unlearncanvas_intervals,
     unlearncanvas_metrics,
@@ -206,6 +208,22 @@ def test_classes_take_the_concepts_place_in_its_prompts() -> None:
     assert answers.forgotten.tolist() == [True, True, False, False, False, False]
     with pytest.raises(FadeError, match="contains 'dog'"):
         class_answers({**concept, "forget_prompts": ["a pet"]}, [], (5,))
+
+
+def test_look_alikes_are_some_of_the_classes() -> None:
+    concept = {"forget": "dog", "surrogate": "cat", "forget_prompts": ["a photo of dog"]}
+    answers = class_answers(concept, ["horse", "wolf"], (5, 6), neighbours=[" wolf", "cat", ""])
+    assert [answers.classes["class"][i] for i in answers.neighbours("class")] == ["wolf", "cat"]
+    prompted = answers.prompted["class"]
+    judged = torch.randint(4, prompted.shape, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+    near = torch.tensor([answers.classes["class"][i] in ("wolf", "cat") for i in prompted])
+    found = neighbour_accuracy(answers.prompted, {"class": judged}, {"class": 4}, answers.targets)
+    assert found == pytest.approx(100 * (judged == prompted)[near].double().mean().item())
+    for word, message in (("fox", "none of the classes, which are dog, cat, horse; name"), ("dog", "forgotten")):
+        with pytest.raises(FadeError, match=message):
+            class_answers(concept, ["horse"], (5,), neighbours=[word])
+    with pytest.raises(FadeError, match="knows the look-alikes of its words; leave --neighbours out"):
+        judge_for(load_pipeline(), {**concept, "forget": "three"}, None, [], torch.device("cpu"), neighbours=["eight"])
 
 
 def test_json_and_table_hold_the_metrics() -> None:

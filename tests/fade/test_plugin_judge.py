@@ -123,6 +123,15 @@ def test_a_gate_in_a_shell(
 
     monkeypatch.setattr(Backbone, "generate", drawn)
     assert status("--require", "UA=50")[0] == 0
+    found, printed, said = status("--neighbours", "horse, dog", "--require", "NA=60")
+    record = json.loads(numbers.read_text())
+    right = {word: row["after"] for word, row in record["receivers"]["class"].items()}
+    assert set(record["neighbours"]) == {"horse", "dog"} and "still right (horse, dog)" in printed
+    assert record["NA"] == (right["horse"] + right["dog"]) / 2 and "NA" in record["change_95"]
+    assert found == 3 and said.startswith(f"falls short: NA is {record['NA']:.6g} %")
+    for word, message in (("lynx", "is none of the classes, which are cat, dog, horse"), ("cat", "to be forgotten")):
+        found, _, said = status("--neighbours", word)
+        assert found == 2 and message in said and len(said.splitlines()) == 1
     found, _, said = status("--require", "UAA=50")
     assert found == 2 and "there is no metric 'UAA'; there are UA, IRA" in said
     assert status("--no-cache")[0] == 1
