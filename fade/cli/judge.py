@@ -82,6 +82,14 @@ def evaluate(
             help="Real pictures of what must stay, to which FID-real and KID-real compare both models.",
         ),
     ] = None,
+    lpips: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Weights for LPIPS, with AlexNet or VGG: the state dict of the lpips package's model "
+            "(net.slice1.0.weight to lin4.model.1.weight) as a safetensors file, or a folder with that.",
+        ),
+    ] = None,
     every_word: Annotated[
         bool,
         typer.Option(
@@ -124,7 +132,7 @@ def evaluate(
         evaluation = run(
             pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
             judge=judge, classes=listed(classes), neighbours=listed(neighbours), everything=every_word,
-            features=features, clip=clip, real=real, phrasings=phrasing or phrasings,
+            features=features, clip=clip, real=real, lpips=lpips, phrasings=phrasing or phrasings,
             wanted=[one.metric.name for one in required], cache=None if no_cache else default_cache(),
             progress=not quiet,
         )  # fmt: skip

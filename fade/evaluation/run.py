@@ -22,6 +22,7 @@ from fade.evaluation.answers import SEEDS, AnswerSet
 from fade.evaluation.drawings import Drawings
 from fade.evaluation.features import ModelFeatures, features_of_folder
 from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.lpips import Lpips
 from fade.evaluation.metrics.metric import Drawn, Metric, Value
 from fade.evaluation.metrics.phrasings import PhrasingResult, held_out, own_prompts
 from fade.evaluation.metrics.registry import METRICS, known_metrics
@@ -204,6 +205,7 @@ def evaluate(
     features: str | None = None,
     clip: str | None = None,
     real: str | Path | None = None,
+    lpips: str | Path | None = None,
     phrasings: bool | Sequence[str] = False,
     wanted: Sequence[str] = (),
     cache: Path | None = None,
@@ -232,6 +234,8 @@ def evaluate(
         clip: folder or hub id of a CLIP model for the CLIP score. A CLIP judge is taken without it.
         real: folder of real pictures of what must stay, to which FID-real and KID-real compare both models by the same
             features.
+        lpips: safetensors file, or a folder with one, of the published LPIPS weights, for LPIPS
+            (`fade.evaluation.metrics.lpips` says how it is written).
         phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`); or these.
         wanted: names of metrics that must be measurable; asked before anything is drawn.
         cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
@@ -261,6 +265,7 @@ def evaluate(
     instruments = {
         "features": chosen.features if features is None else ModelFeatures(features, backbone.device),
         "clip": _clip(clip or chosen.clip, backbone.device),
+        "lpips": None if lpips is None else Lpips(lpips, backbone.device),
     }
     given = {**instruments, "phrasings": phrasings, "real": real}
     if real is not None and instruments["features"] is None:
@@ -314,6 +319,7 @@ _GIVEN_BY = {
     "features": "features to compare pictures by: give --features FOLDER, an image model of transformers",
     "clip": "a CLIP model: give --clip MODEL",
     "phrasings": "drawing other words: give --phrasings",
+    "lpips": "its weights: give --lpips FILE",
     "real": "real pictures to compare with: give --real FOLDER",
 }
 

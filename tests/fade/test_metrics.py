@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fade.bundled import model
@@ -37,6 +38,7 @@ from fade.evaluation.metrics.distribution import (
     polynomial_kernel,
 )
 from fade.evaluation.metrics.entangled import EPS, entangled, otsu, regions
+from fade.evaluation.metrics.lpips import Lpips
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 from fade.evaluation.metrics.perceptual import feature_distance
 from fade.evaluation.metrics.registry import METRICS, known_metrics
@@ -328,6 +330,70 @@ def test_the_lpips_like_distance_is_zero_only_where_nothing_changed(seed: int) -
     assert value("LPIPS-like_forget", held).adapted > 0
 
 
+def published(net: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """torchmetrics' copy of the published LPIPS with random weights, on torchvision's layers, which are not here."""
+    from torch.nn import Conv2d, MaxPool2d, ReLU, Sequential
+    from torchmetrics.functional.image import lpips as theirs
+
+    def layers(name: str, pretrained: bool) -> torch.nn.Module:
+        if name == "alexnet":
+            return Sequential(
+                Conv2d(3, 64, 11, 4, 2), ReLU(), MaxPool2d(3, 2), Conv2d(64, 192, 5, padding=2), ReLU(),
+                MaxPool2d(3, 2), Conv2d(192, 384, 3, padding=1), ReLU(), Conv2d(384, 256, 3, padding=1), ReLU(),
+                Conv2d(256, 256, 3, padding=1), ReLU(), MaxPool2d(3, 2),
+            )  # fmt: skip
+        found, before = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+            found += [Conv2d(before, width, 3, padding=1), ReLU()] if width else [MaxPool2d(2, 2)]
+            before = width or before
+        return Sequential(*found)
+
+    monkeypatch.setattr(theirs, "_get_tv_model_features", layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return theirs._LPIPS(pretrained=False, net=net, pnet_rand=True)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_is_torchmetrics_on_the_same_weights(
+    net: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = published(net, seed, monkeypatch)
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, tmp_path / "lpips.safetensors")
+    first, second = torch.rand(2, 3, 3, 40, 36, generator=torch.Generator().manual_seed(seed))
+    ours = Lpips(tmp_path)
+    found = ours(first, second)
+    assert found.tolist() == pytest.approx(theirs(first, second, normalize=True).flatten().tolist(), rel=1e-3, abs=1e-7)
+    assert ours(first, first).tolist() == [0.0, 0.0, 0.0] and {"alex": "AlexNet", "vgg": "VGG-16"}[net] in ours.name
+    with pytest.raises(FadeError, match="needs pictures of"):
+        ours(first[..., :15, :15], second[..., :15, :15])
+
+    pair = drawn(seed, seeds=(1,))
+    answers = dataclasses.replace(
+        pair.answers, prompts=("p",) * 3, seeds=(1,) * 3,
+        prompted={"digit": torch.tensor([3, 1, 2]), "style": torch.zeros(3, dtype=torch.int64)},
+    )  # fmt: skip
+    three = dataclasses.replace(pair, answers=answers, base=first, adapted=second, lpips=ours)
+    assert value("LPIPS_forget", three).adapted == pytest.approx(found[0].item())
+    assert value("LPIPS", three).adapted == pytest.approx(found[1:].mean().item())
+
+
+def test_what_holds_no_lpips_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FadeError, match="there are 0 safetensors files in"):
+        Lpips(tmp_path)
+    (tmp_path / "no").write_bytes(b"no tensors")
+    for name in ("no", "none"):
+        with pytest.raises(FadeError, match=f"cannot read the weights of LPIPS from .*{name}'"):
+            Lpips(tmp_path / name)
+    save_file({"net.slice1.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(FadeError, match=r"no weights of LPIPS with AlexNet: net\.slice1\.0\.weight has the shape"):
+        Lpips(tmp_path / "a.safetensors")
+    save_file({"net.slice1.2.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(FadeError, match=r"LPIPS with VGG-16: net\.slice1\.0\.weight is missing; save the state dict"):
+        Lpips(tmp_path)
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +547,7 @@ def test_a_new_metric_is_in_table_json_and_report(seed: int, monkeypatch: pytest
     number = float(pair.adapted.mean())
     record = json.loads(evaluation.to_json())
     assert record["brightness"] == record["secret"] == number and record["notes"]["brightness"] == "so"
-    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings", "real")} <= record.keys()
+    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings", "real", "lpips")} <= record.keys()
     assert "CLIP" not in record and "FID" in record["interval_95"] and "IRA" in record["change_95"]
     console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(evaluation.table())
