@@ -23,8 +23,8 @@ SMALL = {
 }  # fmt: skip
 
 
-GENTLE = {"robust": 1e-4, "salun": 1e-4}
-"""Learning rates of methods whose first two steps otherwise go past what they aim at."""
+GENTLE = {"robust": 1e-4, "salun": 1e-4, "negated-lora": 3e-4}
+"""Learning rates of methods whose first two steps otherwise go past what they aim at, or help whichever way they go."""
 UNDONE = ("gradient-ascent", "negated-lora", "ssd")
 """Methods that aim at nothing but that the concept is denoised worse."""
 
