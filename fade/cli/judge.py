@@ -34,6 +34,14 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Images per prompt, one per seed.")] = 3,
     judge: JudgeModel = None,
     classes: Classes = None,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Words among concept, surrogate and --classes that look like the concept, for NA; bundled models' "
+            "judges know theirs.",
+        ),
+    ] = None,
     phrasings: Annotated[
         bool, typer.Option("--phrasings", help="Also ask for the concept in words that nothing was made with.")
     ] = False,
@@ -72,6 +80,14 @@ def evaluate(
         typer.Option(
             metavar="FOLDER",
             help="Real pictures of what must stay, to which FID-real and KID-real compare both models.",
+        ),
+    ] = None,
+    lpips: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Weights for LPIPS, with AlexNet or VGG: the state dict of the lpips package's model "
+            "(net.slice1.0.weight to lin4.model.1.weight) as a safetensors file, or a folder with that.",
         ),
     ] = None,
     every_word: Annotated[
@@ -115,9 +131,10 @@ def evaluate(
     with measured(pipeline.device) as cost:
         evaluation = run(
             pipeline, attached, seeds=first_seeds(seeds), steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            judge=judge, classes=listed(classes), everything=every_word, features=features, clip=clip, real=real,
-            phrasings=phrasing or phrasings, wanted=[one.metric.name for one in required],
-            cache=None if no_cache else default_cache(), progress=not quiet,
+            judge=judge, classes=listed(classes), neighbours=listed(neighbours), everything=every_word,
+            features=features, clip=clip, real=real, lpips=lpips, phrasings=phrasing or phrasings,
+            wanted=[one.metric.name for one in required], cache=None if no_cache else default_cache(),
+            progress=not quiet,
         )  # fmt: skip
     evaluation.settings["scale"] = scale
     size = adapter.stat().st_size

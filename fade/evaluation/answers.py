@@ -125,17 +125,32 @@ def crossed_answers(
 
 
 def class_answers(
-    concept: dict[str, Any], classes: Sequence[str], seeds: Sequence[int], beside: Sequence[str] = ()
+    concept: dict[str, Any],
+    classes: Sequence[str],
+    seeds: Sequence[int],
+    beside: Sequence[str] = (),
+    neighbours: Sequence[str] = (),
 ) -> AnswerSet:
     """The forget prompts, and the same prompts with every other class in the concept's place, once per seed.
 
     The classes are the concepts, their surrogates and `classes`, in this order, then `beside`, which a judge may answer
-    and nothing asks for. Raises FadeError where the forget
-    prompts of a concept do not contain its words, so that nothing can take their place.
+    and nothing asks for. `neighbours` are those of them that look like a concept. Raises FadeError where the forget
+    prompts of a concept do not contain its words, so that nothing can take their place, and for a neighbour that is no
+    class or is to be forgotten itself.
     """
     pairs = pairs_in(concept)
     given = (*(pair.forget for pair in pairs), *(pair.surrogate for pair in pairs), *classes)
     words = tuple(dict.fromkeys(word.strip() for word in given if word.strip()))
+    near = tuple(dict.fromkeys(word.strip() for word in neighbours if word.strip()))
+    gone = [pair.forget.strip() for pair in pairs]
+    for word in near:
+        if word not in words:
+            raise FadeError(
+                f"the look-alike {word!r} is none of the classes, which are {', '.join(words)}; name it among the "
+                "classes, too (--classes)"
+            )
+        if word in gone:
+            raise FadeError(f"the look-alike {word!r} is to be forgotten itself; leave it out of --neighbours")
     templates = list(dict.fromkeys(template for pair in pairs for template in _templates(pair)))
     cells = [(c, t) for _ in seeds for c in range(len(words)) for t in range(len(templates))]
     return AnswerSet(
@@ -143,6 +158,7 @@ def class_answers(
             Target(
                 "class", words.index(pair.forget.strip()),
                 words.index(pair.surrogate.strip()) if pair.surrogate.strip() else None,
+                tuple(map(words.index, near)),
             )
             for pair in pairs
         ),

@@ -1,8 +1,9 @@
-"""Confidence intervals of 95 %: Wilson's of a share, the bootstrap's of anything else. What the adapter changed has one
-that is paired, as both models drew the same prompts from the same seeds.
+"""Confidence intervals of 95 %: Wilson's of a share, the jackknife's of a Fréchet distance, the bootstrap's of anything
+else. What the adapter changed has one that is paired, as both models drew the same prompts from the same seeds.
 
 Images are treated as independent draws. The bootstrap (Efron, 1979) resamples images with a fixed seed, so that the
-same images give the same interval, and takes percentiles.
+same images give the same interval, and takes percentiles. The jackknife leaves groups of images out in turn: where a
+resample's repeated images would raise a distance that is the higher the fewer different ones there are.
 """
 
 import math
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 1000
+GROUPS = 20
+"""Of images, that the jackknife leaves out in turn."""
+_Z = 1.959964
 
 
-def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(right: int, total: int, z: float = _Z) -> tuple[float, float]:
     """Wilson's score interval of a share, 95 % by default, as fractions; (0, 1) when nothing was counted."""
     if total == 0:
         return 0.0, 1.0
@@ -53,9 +57,10 @@ def paired_share_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
     return change - down, change + up
 
 
-def resampled(count: int, resamples: int = RESAMPLES) -> Tensor:
-    """How often each of `count` images is in each resample: float64 [resamples, count], rows of sum `count`."""
-    generator = torch.Generator().manual_seed(0)
+def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
+    """How often each of `count` images is in each resample: float64 [resamples, count], rows of sum `count`. Samples
+    that are independent of one another take different seeds."""
+    generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(count, (resamples, count), generator=generator)
     return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks).double())
 
@@ -65,6 +70,18 @@ def percentiles(statistics: Tensor) -> tuple[float, float]:
     found = statistics[~statistics.isnan()]
     low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def without_each_group(count: int) -> list[Tensor]:
+    """Of `count` images, those that are left without each group in turn: bool [count], `GROUPS` of them."""
+    return [torch.arange(count) % GROUPS != group for group in range(GROUPS)]
+
+
+def jackknife_interval(found: float, left: Tensor) -> tuple[float, float]:
+    """Of a statistic, its value and those [GROUPS] without each group (Quenouille, 1956; Tukey, 1958): normal, with the
+    delete-a-group jackknife's variance. Two samples that lose their groups together have the sum of both variances."""
+    spread = math.sqrt((len(left) - 1) / len(left) * float((left - left.mean()).square().sum()))
+    return found - _Z * spread, found + _Z * spread
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:

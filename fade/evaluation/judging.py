@@ -41,11 +41,13 @@ def judge_for(
     classes: Sequence[str],
     device: torch.device,
     everything: bool = False,
+    neighbours: Sequence[str] = (),
 ) -> Judge:
     """The bundled model's own judge, or the CLIP `model` with `classes`, or the function `python:module.function`, for
-    a concept as an adapter's metadata names it; `everything` draws every word of the bundled model.
+    a concept as an adapter's metadata names it; `everything` draws every word of the bundled model, `neighbours` are
+    the look-alikes of the concept among the words of another judge.
 
-    Raises FadeError where there is none, and where it does not know the concept.
+    Raises FadeError where there is none, where it does not know the concept, and for neighbours that are no classes.
     """
     if model is None:
         if (bundled := recognised(pipeline)) is None:
@@ -53,6 +55,11 @@ def judge_for(
                 "this pipeline has no judge of its own (only bundled models have); name a CLIP model and the words it "
                 "should tell apart: --judge openai/clip-vit-base-patch16 --classes dog,cat,horse, or a function of "
                 "your own: --judge python:module.function"
+            )
+        if neighbours:
+            raise FadeError(
+                f"{bundled.title}'s own judge knows the look-alikes of its words; leave --neighbours out, or name "
+                "another judge with --judge"
             )
         pairs = pairs_in(concept)
         answers = functools.partial(
@@ -62,11 +69,11 @@ def judge_for(
         answers(SEEDS)  # knows the concept
         features = JudgeFeatures(bundled.title, bundled.load_judges())
         return Judge(f"{bundled.title} classifiers", bundled.heads(), answers, features)
-    answers = functools.partial(class_answers, concept, classes)
+    answers = functools.partial(class_answers, concept, classes, neighbours=neighbours)
     words = answers(SEEDS).classes["class"]
     if model.startswith(PREFIX):
         own = PluginJudge(model, words)
-        return Judge(model, {"class": own}, functools.partial(class_answers, concept, classes, beside=(NONE,)))
+        return Judge(model, {"class": own}, functools.partial(answers, beside=(NONE,)))
     from fade.evaluation.clip_judge import ClipJudge
 
     return Judge(f"CLIP zero-shot, {model}", {"class": ClipJudge(model, words, device)}, answers, clip=model)

@@ -22,6 +22,7 @@ from fade.evaluation.answers import SEEDS, AnswerSet
 from fade.evaluation.drawings import Drawings
 from fade.evaluation.features import ModelFeatures, features_of_folder
 from fade.evaluation.judging import judge_for
+from fade.evaluation.metrics.lpips import Lpips
 from fade.evaluation.metrics.metric import Drawn, Metric, Value
 from fade.evaluation.metrics.phrasings import PhrasingResult, held_out, own_prompts
 from fade.evaluation.metrics.registry import METRICS, known_metrics
@@ -199,10 +200,12 @@ def evaluate(
     baseline: "Evaluation | Tensor | None" = None,
     judge: str | None = None,
     classes: Sequence[str] = (),
+    neighbours: Sequence[str] = (),
     everything: bool = False,
     features: str | None = None,
     clip: str | None = None,
     real: str | Path | None = None,
+    lpips: str | Path | None = None,
     phrasings: bool | Sequence[str] = False,
     wanted: Sequence[str] = (),
     cache: Path | None = None,
@@ -224,18 +227,22 @@ def evaluate(
         judge: folder or hub id of a CLIP model, or `python:module.function` (`fade.evaluation.plugin_judge`). Needed
             for pipelines that are not bundled ones.
         classes: words that such a judge tells apart, beside the concept and its surrogate.
+        neighbours: those of these words that look like the concept, for NA; a bundled model's judges know theirs.
         everything: draw every word of a bundled model.
         features: folder of a transformers image model, for FID, KID, precision, recall and the LPIPS-like distance. A
             bundled model has its judges' features without one.
         clip: folder or hub id of a CLIP model for the CLIP score. A CLIP judge is taken without it.
         real: folder of real pictures of what must stay, to which FID-real and KID-real compare both models by the same
             features.
+        lpips: safetensors file, or a folder with one, of the published LPIPS weights, for LPIPS
+            (`fade.evaluation.metrics.lpips` says how it is written).
         phrasings: also measure the held-out phrasings, at the same seeds (`fade.evaluation.held_out`); or these.
         wanted: names of metrics that must be measurable; asked before anything is drawn.
         cache: folder in which answer sets are kept and looked for (`fade.evaluation.drawings`); None keeps none.
 
     Raises:
-        FadeError: no judge knows the concept, or `seeds` is empty, or `baseline` is of other images; a model that
+        FadeError: no judge knows the concept, `seeds` is empty, `baseline` is of other images, or a neighbour is none
+            of the classes; a model that
             cannot be loaded, a judge of the user's that fails, a wanted metric that is unknown or lacks its model, real
             pictures that cannot be read or have no features to go by, or a phrasing without the concept.
     """
@@ -245,7 +252,7 @@ def evaluate(
     concept = adapter.metadata["concept"]
     backbone = backbone_for(pipeline)
     drawn = drawing(pipeline, steps, guidance_scale)
-    chosen = judge_for(pipeline, concept, judge, classes, backbone.device, everything)
+    chosen = judge_for(pipeline, concept, judge, classes, backbone.device, everything, neighbours)
     answers = chosen.answers(seeds)
     if isinstance(baseline, Evaluation):
         earlier, drew = baseline.answers, {name: baseline.settings.get(name) for name in vars(drawn)}
@@ -258,6 +265,7 @@ def evaluate(
     instruments = {
         "features": chosen.features if features is None else ModelFeatures(features, backbone.device),
         "clip": _clip(clip or chosen.clip, backbone.device),
+        "lpips": None if lpips is None else Lpips(lpips, backbone.device),
     }
     given = {**instruments, "phrasings": phrasings, "real": real}
     if real is not None and instruments["features"] is None:
@@ -311,6 +319,7 @@ _GIVEN_BY = {
     "features": "features to compare pictures by: give --features FOLDER, an image model of transformers",
     "clip": "a CLIP model: give --clip MODEL",
     "phrasings": "drawing other words: give --phrasings",
+    "lpips": "its weights: give --lpips FILE",
     "real": "real pictures to compare with: give --real FOLDER",
 }
 

@@ -100,11 +100,16 @@ def test_every_bit_comes_back_whatever_happened(adapter: Adapter) -> None:
         assert not adapter.merged
         assert all(torch.equal(a, b) for a, b in zip(trained, adapter.parameters(), strict=True))
         assert [parameter for parameter in pipeline.unet.parameters() if parameter.requires_grad] == needing
-    for edited in (True, False):
-        with pytest.raises(KeyboardInterrupt), open_weights(subject, all_layers(subject), edited) as opened:
+
+    def interrupted(edited: bool) -> None:
+        with open_weights(subject, all_layers(subject), edited) as opened:
             for weight in opened.values():
                 weight.data.fill_(float("nan"))
             raise KeyboardInterrupt
+
+    for edited in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(edited)
         assert same_bits(before, weights(pipeline))
         assert adapter.enabled
         assert not adapter.merged

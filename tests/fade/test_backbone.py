@@ -423,10 +423,14 @@ def test_each_part_returns_to_its_own_device(pipeline: StableDiffusionPipeline) 
     backbone = backbone_for(pipeline)
     pipeline.text_encoder, pipeline.vae = Elsewhere("meta"), Elsewhere("cpu")
     pipeline.safety_checker = Elsewhere("meta")
-    with pytest.raises(RuntimeError, match="inside"):
+
+    def failing() -> None:
         with backbone.only_denoiser_on_device():
             assert pipeline.text_encoder.went == pipeline.safety_checker.went == ["cpu"]
             raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        failing()
     assert pipeline.text_encoder.went == pipeline.safety_checker.went == ["cpu", "meta"]
     assert pipeline.vae.went == []
 

@@ -340,4 +340,5 @@ def _phrasings_of(word: str) -> Any:
     return PhrasingResult(
         **shares, images=1, interval_95=(0.0, 100.0),
         phrasings={phrasing: shares for phrasing, _ in held_out_prompts(word, EMOJICANVAS)},
+        hits={kind: (False,) for kind in shares},
     )  # fmt: skip

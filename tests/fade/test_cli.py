@@ -22,6 +22,7 @@ from fade.adapter import load_adapter
 from fade.adapter_file import read_adapter_file, write_adapter_file
 from fade.cli.options import config_from
 from fade.config import Config
+from fade.digitcanvas import DIGITS, STYLES
 from fade.errors import FadeError, printable
 from fade.evaluation import first_seeds
 from fade.loading import load_model
@@ -543,11 +544,14 @@ def test_the_demo_leaves_everything_and_replaces_only_when_told(
     assert "UA" in printed
     assert opened == [(output / "report.html").resolve().as_uri()]
     metrics = json.loads((output / "metrics.json").read_text())
-    for name in ("UA", "IRA", "CRA"):
-        assert 0 <= metrics[name] <= 100
+    right = {word: row["after"] for rows in metrics["receivers"].values() for word, row in rows.items()}
+    assert set(right) == {*DIGITS, *STYLES}
+    assert metrics["UA"] == pytest.approx(100 - right["three"])
+    assert metrics["IRA"] == pytest.approx(sum(right[word] for word in DIGITS if word != "three") / 9)
+    assert metrics["CRA"] == pytest.approx(sum(right[word] for word in STYLES) / 8)
     assert metrics["keep"] == 0.02
     assert metrics["path"] == path
-    assert metrics["drift"] >= 0
+    assert metrics["drift"] > 0
     assert metrics["adapter_bytes"] == (output / "adapter.safetensors").stat().st_size
     assert {"locate", "overwrite", "evaluate", "total"} <= metrics["seconds"].keys()
     assert metrics["seconds"]["total"] > metrics["seconds"]["evaluate"] > 0

@@ -414,8 +414,8 @@ def test_a_surrogate_that_is_read_alike_is_refused(pipeline: StableDiffusionPipe
     backbone = backbone_for(pipeline)
     states, empty = backbone.encode_prompts(["cat", ""])["prompt_embeds"]
     alike = Conditioning({"prompt_embeds": torch.stack([states, states * (1 + 1e-7), empty])})
+    read = TextPrompts([TextPairs([("cat", "dog")])], [""])
     with pytest.raises(FadeError, match=r"reads the concept and its surrogate alike \('cat', 'dog'\)"):
-        read = TextPrompts([TextPairs([("cat", "dog")])], [""])
         token_statistics(backbone, "prompt", read, EncodedPrompts(["cat", "dog", ""], alike))
 
 
@@ -564,9 +564,10 @@ def test_both_resumes_where_it_was(
         steps.append(1)
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupted)
-        fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out")
     resumed = fade.unlearn(
         tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path / "out", resume=True
     )  # fmt: skip
@@ -580,9 +581,10 @@ def test_an_interrupted_solve_is_done_again(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(fade.unlearning, "solution", interrupted)
-        fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
     assert not getattr(pipeline.unet, "peft_config", {})
     with pytest.raises(FadeError, match="in use; pass --overwrite to replace it or --resume"):
         fade.unlearn(pipeline, **WORDS, config=solved(quick), output=tmp_path / "out")
@@ -595,6 +597,7 @@ def test_an_interrupted_solve_is_done_again(
 
 
 def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Config, tmp_path: Path) -> None:
+    few = {**WORDS, "templates": ["{}"], "retain": [""]}  # fewer tokens than columns
     for config, message in (
         (solved(quick, locate__targets=["attn1.to_q", "proj_in"]), "reads? the prompt alone, and there is none among"),
         (solved(quick, locate__keep=1e-6), "keep 1e-06 selects none of"),
@@ -604,7 +607,6 @@ def test_bad_input_costs_nothing(pipeline: StableDiffusionPipeline, quick: Confi
         ),
     ):
         with pytest.raises(FadeError, match=message):
-            few = {**WORDS, "templates": ["{}"], "retain": [""]}  # fewer tokens than columns
             fade.unlearn(pipeline, **few, config=config, output=tmp_path / "out")
         assert not getattr(pipeline.unet, "peft_config", {})
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -656,8 +658,8 @@ def test_protected_prompts_mean_exactly_what_they_meant(pipeline: StableDiffusio
         (["two horses", "six horses", "many horses", "no horses", "ten horses"], 0.5, "the concept's are combinations"),
         (prompts[1:3], 0.001, "independent tokens, and no row .* may change, so that nothing can; protect fewer, or"),
     ):
+        config = solved(quick, closed_form__protect=protect, locate__keep=keep)
         with pytest.raises(FadeError, match=message):
-            config = solved(quick, closed_form__protect=protect, locate__keep=keep)
             fade.unlearn(pipeline, **WORDS, config=config)
         assert not getattr(pipeline.unet, "peft_config", {})
 

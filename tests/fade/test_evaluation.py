@@ -19,16 +19,18 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from fade.digitcanvas import DIGITS, STYLES
+from fade.digitcanvas import DIGITS, STYLES, load_pipeline
 from fade.digitcanvas.bundled import MODEL as DIGITCANVAS
 from fade.errors import FadeError
 from fade.evaluation import SEEDS, Evaluation, evaluate, held_out, rms_difference
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.clip_judge import Clip, ClipJudge
 from fade.evaluation.features import ModelFeatures, levels
+from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.phrasings import HELD_OUT
 from fade.evaluation.metrics.unlearncanvas import (
     cell_accuracy,
+    neighbour_accuracy,
     receiver_accuracy,
     unlearncanvas_intervals,
     unlearncanvas_metrics,
@@ -208,6 +210,22 @@ def test_classes_take_the_concepts_place_in_its_prompts() -> None:
         class_answers({**concept, "forget_prompts": ["a pet"]}, [], (5,))
 
 
+def test_look_alikes_are_some_of_the_classes() -> None:
+    concept = {"forget": "dog", "surrogate": "cat", "forget_prompts": ["a photo of dog"]}
+    answers = class_answers(concept, ["horse", "wolf"], (5, 6), neighbours=[" wolf", "cat", ""])
+    assert [answers.classes["class"][i] for i in answers.neighbours("class")] == ["wolf", "cat"]
+    prompted = answers.prompted["class"]
+    judged = torch.randint(4, prompted.shape, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+    near = torch.tensor([answers.classes["class"][i] in ("wolf", "cat") for i in prompted])
+    found = neighbour_accuracy(answers.prompted, {"class": judged}, {"class": 4}, answers.targets)
+    assert found == pytest.approx(100 * (judged == prompted)[near].double().mean().item())
+    for word, message in (("fox", "none of the classes, which are dog, cat, horse; name"), ("dog", "forgotten")):
+        with pytest.raises(FadeError, match=message):
+            class_answers(concept, ["horse"], (5,), neighbours=[word])
+    with pytest.raises(FadeError, match="knows the look-alikes of its words; leave --neighbours out"):
+        judge_for(load_pipeline(), {**concept, "forget": "three"}, None, [], torch.device("cpu"), neighbours=["eight"])
+
+
 def test_json_and_table_hold_the_metrics() -> None:
     evaluation, *_ = synthetic("neon", "plain", seed=3)
     record = json.loads(evaluation.to_json())
@@ -316,7 +334,11 @@ def test_evaluating_another_pipeline_with_a_clip_judge(
     assert adapter.enabled
     json.loads(evaluation.to_json())
     assert "FID" not in evaluation.metrics  # nothing to compare by
-    assert evaluation.metrics["CLIP"] >= 0 and evaluation.settings["clip"] == str(tiny_clip)  # the judge's
+    kept = ~evaluation.answers.forgotten
+    asked = [prompt for prompt, counted in zip(evaluation.answers.prompts, kept, strict=True) if counted]
+    fit = Clip(tiny_clip).score(evaluation.images[kept], asked)
+    assert evaluation.metrics["CLIP"] == pytest.approx(fit.mean().item())
+    assert evaluation.settings["clip"] == str(tiny_clip)  # the judge's
 
     again = evaluate(pipeline, adapter, **options, baseline=evaluation.baseline)
     assert torch.equal(again.images, evaluation.images)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fade.bundled import model
@@ -19,10 +20,25 @@ from fade.errors import FadeError
 from fade.evaluation import run
 from fade.evaluation.answers import class_answers, crossed_answers
 from fade.evaluation.features import JudgeFeatures, ModelFeatures, features_of_folder
-from fade.evaluation.intervals import mean_interval, paired_share_interval, wilson_interval
+from fade.evaluation.intervals import (
+    jackknife_interval,
+    mean_interval,
+    paired_share_interval,
+    resampled,
+    wilson_interval,
+    without_each_group,
+)
 from fade.evaluation.metrics.composition import composed
-from fade.evaluation.metrics.distribution import frechet_distance, inside, kernel_distance, paired_kernel_terms
+from fade.evaluation.metrics.distribution import (
+    _kid_to_real,
+    frechet_distance,
+    inside,
+    kernel_distance,
+    paired_kernel_terms,
+    polynomial_kernel,
+)
 from fade.evaluation.metrics.entangled import EPS, entangled, otsu, regions
+from fade.evaluation.metrics.lpips import Lpips
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 from fade.evaluation.metrics.perceptual import feature_distance
 from fade.evaluation.metrics.registry import METRICS, known_metrics
@@ -115,8 +131,10 @@ def test_kernel_distance_against_its_definition(seed: int) -> None:
     assert kernel_distance(first, first) < 0
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_fid_and_kid_are_torchmetrics(seed: int) -> None:
-    image = pytest.importorskip("torchmetrics.image")
+    from torchmetrics.image.fid import FrechetInceptionDistance  # its import takes seconds
+    from torchmetrics.image.kid import KernelInceptionDistance
 
     class Identity(torch.nn.Module):
         num_features = 12
@@ -125,8 +143,8 @@ def test_fid_and_kid_are_torchmetrics(seed: int) -> None:
             return x
 
     first, second = features(seed, 50, 12), features(seed + 1, 50, 12)
-    fid = image.fid.FrechetInceptionDistance(Identity(), input_img_size=(1, 1, 1)).set_dtype(torch.float64)
-    kid = image.kid.KernelInceptionDistance(Identity(), subsets=1, subset_size=50)
+    fid = FrechetInceptionDistance(Identity(), input_img_size=(1, 1, 1)).set_dtype(torch.float64)
+    kid = KernelInceptionDistance(Identity(), subsets=1, subset_size=50)
     for metric in (fid, kid):
         metric.update(first, real=True)
         metric.update(second, real=False)
@@ -181,9 +199,38 @@ def test_real_pictures_are_compared_with_what_both_models_retain(seed: int) -> N
         found = value(name, compared)
         assert found.adapted == pytest.approx(distance(real, adapted), rel=1e-9)
         assert found.base == pytest.approx(distance(real, base), rel=1e-9)
+        assert found.interval.low <= found.adapted <= found.interval.high and found.interval.images == len(adapted)
+        assert found.change.low <= found.adapted - found.base <= found.change.high
+        # Paired, it is far narrower than the distance itself is known, and nothing where nothing changed.
+        assert found.change.high - found.change.low < found.interval.high - found.interval.low
+        same = value(name, dataclasses.replace(compared, adapted=compared.base)).change
+        assert (same.low, same.high) == (0.0, 0.0)
     few = dataclasses.replace(compared, real=real[:12])
     assert value("FID-real", few).adapted is None and "more than 12 images a side" in value("FID-real", few).note
     assert value("KID-real", few).adapted == pytest.approx(kernel_distance(real[:12], adapted))
+
+
+def test_the_distance_to_real_pictures_in_a_resample_is_that_of_the_pictures_in_it(seed: int) -> None:
+    base, adapted, real = (features(seed + i, count, 5) for i, count in enumerate((6, 6, 8)))
+    estimates = []
+    for one, other in zip(resampled(6).long(), resampled(8, seed=1).long(), strict=True):
+        picked = [torch.repeat_interleave(torch.arange(len(counts)), counts) for counts in (one, other)]
+        drew, among = adapted[picked[0]], real[picked[1]]
+        apart = [index[:, None] != index for index in picked]
+        own, others = (polynomial_kernel(x, x)[where].mean() for x, where in zip((drew, among), apart, strict=True))
+        estimates.append(own + others - 2 * polynomial_kernel(drew, among).mean())
+    expected = torch.quantile(torch.stack(estimates), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    found = _kid_to_real(base, adapted, real).interval
+    assert [found.low, found.high] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error(seed: int) -> None:
+    values = features(seed, 200, 1).double().flatten()
+    left = torch.stack([values[kept].mean() for kept in without_each_group(200)])
+    groups = torch.stack([values[~kept].mean() for kept in without_each_group(200)])
+    low, high = jackknife_interval(values.mean().item(), left)
+    assert (low + high) / 2 == pytest.approx(values.mean().item())
+    assert (high - low) / 2 == pytest.approx(1.959964 * groups.std().item() / math.sqrt(len(groups)))
 
 
 # --- pairs of pictures -----------------------------------------------------------------------------------------------
@@ -281,6 +328,70 @@ def test_the_lpips_like_distance_is_zero_only_where_nothing_changed(seed: int) -
     held = dataclasses.replace(pair, adapted=torch.where(kept[:, None, None, None], pair.base, pair.adapted))
     assert value("LPIPS-like", held).adapted == 0
     assert value("LPIPS-like_forget", held).adapted > 0
+
+
+def published(net: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """torchmetrics' copy of the published LPIPS with random weights, on torchvision's layers, which are not here."""
+    from torch.nn import Conv2d, MaxPool2d, ReLU, Sequential
+    from torchmetrics.functional.image import lpips as theirs
+
+    def layers(name: str, pretrained: bool) -> torch.nn.Module:
+        if name == "alexnet":
+            return Sequential(
+                Conv2d(3, 64, 11, 4, 2), ReLU(), MaxPool2d(3, 2), Conv2d(64, 192, 5, padding=2), ReLU(),
+                MaxPool2d(3, 2), Conv2d(192, 384, 3, padding=1), ReLU(), Conv2d(384, 256, 3, padding=1), ReLU(),
+                Conv2d(256, 256, 3, padding=1), ReLU(), MaxPool2d(3, 2),
+            )  # fmt: skip
+        found, before = [], 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+            found += [Conv2d(before, width, 3, padding=1), ReLU()] if width else [MaxPool2d(2, 2)]
+            before = width or before
+        return Sequential(*found)
+
+    monkeypatch.setattr(theirs, "_get_tv_model_features", layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return theirs._LPIPS(pretrained=False, net=net, pnet_rand=True)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_is_torchmetrics_on_the_same_weights(
+    net: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = published(net, seed, monkeypatch)
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(tensors, tmp_path / "lpips.safetensors")
+    first, second = torch.rand(2, 3, 3, 40, 36, generator=torch.Generator().manual_seed(seed))
+    ours = Lpips(tmp_path)
+    found = ours(first, second)
+    assert found.tolist() == pytest.approx(theirs(first, second, normalize=True).flatten().tolist(), rel=1e-3, abs=1e-7)
+    assert ours(first, first).tolist() == [0.0, 0.0, 0.0] and {"alex": "AlexNet", "vgg": "VGG-16"}[net] in ours.name
+    with pytest.raises(FadeError, match="needs pictures of"):
+        ours(first[..., :15, :15], second[..., :15, :15])
+
+    pair = drawn(seed, seeds=(1,))
+    answers = dataclasses.replace(
+        pair.answers, prompts=("p",) * 3, seeds=(1,) * 3,
+        prompted={"digit": torch.tensor([3, 1, 2]), "style": torch.zeros(3, dtype=torch.int64)},
+    )  # fmt: skip
+    three = dataclasses.replace(pair, answers=answers, base=first, adapted=second, lpips=ours)
+    assert value("LPIPS_forget", three).adapted == pytest.approx(found[0].item())
+    assert value("LPIPS", three).adapted == pytest.approx(found[1:].mean().item())
+
+
+def test_what_holds_no_lpips_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FadeError, match="there are 0 safetensors files in"):
+        Lpips(tmp_path)
+    (tmp_path / "no").write_bytes(b"no tensors")
+    for name in ("no", "none"):
+        with pytest.raises(FadeError, match=f"cannot read the weights of LPIPS from .*{name}'"):
+            Lpips(tmp_path / name)
+    save_file({"net.slice1.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(FadeError, match=r"no weights of LPIPS with AlexNet: net\.slice1\.0\.weight has the shape"):
+        Lpips(tmp_path / "a.safetensors")
+    save_file({"net.slice1.2.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(FadeError, match=r"LPIPS with VGG-16: net\.slice1\.0\.weight is missing; save the state dict"):
+        Lpips(tmp_path)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -436,7 +547,7 @@ def test_a_new_metric_is_in_table_json_and_report(seed: int, monkeypatch: pytest
     number = float(pair.adapted.mean())
     record = json.loads(evaluation.to_json())
     assert record["brightness"] == record["secret"] == number and record["notes"]["brightness"] == "so"
-    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings", "real")} <= record.keys()
+    assert {m.name for m in METRICS if m.needs not in ("clip", "phrasings", "real", "lpips")} <= record.keys()
     assert "CLIP" not in record and "FID" in record["interval_95"] and "IRA" in record["change_95"]
     console = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(evaluation.table())

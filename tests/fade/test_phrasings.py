@@ -67,12 +67,18 @@ def test_shares_with_the_adapter_and_without() -> None:
     low, high = found.interval_95
     assert 0 <= low <= found.adapted <= high <= 100
     assert found.adapted < found.base
+    for kind, hits in found.hits.items():
+        assert len(hits) == found.images and 100 * sum(hits) / len(hits) == pytest.approx(getattr(found, kind))
+    assert found.hits["base"] == tuple(shown.bool().tolist())
+    low, high = found.change_95
+    assert low < found.adapted - found.base < high
     again = held_out(pipeline, adapter, baseline=found, **QUICK)
     assert again == found
     other = dataclasses.replace(found, phrasings={"{}": found.phrasings["{} digit"]})
     for arguments, message in (
         ({**QUICK, "seeds": ()}, "at least one seed"),
         ({**QUICK, "baseline": other}, "of other phrasings"),
+        ({**QUICK, "baseline": found, "seeds": (5, 6)}, "of other phrasings or seeds"),
     ):
         with pytest.raises(FadeError, match=message):
             held_out(pipeline, adapter, **arguments)
@@ -160,8 +166,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     options = ["--seeds", "1", "--steps", "1", "--phrasings", "--json", str(tmp_path / "m.json"), "--quiet"]
     assert main(["evaluate", "digitcanvas", "--adapter", file, *options]) == 0
     assert "held-out phrasings" in capsys.readouterr().out
-    record = json.loads((tmp_path / "m.json").read_text())["held_out_phrasings"]
-    assert set(record) == {"adapted", "base", "surrogate", "images", "interval_95", "phrasings"}
+    whole = json.loads((tmp_path / "m.json").read_text())
+    record, change = whole["held_out_phrasings"], whole["change_95"]["phrasings"]
+    assert set(record) == {"adapted", "base", "surrogate", "images", "interval_95", "change_95", "phrasings"}
+    assert [change["low"], change["high"]] == record["change_95"] and change["images"] == record["images"]
     options += ["--phrasing", "ein Bild in {neon=plain}", "--phrasing", "{}"]
     assert main(["evaluate", "digitcanvas", "--adapter", file, *options]) == 0
     record = json.loads((tmp_path / "m.json").read_text())["held_out_phrasings"]

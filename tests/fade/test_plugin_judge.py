@@ -1,6 +1,7 @@
 """A judge of the user's own: what it may return, what is said where it does not, and `fade evaluate` with one."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from fade import cli
 from fade.errors import FadeError
 from fade.evaluation import evaluate, held_out
+from fade.evaluation.metrics.lpips import ALEXNET
 from fade.evaluation.plugin_judge import NONE, PluginJudge
 
 from .adapters import random_adapter
@@ -123,6 +126,24 @@ def test_a_gate_in_a_shell(
 
     monkeypatch.setattr(Backbone, "generate", drawn)
     assert status("--require", "UA=50")[0] == 0
+    found, printed, said = status("--neighbours", "horse, dog", "--require", "NA=60")
+    record = json.loads(numbers.read_text())
+    right = {word: row["after"] for word, row in record["receivers"]["class"].items()}
+    assert set(record["neighbours"]) == {"horse", "dog"} and "still right (horse, dog)" in printed
+    assert record["NA"] == (right["horse"] + right["dog"]) / 2 and "NA" in record["change_95"]
+    assert found == 3 and said.startswith(f"falls short: NA is {record['NA']:.6g} %")
+    for word, message in (("lynx", "is none of the classes, which are cat, dog, horse"), ("cat", "to be forgotten")):
+        found, _, said = status("--neighbours", word)
+        assert found == 2 and message in said and len(said.splitlines()) == 1
+    weights = {key: torch.randn(shape) / math.prod(shape[1:]) ** 0.5 for key, shape in ALEXNET.shapes().items()}
+    save_file(weights, tmp_path / "lpips.safetensors")
+    found, printed, said = status("--lpips", tmp_path / "lpips.safetensors", "--require", "LPIPS=-1000")
+    record = json.loads(numbers.read_text())
+    assert found == 3 and said.startswith("falls short: LPIPS is ") and "LPIPS_forget" in printed
+    assert record["interval_95"]["LPIPS"]["low"] <= record["LPIPS"] <= record["interval_95"]["LPIPS"]["high"]
+    assert record["settings"]["lpips"] == "LPIPS with AlexNet, lpips.safetensors"
+    found, _, said = status("--require", "LPIPS=1")
+    assert found == 2 and "LPIPS cannot be measured without its weights: give --lpips FILE" in said
     found, _, said = status("--require", "UAA=50")
     assert found == 2 and "there is no metric 'UAA'; there are UA, IRA" in said
     assert status("--no-cache")[0] == 1

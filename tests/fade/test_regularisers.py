@@ -12,12 +12,14 @@ from transformers import CLIPTokenizer
 import fade
 import fade.unlearning
 from fade.config import Config
+from fade.digitcanvas import load_pipeline
 from fade.distillation import Trained
 from fade.errors import FadeError
 from fade.noise import epoch_order, step_generator
 from fade.regularisers import FisherPull, ImportancePenalty, normalised_fisher
 
 from .conftest import same_bits, tiny_pipeline
+from .methods.test_all import baseline, probe, small
 
 WORDS = {"forget": "cat", "surrogate": "dog", "templates": ("{}", "a {}"), "progress": False}
 WORDS["retain"] = ("red", "a bird")
@@ -154,6 +156,22 @@ def test_a_resumed_run_is_held_by_the_same_start(
             fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path)
     resumed = fade.unlearn(tiny_pipeline(tokenizer), **WORDS, config=config, output=tmp_path, resume=True)
     assert same_bits(tensors(resumed), whole)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("gift", 0.001), ("ekpc", 0.3)])
+def test_on_a_trained_model_the_concept_goes_and_the_adapter_is_held(kind: str, weight: float, tmp_path: Path) -> None:
+    config = small("distillation").replace(overwrite__steps=4)
+    words, free, fresh = ("three", "eight"), load_pipeline(), load_pipeline()
+    loose = fade.unlearn(free, *words, config=config, progress=False)
+    config = config.replace(**{f"overwrite__{kind}": weight})
+    held = fade.unlearn(load_pipeline(), *words, config=config, output=tmp_path, progress=False)
+    assert 0 < moved(held) < moved(loose)
+    loaded = fade.load_adapter(fresh, tmp_path / "adapter.safetensors")
+    base, without, regularised = (probe().gone("distillation", one) for one in (load_pipeline(), free, fresh))
+    assert without < regularised < base
+    found = fade.evaluate(fresh, loaded, seeds=[1], steps=1, baseline=baseline(), progress=False)
+    assert found.metrics["drift"] > 0
+    assert loaded.metadata["config"]["overwrite"][kind] == weight
 
 
 def test_what_cannot_be_is_told() -> None:

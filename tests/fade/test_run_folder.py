@@ -69,9 +69,10 @@ def interrupt(pipeline: StableDiffusionPipeline, config: Config, output: Path, a
         steps.append(1)
         return step(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupted)
-        fade.unlearn(pipeline, **{**WORDS, **words}, config=config, output=output)
+        with pytest.raises(KeyboardInterrupt):
+            fade.unlearn(pipeline, **{**WORDS, **words}, config=config, output=output)
 
 
 @pytest.fixture(scope="module")
@@ -454,9 +455,10 @@ def test_a_result_that_cannot_be_written_is_not_lost(
         return replace(source, target, **kwargs)
 
     told = rf"cannot write .*{file}: No space left on device\. The run is kept: mend that and finish it with --resume"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(FadeError, match=told) as raised:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", full)
-        fade.unlearn(pipeline, **WORDS, config=brief, output=tmp_path / "out")
+        with pytest.raises(FadeError, match=told) as raised:
+            fade.unlearn(pipeline, **WORDS, config=brief, output=tmp_path / "out")
     assert raised.value.__cause__.errno == errno.ENOSPC
     assert not getattr(pipeline.unet, "peft_config", {})
     resume(tmp_path / "out", pipeline=pipeline)

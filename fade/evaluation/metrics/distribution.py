@@ -13,11 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fade.evaluation.intervals import percentiles, resampled, wilson_interval
+from fade.evaluation.intervals import (
+    jackknife_interval,
+    percentiles,
+    resampled,
+    wilson_interval,
+    without_each_group,
+)
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
-GROUPS = 20
-"""Of pictures left out in turn, for the interval of FID."""
 NEIGHBOURS = 3
 """k of Kynkäänniemi et al."""
 
@@ -96,11 +100,11 @@ def _fid(drawn: Drawn) -> Value:
     if count <= width:
         kid = f"KID is {number:.4g}" if (number := _kid(drawn).adapted) is not None else "more seeds draw more"
         return Value(None, note=f"needs more than {width} images for {width} features, there are {count}; {kid}")
-    groups = [torch.arange(count) % GROUPS != group for group in range(GROUPS)]
+    groups = without_each_group(count)
     left = torch.tensor([frechet_distance(base[kept], adapted[kept]) for kept in groups], dtype=torch.float64)
-    spread = math.sqrt((GROUPS - 1) / GROUPS * float((left - left.mean()).square().sum()))  # of the jackknife
     found = frechet_distance(base, adapted)
-    return Value(found, interval=Interval(max(0.0, found - 1.959964 * spread), found + 1.959964 * spread, count))
+    low, high = jackknife_interval(found, left)
+    return Value(found, interval=Interval(max(0.0, low), high, count))
 
 
 def _kid(drawn: Drawn) -> Value:
@@ -109,9 +113,7 @@ def _kid(drawn: Drawn) -> Value:
         return Value(None, note="needs two images of retained prompts at least")
     terms = paired_kernel_terms(base, adapted)
     weights = resampled(len(terms))
-    # Pairs of a resample without those of an image with itself.
-    pairs = weights.sum(1).square() - weights.square().sum(1)
-    estimates = ((weights @ terms) * weights).sum(1) / pairs
+    estimates = _among(weights, terms)
     found = float(terms.sum() / (len(terms) * (len(terms) - 1)))
     return Value(found, interval=Interval(*percentiles(estimates), len(terms)))
 
@@ -128,7 +130,9 @@ def _shares(adapted_in_base: bool) -> Callable[[Drawn], Value]:
     return measure
 
 
-def _to_real(distance: Callable[[Tensor, Tensor], float], whole_rank: bool) -> Callable[[Drawn], Value]:
+def _to_real(measured: Callable[[Tensor, Tensor, Tensor], Value], whole_rank: bool) -> Callable[[Drawn], Value]:
+    """How a distance to real pictures is measured, of features (base, adapted, real)."""
+
     def measure(drawn: Drawn) -> Value:
         base, adapted = drawn.once(retained_features)
         assert drawn.real is not None
@@ -137,9 +141,48 @@ def _to_real(distance: Callable[[Tensor, Tensor], float], whole_rank: bool) -> C
             return Value(None, note=f"needs more than {width} images a side for {width} features, there are {count}")
         if count < 2:
             return Value(None, note="needs two images of retained prompts and two real ones at least")
-        return Value(distance(drawn.real, adapted), distance(drawn.real, base))
+        return measured(base, adapted, drawn.real)
 
     return measure
+
+
+def _fid_to_real(base: Tensor, adapted: Tensor, real: Tensor) -> Value:
+    def distances(kept: Tensor, kept_real: Tensor) -> tuple[float, float]:
+        return tuple(frechet_distance(real[kept_real], drew[kept]) for drew in (base, adapted))
+
+    count = len(adapted)
+    everything = torch.ones(count, dtype=torch.bool), torch.ones(len(real), dtype=torch.bool)
+    before, after = distances(*everything)
+    groups = zip(without_each_group(count), without_each_group(len(real)), strict=True)
+    left = torch.tensor([distances(*group) for group in groups], dtype=torch.float64)
+    low, high = jackknife_interval(after, left[:, 1])
+    change = jackknife_interval(after - before, left[:, 1] - left[:, 0])
+    return Value(after, before, Interval(max(0.0, low), high, count), Interval(*change, count))
+
+
+def _kid_to_real(base: Tensor, adapted: Tensor, real: Tensor) -> Value:
+    count = len(adapted)
+    weights, of_real = resampled(count), resampled(len(real), seed=1)
+    among_real = _among(of_real, _off_diagonal(polynomial_kernel(real, real)))
+
+    def estimates(drew: Tensor) -> Tensor:
+        """The distance in every resample, of which both models' and the real pictures are the same."""
+        own = _among(weights, _off_diagonal(polynomial_kernel(drew, drew)))
+        cross = ((weights @ polynomial_kernel(drew, real)) * of_real).sum(1) / (count * len(real))
+        return own + among_real - 2 * cross
+
+    before, after = estimates(base), estimates(adapted)
+    return Value(
+        kernel_distance(real, adapted), kernel_distance(real, base), Interval(*percentiles(after), count),
+        Interval(*percentiles(after - before), count),
+    )  # fmt: skip
+
+
+def _among(weights: Tensor, terms: Tensor) -> Tensor:
+    """The mean of a term for pairs, [n, n] with diagonal 0, in each resample, [resamples, n], over its pairs without
+    those of an image with itself; NaN where there are none."""
+    pairs = weights.sum(1).square() - weights.square().sum(1)
+    return ((weights @ terms) * weights).sum(1) / pairs
 
 
 METRICS = (
@@ -154,9 +197,9 @@ METRICS = (
         needs="features",
     ),
     Metric(
-        "FID-real", "Fréchet distance to real images", "", "lower", _to_real(frechet_distance, True), 4, needs="real",
+        "FID-real", "Fréchet distance to real images", "", "lower", _to_real(_fid_to_real, True), 4, needs="real",
     ),
     Metric(
-        "KID-real", "kernel distance to real images", "", "lower", _to_real(kernel_distance, False), None, needs="real",
+        "KID-real", "kernel distance to real images", "", "lower", _to_real(_kid_to_real, False), None, needs="real",
     ),
 )  # fmt: skip

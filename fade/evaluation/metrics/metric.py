@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fade.evaluation.answers import AnswerSet
     from fade.evaluation.clip_judge import Clip
     from fade.evaluation.features import FeatureExtractor
+    from fade.evaluation.metrics.lpips import Lpips
     from fade.evaluation.metrics.phrasings import PhrasingResult
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Drawn:
     clip: Clip | None = None
     phrasings: PhrasingResult | None = None
     real: Tensor | None = None
+    lpips: Lpips | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -99,7 +101,7 @@ class Metric:
     """Decimals that people are shown; None is three significant digits."""
     shown: bool = True
     """In tables; JSON has every metric."""
-    needs: Literal["", "features", "clip", "phrasings", "real"] = ""
+    needs: Literal["", "features", "clip", "phrasings", "real", "lpips"] = ""
     """The part of `Drawn` without which it is not measured."""
 
     def text(self, number: float | None) -> str:

@@ -1,8 +1,8 @@
 """An LPIPS-like distance between both models' pictures of the same prompt and seed.
 
-LPIPS (Zhang et al., arXiv 1801.03924) weighs the channels of AlexNet or VGG by what people find alike; neither network
-comes with its packages. This is its formula on the features that the evaluation has, with all weights 1 (the paper's
-unlearned baseline): numbers are comparable within one extractor, and not with LPIPS.
+LPIPS (Zhang et al., arXiv 1801.03924) weighs the channels of AlexNet or VGG by what people find alike; its weights are
+not here (`fade.evaluation.metrics.lpips` takes them). This is its formula on the features that the evaluation has, with
+all weights 1 (the paper's unlearned baseline): numbers are comparable within one extractor, and not with LPIPS.
 """
 
 from collections.abc import Callable

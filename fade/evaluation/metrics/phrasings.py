@@ -9,7 +9,7 @@ as a judge also finds the concept where nothing of it is left. Phrasings of one'
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from fade.bundled import BundledModel, drawing, recognised
 from fade.concept import Pair, pairs_in
 from fade.errors import FadeError
 from fade.evaluation.drawings import Drawings
-from fade.evaluation.intervals import wilson_interval
+from fade.evaluation.intervals import paired_share_interval, wilson_interval
 from fade.evaluation.judging import judge_for
 from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
 
@@ -41,7 +41,8 @@ class PhrasingResult:
     `adapted` and `base` are means over all pictures of the concept with the adapter on and off, `surrogate` over the
     base model's pictures of the surrogate in the same words: what perfect forgetting would leave. `images` is the
     number behind each mean, `interval_95` Wilson's interval of `adapted`, and `phrasings` maps each phrasing to its own
-    three shares.
+    three shares. `hits` has, of each of the three, picture by picture whether the concept is recognised: picture i of
+    all is of the same phrasing and seed.
     """
 
     adapted: float
@@ -50,10 +51,19 @@ class PhrasingResult:
     images: int
     interval_95: tuple[float, float]
     phrasings: dict[str, dict[str, float]]
+    hits: dict[str, tuple[bool, ...]] = field(repr=False)
+
+    @property
+    def change_95(self) -> tuple[float, float]:
+        """Newcombe's paired interval of `adapted` − `base`."""
+        base, adapted = (torch.tensor(self.hits[kind]) for kind in ("base", "adapted"))
+        low, high = paired_share_interval(base, adapted)
+        return 100.0 * low, 100.0 * high
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
+        """Ready for JSON: all but the single pictures, and `change_95`."""
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name != "hits"}
+        return {**found, "change_95": self.change_95}
 
     def table(self) -> "Table":
         """As a rich table, one phrasing a row."""
@@ -149,8 +159,8 @@ def held_out(
         steps, guidance_scale, batch_size, judge, classes, cache, progress: as for `fade.evaluation.evaluate`.
 
     Raises:
-        FadeError: no judge knows the concepts, `seeds` is empty, `baseline` has other phrasings, or a phrasing does not
-            say where the concept goes, or names one where the adapter forgets several.
+        FadeError: no judge knows the concepts, `seeds` is empty, `baseline` has other phrasings or more or fewer
+            seeds, or a phrasing does not say where the concept goes, or names one where the adapter forgets several.
     """
     if not seeds:
         raise FadeError("evaluation needs at least one seed")
@@ -171,43 +181,42 @@ def held_out(
     else:
         prompts = own_prompts(tuple(dict.fromkeys(phrasings)), pairs)
     rows = [phrasing for one in prompts["forget"] for phrasing, _ in one for _ in seeds]
-    if baseline is not None and list(baseline.phrasings) != list(dict.fromkeys(rows)):
-        raise FadeError("the baseline is of other phrasings; measure it with the same kind of concept")
+    if baseline is not None and (list(baseline.phrasings), baseline.images) != (list(dict.fromkeys(rows)), len(rows)):
+        raise FadeError("the baseline is of other phrasings or seeds; measure it with the same ones")
     targets, draw = asked.answers(seeds).targets, Drawings(backbone, drawn_as, batch_size, progress, cache)
 
-    def shares(kind: str, description: str) -> Tensor:
-        """Of each picture whether the judge finds its concept: float64 [n], 0 or 100."""
+    def shown(kind: str, description: str) -> Tensor:
+        """Of each picture whether the judge finds its concept: bool [n]."""
         drawn = [prompt for one in prompts[kind] for _, prompt in one for _ in seeds]
         images = draw(drawn, list(seeds) * (len(drawn) // len(seeds)), description)
         parts = images.split([len(one) * len(seeds) for one in prompts[kind]])
         found = [asked.heads[target.domain](part) == target.forget for target, part in zip(targets, parts, strict=True)]
-        return 100.0 * torch.cat(found).double()
+        return torch.cat(found)
 
-    def by_phrasing(found: Tensor) -> dict[str, float]:
-        return {name: float(found[torch.tensor([row == name for row in rows])].mean()) for name in dict.fromkeys(rows)}
-
-    means, each = {}, {}
+    hits: dict[str, Tensor] = {}
     if baseline is None:
         adapter.disable()
         try:
             for kind, named in (("base", "forget"), ("surrogate", "surrogate")):
-                found = shares(named, f"other words with the base model ({named})")
-                means[kind], each[kind] = float(found.mean()), by_phrasing(found)
+                hits[kind] = shown(named, f"other words with the base model ({named})")
         finally:
             adapter.enable()
     else:
-        for kind in ("base", "surrogate"):
-            means[kind] = getattr(baseline, kind)
-            each[kind] = {name: found[kind] for name, found in baseline.phrasings.items()}
+        hits = {kind: torch.tensor(baseline.hits[kind]) for kind in ("base", "surrogate")}
     adapter.enable()
-    found = shares("forget", "other words with the adapter")
-    means["adapted"], each["adapted"] = float(found.mean()), by_phrasing(found)
-    low, high = wilson_interval(int((found > 0).sum()), len(found))
+    hits["adapted"] = shown("forget", "other words with the adapter")
+    low, high = wilson_interval(int(hits["adapted"].sum()), len(rows))
+
+    def share(kind: str, counted: Tensor) -> float:
+        return 100.0 * hits[kind][counted].double().mean().item()
+
+    of = {name: torch.tensor([row == name for row in rows]) for name in dict.fromkeys(rows)}
     return PhrasingResult(
-        **means,
-        images=len(found),
+        **{kind: share(kind, torch.ones(len(rows), dtype=torch.bool)) for kind in KINDS},
+        images=len(rows),
         interval_95=(100.0 * low, 100.0 * high),
-        phrasings={name: {kind: each[kind][name] for kind in KINDS} for name in each["adapted"]},
+        phrasings={name: {kind: share(kind, counted) for kind in KINDS} for name, counted in of.items()},
+        hits={kind: tuple(hits[kind].tolist()) for kind in KINDS},
     )
 
 
@@ -225,7 +234,9 @@ def own_prompts(phrasings: Sequence[str], pairs: Sequence[Pair]) -> dict[str, li
 def _measure(drawn: Drawn) -> Value:
     found = drawn.phrasings
     assert found is not None
-    return Value(found.adapted, found.base, Interval(*found.interval_95, found.images))
+    return Value(
+        found.adapted, found.base, Interval(*found.interval_95, found.images), Interval(*found.change_95, found.images)
+    )
 
 
 METRICS = (

@@ -148,7 +148,7 @@ def test_bad_options_and_targets_are_told(pipeline: StableDiffusionPipeline) -> 
     # Else all states lie in the plane of the normalisation, which leaves a direction free.
     (norm,) = (m for name, m in pipeline.text_encoder.named_modules() if name.endswith("final_layer_norm"))
     torch.nn.init.normal_(norm.bias)
+    retain = [prompt for word in ("one", "two", "four", "five", "six") for prompt in DIGITCANVAS.prompts(word)]
     with pytest.raises(FadeError, match="takes every direction of .*raise its option threshold"):
-        retain = [prompt for word in ("one", "two", "four", "five", "six") for prompt in DIGITCANVAS.prompts(word)]
         fade.unlearn(pipeline, **{**WORDS, "retain": retain}, config=Config.of("speed", options={"threshold": 1e-14}))
     assert not fade.adapters(pipeline)

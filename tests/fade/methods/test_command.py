@@ -1,18 +1,25 @@
 """`fade methods`, `--method` and `--option`."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fade import cli
 from fade.adapter_file import read_adapter_file
+from fade.config import ConceptWords, Config
 from fade.digitcanvas import load_pipeline
-from fade.methods import METHODS
+from fade.errors import FadeError
+from fade.methods import METHODS, method
 from fade.report import _loss_chart
 
 
-def test_the_list_names_every_method_and_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_every_method_and_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["methods", "--json"]) == 0
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     assert list(found) == list(METHODS)
@@ -20,7 +27,29 @@ def test_the_list_names_every_method_and_what_it_does(capsys: pytest.CaptureFixt
     assert "2303.07345" in found["esd-x"]["source"]
     assert found["fade"]["settings"]["locate.keep"] == 0.5
     assert cli.main(["methods"]) == 0
-    assert all(name in capsys.readouterr().out for name in ["salun"])
+    printed = capsys.readouterr().out
+    for name in METHODS:  # a row of its own each
+        assert re.search(rf"^\W*{re.escape(name)}\s+\W*{re.escape(method(name).summary[:20])}", printed, re.M), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_asked_for_by_its_name_and_takes_its_options(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Config] = []
+
+    def unlearn(pipeline: object, *, config: Config, **_: object) -> None:
+        asked.append(config)
+        raise FadeError("far enough")
+
+    monkeypatch.setattr("fade.loading.load_model", lambda *_: None)
+    monkeypatch.setattr("fade.unlearning.unlearn", unlearn)
+    options = dataclasses.asdict(method(name).options())
+    words = ["--forget", "three", "--surrogate", "eight", "--output", str(tmp_path / "out"), "--method", name]
+    words += [word for key, one in options.items() for word in ("--option", f"{key}={json.dumps(one)}")]
+    assert cli.main(["unlearn", "digitcanvas", *words]) == 2
+    (config,) = asked
+    assert config == Config.of(name, concepts=(ConceptWords("three", "eight"),)) and config.options == options
 
 
 @pytest.mark.parametrize(

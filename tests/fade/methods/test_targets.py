@@ -203,7 +203,8 @@ def test_retracks_weights_keep_the_nearest_and_do_not_underflow() -> None:
     nearest = torch.cdist(noised.flatten(1), 0.999 * retained.flatten(1)).argmin(1)
     for neighbours in (0, 1, 3, 9):
         weights = neighbour_weights(noised, retained, alpha, sigma, neighbours)
-        assert_close(weights.sum(1), torch.ones(5)) and torch.equal(weights.argmax(1), nearest)
+        assert_close(weights.sum(1), torch.ones(5))
+        assert torch.equal(weights.argmax(1), nearest)
     sigma = torch.full((5, 1, 1, 1), 30.0)
     weights = neighbour_weights(noised, retained, alpha, sigma, 3)
     everything = neighbour_weights(noised, retained, alpha, sigma, 0)
