@@ -26,6 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -217,8 +218,11 @@ def _finished(row: dict[str, Any], cell: Cell) -> bool:
         return False
     if "reason" in row:
         return True
-    known = {name.partition(",")[0] for name in row.get("attacks", {})} | set(row.get("left_out", {}))
-    return "metrics" in row and set(cell.attacks) <= known
+    from fade.evaluation.attacks.registry import ATTACKS
+
+    stood = Counter(name.partition(",")[0] for name in row.get("attacks", {}))
+    left_out = row.get("left_out", {})
+    return "metrics" in row and all(name in left_out or stood[name] >= len(ATTACKS[name]) for name in cell.attacks)
 
 
 class _Runner:
@@ -351,9 +355,9 @@ def _attacked(row: dict[str, Any]) -> float | None:
 
 
 def _relearnt(row: dict[str, Any]) -> str | None:
-    """Steps on ten pictures after which half of the concept is back, and steps to learn it anew."""
+    """Steps of every layer on ten pictures after which half of the concept is back, and to learn it anew."""
     for name, counts in row.get("attacks", {}).items():
-        if name.startswith("relearning, 10 pictures, up to"):
+        if name.startswith("relearning, 10 pictures, every layer,"):
             return " / ".join(str(counts[which] or "never") for which in ("steps_to_half", "anew_steps_to_half"))
     return None
 
@@ -392,7 +396,7 @@ def attack_lines(payload: dict[str, Any], model: str) -> list[list[str]]:
     rows = [row for row in payload["rows"] if row["model"] == model]
     attacks = list(dict.fromkeys(attack for row in rows for attack in _worst(row)))
     relearnt = any(_relearnt(row) for row in rows)
-    table = [["method", *attacks, *(["relearning on 10: steps to half / anew"] if relearnt else [])]]
+    table = [["method", *attacks, *(["relearning every layer: steps to half / anew"] if relearnt else [])]]
     for method, _, good in _by_method(payload, model):
         cells = []
         for attack in attacks:

@@ -76,7 +76,8 @@ class Faked:
     def run(self, runner: Any, cell: Cell) -> dict[str, Any]:
         assert runner.device == "a device"
         self.asked.append(cell.method)
-        return row(cell, **self.answers.get(cell.method, measured(cell, 100.0, {"removal, adapter off": 100.0})))
+        found = self.answers.get(cell.method, measured(cell, 100.0, {"removal, adapter off": 100.0}))
+        return {**found, **row(cell)}
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +95,13 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert faked.asked == ["uce", "ssd", "salun", "salun", "both"]
     fill([Cell("digitcanvas", "uce", "three", "eight", 0, ("removal", "completion"))])  # an attack that it lacks
     assert faked.asked[5:] == ["uce"]
+    rates = {"pruning, 10 % of every weight": 0.0}  # a setting fewer than there are
+    faked.answers["loku"] = measured(Cell("", "", "", "", 0), 100.0, rates)
+    for _ in range(2):
+        fill([Cell("digitcanvas", "loku", "three", "eight", 0, ("pruning",))])
+    assert faked.asked[6:] == ["loku"] * 2
     payload = json.loads(path.read_text())
-    assert [found["method"] for found in payload["rows"]] == list(methods)
+    assert [found["method"] for found in payload["rows"]] == [*methods, "loku"]
     assert payload["settings"]["both"] == table.settings_of("both")
 
 
@@ -183,10 +189,12 @@ def test_the_range_has_the_median_with_95_percent(count: int) -> None:
 
 
 def test_steps_of_relearning_stand_beside_those_of_learning_anew() -> None:
-    one = measured(Cell("m", "uce", "a", "b", 0), 100.0, {"relearning, 10 pictures, up to 200 steps": 100.0})
+    one = measured(
+        Cell("m", "uce", "a", "b", 0), 100.0, {"relearning, 10 pictures, every layer, up to 200 steps": 100.0}
+    )
     next(iter(one["attacks"].values())).update(steps_to_half=20, anew_steps_to_half=None)
     header, line = table.attack_lines({"rows": [one]}, "m")
-    assert header[-1].startswith("relearning on 10") and line[-1] == "20 / never"
+    assert header[-1].startswith("relearning every layer") and line[-1] == "20 / never"
 
 
 def test_readme_quotes_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
