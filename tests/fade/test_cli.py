@@ -174,10 +174,11 @@ def test_devices_and_dtypes_that_do_not_exist(model: Path) -> None:
 
 def test_options_come_before_the_config_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text("seed = 4\n[locate]\nkeep = 0.2\ntile = 16\n[overwrite]\nsteps = 2\n")
+    file.write_text('seed = 4\n[locate]\nkeep = 0.2\ngranularity = "tile"\ntile = 16\n[overwrite]\nsteps = 2\n')
     config = config_from(file, locate__keep=0.5, overwrite__steps=None, locate__targets=["to_q"])
     expected = Config().replace(
-        seed=4, locate__keep=0.5, locate__tile=16, overwrite__steps=2, locate__targets=("to_q",)
+        seed=4, locate__keep=0.5, locate__granularity="tile", locate__tile=16, overwrite__steps=2,
+        locate__targets=("to_q",),
     )  # fmt: skip
     assert config == expected
 
