@@ -561,6 +561,7 @@ def _check(config: Config) -> None:
             raise FadeError(message)
 
     require(0.0 < locate.keep <= 1.0, f"keep must be in (0, 1], not {locate.keep}: it is the fraction of weights kept")
+    _ = locate.budget_bytes  # raises for what is no amount of memory
     require(overwrite.rank >= 1, f"rank must be at least 1, not {overwrite.rank}")
     require(locate.targets is None or len(locate.targets) > 0, "targets must name at least one layer pattern")
     require(1 <= locate.tile <= 4096, f"tile must be in [1, 4096], not {locate.tile}")

@@ -308,7 +308,8 @@ def _request_before(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     if not _is_request(before):
         raise FadeError(f"{path / REQUEST_FILE} is damaged or was not written by this release of FADE; {_AGAIN}")
     now, then = _flat(request), _flat({name: before[name] for name in REQUEST})
-    changed = sorted(key for key in now.keys() | then.keys() if now.get(key, ...) != then.get(key, ...))
+    changed = [key for key in now.keys() | then.keys() if now.get(key, ...) != then.get(key, ...)]
+    changed.sort(key=lambda key: (key != "config.overwrite.method", key))  # which brings other settings
     names = dict.fromkeys("base model" if key.startswith("fingerprint.") else _shown(key) for key in changed)
     if names:
         raise FadeError(

@@ -106,8 +106,7 @@ def unlearn(
         str | None,
         typer.Option(
             metavar=choice(settings.Saliency),
-            help="What ranks the weights; denoising is the paper's. "
-            f"{of_method('closed-form')}",
+            help=f"What ranks the weights; denoising is the paper's. {of_method('closed-form')}",
         ),
     ] = None,
     scaling: Annotated[
@@ -147,9 +146,7 @@ def unlearn(
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(
-            metavar="X", help=f"LoRA alpha; scale = alpha/rank. {of_method(OVERWRITE.alpha, 'distillation')}"
-        ),
+        typer.Option(metavar="X", help=f"LoRA alpha; scale = alpha/rank. {of_method(OVERWRITE.alpha, 'distillation')}"),
     ] = None,
     steps: TrainingSteps = None,
     learning_rate: Annotated[
@@ -199,8 +196,7 @@ def unlearn(
         str | None,
         typer.Option(
             metavar=choice(settings.Parameters),
-            help="Train low-rank factors or the masked weights themselves. "
-            f"{of_method('values')}",
+            help=f"Train low-rank factors or the masked weights themselves. {of_method('values')}",
         ),
     ] = None,
     training_mode: Annotated[

@@ -128,26 +128,29 @@ def test_other_settings_are_measured_anew(
 
 
 def test_an_interrupt_ends_what_runs_and_begins_nothing(tmp_path: Path) -> None:
-    """Really started: a process that waits stands in for the first cell's."""
+    """Really started: processes that wait stand in for the cells'."""
     program = f"""
-import subprocess, sys
+import signal, subprocess, sys, types
 from pathlib import Path
 from bench import table
 from bench.table import Cell
-popen = subprocess.Popen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
 def waiting(command, **options):
-    return popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"], **options)
-table.subprocess.Popen = waiting
+    return subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(100)"], **options)
+table.subprocess = types.SimpleNamespace(Popen=waiting, PIPE=subprocess.PIPE)
 cells = [Cell("digitcanvas", "uce", str(n), "eight", 0) for n in range(20)]
 table.fill(cells, Path({str(tmp_path / "table.json")!r}), Path({str(tmp_path)!r}), 2, True)
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=table.ROOT
     ) as process:
-        assert process.stdout is not None
-        assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode != 0 and "KeyboardInterrupt" in err and out == ""
     assert not (tmp_path / "table.json").exists()
 

@@ -493,7 +493,7 @@ def test_a_mask_of_another_saliency_is_solved_on(
 def test_training_goes_on_from_what_is_solved(tokenizer: CLIPTokenizer, quick: Config, tmp_path: Path) -> None:
     pipeline = tiny_pipeline(tokenizer)
     start = fade.unlearn(pipeline, **WORDS, config=solved(quick), name="start")
-    config = quick.replace(overwrite__method="both", overwrite__learning_rate=1e-6)
+    config = quick.replace(overwrite__method="both", overwrite__learning_rate=1e-6).without_ignored()
     adapter = fade.unlearn(pipeline, **WORDS, config=config, output=tmp_path / "out")
     assert len(adapter.run["losses"]["forget"]) == 6
     assert adapter.run["path"] == "text path" and "residual" in adapter.run
@@ -506,7 +506,7 @@ def test_training_goes_on_from_what_is_solved(tokenizer: CLIPTokenizer, quick: C
 def test_an_adapter_that_acts_beside_others_is_refitted(tokenizer: CLIPTokenizer, quick: Config) -> None:
     """It changes the concept's tokens more, beside those of what must stay, than training does."""
     pipeline = tiny_pipeline(tokenizer)
-    config = quick.replace(overwrite__method="both", overwrite__learning_rate=0.05, locate__keep=0.3)
+    config = quick.replace(overwrite__method="both", overwrite__learning_rate=0.05, locate__keep=0.3).without_ignored()
     other = fade.unlearn(
         pipeline, "horse", "car", templates=TEMPLATES, retain=["a tree"], config=solved(quick), progress=False,
         name="other",
@@ -542,7 +542,8 @@ def test_other_parts_wait_elsewhere_where_something_is_trained_or_room_is_short(
 
     monkeypatch.setattr(type(backbone_for(pipeline)), "only_denoiser_on_device", watched)
     for config, room, expected in (
-        (solved(quick), 0.8, 0), (solved(quick), 0.0, 1), (quick.replace(overwrite__method="both"), 0.8, 1),
+        (solved(quick), 0.8, 0), (solved(quick), 0.0, 1),
+        (quick.replace(overwrite__method="both").without_ignored(), 0.8, 1),
     ):  # fmt: skip
         monkeypatch.setattr(fade.unlearning, "ROOM", room)
         moved.clear()

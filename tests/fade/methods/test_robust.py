@@ -155,7 +155,7 @@ def test_the_loop_asks_trains_and_resumes_with_attacked_conditionings(tokenizer:
     }  # fmt: skip
 
     def made(options: dict, output: Path | None = None, **arguments: bool) -> list[torch.Tensor]:
-        config = Config.of("robust", **small, options=options)
+        config = Config.of("robust", **small, options=options).without_ignored()
         adapter = fade.unlearn(
             tiny_pipeline(tokenizer), concept=CONCEPT, config=config, output=output, progress=False, **arguments
         )

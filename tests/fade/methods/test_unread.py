@@ -96,6 +96,8 @@ def small(name: str) -> Config:
     config = Config.of(name)
     few = {"overwrite__pool": 3} if config.overwrite.pool else {}
     few |= {"overwrite__stop_forget": 1e9} if config.overwrite.stops else {}
+    # Dual ascent begins without a forget loss: nothing has a retain loss before the third step.
+    few |= {"overwrite__steps": 3} if config.overwrite.dual_rate else {}
     options = {f"options__{key}": 2 for key in config.options if key.endswith("steps")}
     options |= {"options__eta": 1e4} if "eta" in config.options else {}  # so that the inner steps have a say
     for key, value in {**SMALL, **few, **options}.items():
