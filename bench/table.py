@@ -379,9 +379,7 @@ def lines(payload: dict[str, Any], model: str) -> list[list[str]]:
     table = [header]
     for method, own, good in _by_method(payload, model):
         if not good:
-            table.append(
-                [method, "0", own[0].get("failed") or own[0].get("reason", "not run"), *[""] * (len(header) - 3)]
-            )
+            table.append([method, "0", "failed" if "failed" in own[0] else "cannot", *["-"] * (len(header) - 3)])
             continue
         metrics = [[row["metrics"][name] for row in good if row["metrics"].get(name) is not None] for name in shown]
         attacked = [mean for mean in map(_attacked, good) if mean is not None]
@@ -409,6 +407,16 @@ def attack_lines(payload: dict[str, Any], model: str) -> list[list[str]]:
     return table
 
 
+def reasons(payload: dict[str, Any]) -> list[str]:
+    """A line for each method that cannot take a model, or failed on it, with why."""
+    found = {
+        (row["method"], row["model"]): row.get("failed") or row["reason"]
+        for row in payload["rows"]
+        if "reason" in row or "failed" in row
+    }
+    return [f"{method} on {model}: {why}" for (method, model), why in found.items()]
+
+
 def markdown(payload: dict[str, Any]) -> str:
     """For each model a table, and one of every attack to unfold; and the reasons of what is not there."""
     text = []
@@ -427,12 +435,7 @@ def markdown(payload: dict[str, Any]) -> str:
             text += [f"<details><summary>{model}, attack by attack</summary>", ""]
             add(attacks)
             text += ["</details>", ""]
-    reasons = {
-        (row["method"], row["model"]): row.get("failed") or row["reason"]
-        for row in payload["rows"]
-        if "reason" in row or "failed" in row
-    }
-    text += [f"- {method} on {model}: {reason}" for (method, model), reason in reasons.items()]
+    text += [f"- {line}" for line in reasons(payload)]
     return "\n".join(text).rstrip() + "\n"
 
 
@@ -514,6 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rows:
                 print(f"\n{model}: of each attack the setting that succeeds most, in percent still recognised")
                 print_table(header, rows)
+        print("\n".join(["", *reasons(payload)]))
     draw(payload, output.with_suffix(".png"))
     return 0
 

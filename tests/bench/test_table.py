@@ -165,7 +165,7 @@ def test_a_cell_without_a_number_has_a_reason() -> None:
     assert header == ["method", "cells", "UA", "IRA", "CRA", "drift", "attacks", "s", "MB", "kB"]
     assert uce[:3] == ["uce", "4", "91.5 (90-93)"] and uce[6] == "15 (0-30)" and uce[-3:] == ["2.5", "700", "46"]
     assert table.attack_lines(payload, "digitcanvas") == [["method", "completion"], ["uce", "15 (0-30)"]]
-    assert ssd[:3] == ["ssd", "0", "no cross-attention"] and len(ssd) == len(header)
+    assert ssd[:4] == ["ssd", "0", "cannot", "-"] and len(ssd) == len(header)
     text = table.markdown(payload)
     assert "| uce | 4 | 91.5 (90-93) |" in text and "- ssd on digitcanvas: no cross-attention" in text
 
