@@ -136,7 +136,8 @@ from bench import table
 from bench.table import Cell
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
 def waiting(command, **options):
-    return subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(100)"], **options)
+    wait = "import os, time; os.write(1, b'up' + bytes([10])); time.sleep(99)"  # in one piece
+    return subprocess.Popen([sys.executable, "-c", wait], **options)
 table.subprocess = types.SimpleNamespace(Popen=waiting, PIPE=subprocess.PIPE)
 cells = [Cell("digitcanvas", "uce", str(n), "eight", 0) for n in range(20)]
 table.fill(cells, Path({str(tmp_path / "table.json")!r}), Path({str(tmp_path)!r}), 2, True)

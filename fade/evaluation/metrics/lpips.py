@@ -11,7 +11,6 @@ package nor its requirements. Who has the published package writes them down onc
 Without them there is the LPIPS-like distance (`fade.evaluation.metrics.perceptual`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fade.errors import FadeError
-from fade.evaluation.intervals import mean_interval
-from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
+from fade.evaluation.metrics.metric import Drawn, Metric, mean_of
 from fade.files import WRITE_ERRORS
 
 _AT_ONCE = 8
@@ -151,18 +149,23 @@ def distances(drawn: Drawn) -> Tensor:
     return drawn.lpips(drawn.base, drawn.adapted)
 
 
-def _measured(forgotten: bool) -> Callable[[Drawn], Value]:
-    def measure(drawn: Drawn) -> Value:
-        counted = drawn.answers.forgotten == forgotten
-        if not bool(counted.any()):
-            return Value(None)
-        found = drawn.once(distances)[counted]
-        return Value(found.mean().item(), interval=Interval(*mean_interval(found), len(found)))
-
-    return measure
-
-
 METRICS = (
-    Metric("LPIPS", "perceptual change of retained images", "", "lower", _measured(False), 4, needs="lpips"),
-    Metric("LPIPS_forget", "the same of forgotten images", "", "higher", _measured(True), 4, needs="lpips"),
+    Metric(
+        "LPIPS",
+        "perceptual change of retained images",
+        "",
+        "lower",
+        mean_of(distances, forgotten=False),
+        4,
+        needs="lpips",
+    ),
+    Metric(
+        "LPIPS_forget",
+        "the same of forgotten images",
+        "",
+        "higher",
+        mean_of(distances, forgotten=True),
+        4,
+        needs="lpips",
+    ),
 )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
+from fade.evaluation.intervals import mean_interval
+
 if TYPE_CHECKING:
     from fade.evaluation.answers import AnswerSet
     from fade.evaluation.clip_judge import Clip
@@ -112,3 +114,17 @@ class Metric:
 
     def measurable(self, drawn: Any) -> bool:
         return not self.needs or getattr(drawn, self.needs) is not None
+
+
+def mean_of(distances: Callable[[Drawn], Tensor], *, forgotten: bool) -> Callable[[Drawn], Value]:
+    """Measures the mean, with its interval, of one number for every pair of pictures, float64 [n], over those that name
+    a forgotten concept or over the others."""
+
+    def measure(drawn: Drawn) -> Value:
+        counted = drawn.answers.forgotten == forgotten
+        if not bool(counted.any()):
+            return Value(None)
+        found = drawn.once(distances)[counted]
+        return Value(found.mean().item(), interval=Interval(*mean_interval(found), len(found)))
+
+    return measure

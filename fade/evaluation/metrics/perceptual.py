@@ -5,13 +5,10 @@ not here (`fade.evaluation.metrics.lpips` takes them). This is its formula on th
 all weights 1 (the paper's unlearned baseline): numbers are comparable within one extractor, and not with LPIPS.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fade.evaluation.intervals import mean_interval
-from fade.evaluation.metrics.metric import Drawn, Interval, Metric, Value
+from fade.evaluation.metrics.metric import Drawn, Metric, mean_of
 
 _AT_ONCE = 8
 
@@ -35,22 +32,13 @@ def distances(drawn: Drawn) -> Tensor:
     return torch.cat([feature_distance(drawn.features.maps(base), drawn.features.maps(new)) for base, new in pairs])
 
 
-def _measured(forgotten: bool) -> Callable[[Drawn], Value]:
-    def measure(drawn: Drawn) -> Value:
-        counted = drawn.answers.forgotten == forgotten
-        if not bool(counted.any()):
-            return Value(None)
-        found = drawn.once(distances)[counted]
-        return Value(found.mean().item(), interval=Interval(*mean_interval(found), len(found)))
-
-    return measure
-
-
 METRICS = (
     Metric(
-        "LPIPS-like", "feature change of retained images", "", "lower", _measured(False), 4, needs="features"
+        "LPIPS-like", "feature change of retained images", "", "lower", mean_of(distances, forgotten=False), 4,
+        needs="features",
     ),
     Metric(
-        "LPIPS-like_forget", "feature change of forgotten images", "", "higher", _measured(True), 4, needs="features"
+        "LPIPS-like_forget", "feature change of forgotten images", "", "higher", mean_of(distances, forgotten=True), 4,
+        needs="features",
     ),
 )  # fmt: skip
