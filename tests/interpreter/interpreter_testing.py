@@ -1,5 +1,6 @@
 """What the interpreter tests share: random problems and masks, rows with gaps, errors relative to the reference."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,13 +34,30 @@ def strided_rows(matrix: Tensor) -> Tensor:
     return padded[:, : matrix.shape[1]]
 
 
-def frobenius_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, or where expected is 0 the sum of errors; NaN counts as infinite."""
+def frobenius_error(actual: Tensor, expected: Tensor, terms: Sequence[Tensor] = ()) -> float:
+    """||actual - expected|| / ||expected||, or where expected is 0 the sum of errors; NaN counts as infinite.
+
+    Where `expected` is a sum, its `terms` are rounded relative to their own sizes, and may nearly cancel: the error is
+    then relative to the largest of the sum and its terms, which of more than a few random numbers is the sum. Below the
+    normal numbers of its dtype a result is rounded absolutely."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = actual.double() - expected.double()
-    norm = expected.double().norm()
-    error = difference.norm() / norm if norm > 0 else difference.abs().sum()
+    norm = max(tensor.double().norm() for tensor in (expected, *terms))
+    error = difference.norm() / norm.clamp_min(torch.finfo(actual.dtype).tiny) if norm > 0 else difference.abs().sum()
     return float("inf") if torch.isnan(error) else float(error)
+
+
+def factor_gradient_errors(
+    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], gradient: Tensor, lora_a: Tensor, lora_b: Tensor,
+    words: Tensor, scale: Tensor,
+) -> tuple[float, float]:  # fmt: skip
+    """`frobenius_error` of dA = B^T G and dB = G A^T, with G = scale * gradient under the mask.
+
+    Their terms nearly cancel where one row or column is all there is; so beside each sum stands the root of its terms'
+    squares, which of many random terms is about the sum."""
+    g = (scale.double() * gradient.double() * reference.unpack_mask(words, gradient.shape[1])).square()
+    spread = ((lora_b.double().square().t() @ g).sqrt(), (g @ lora_a.double().square().t()).sqrt())
+    return tuple(frobenius_error(a, e, terms=(s,)) for a, e, s in zip(actual, expected, spread, strict=True))
 
 
 def linear_problem(

@@ -4,7 +4,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from interpreter_testing import frobenius_error, random_mask, strided_rows
+from interpreter_testing import factor_gradient_errors, random_mask, strided_rows
 from torch import Tensor
 
 from fade_kernels import reference
@@ -24,14 +24,14 @@ def inputs(shape: tuple[int, int, int], kind: str, dtype: torch.dtype, rng: torc
 
 
 def errors(built: ModuleType, arguments: tuple[Tensor, ...], **options: object) -> tuple[float, float]:
-    """Relative errors of dA and dB; of a zero gradient the absolute one."""
+    """Errors of dA and dB, as `factor_gradient_errors` has them."""
     gradient, lora_a, lora_b, words, scale = arguments
     mask = reference.unpack_mask(words, gradient.shape[1])
     g = scale.double() * torch.where(mask, gradient.double(), 0.0)
     expected = (lora_b.double().t() @ g, g @ lora_a.double().t())
     actual = built.contract_masked_gradient(*arguments, **options)
     assert [grad.dtype for grad in actual] == [lora_a.dtype, lora_b.dtype]
-    return tuple(frobenius_error(a, e) for a, e in zip(actual, expected, strict=True))
+    return factor_gradient_errors(actual, expected, gradient, lora_a, lora_b, words, scale)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp16"])

@@ -31,10 +31,12 @@ def definition(arguments: dict[str, Any]) -> torch.Tensor:
 
 
 def gradient_error(module: ModuleType, arguments: dict[str, Any], **options: Any) -> float:
-    """Error of dX relative to ||dX||, in fp32."""
+    """Error of dX relative to ||dX||, or to ||dY W|| or ||dY Delta|| where they cancel, in fp32."""
     out = torch.full((arguments["dy"].shape[0], arguments["lora_a"].shape[1]), float("nan"))
     assert module.masked_lora_input_gradient(**arguments, out=out, **options) is out
-    return frobenius_error(out, definition(arguments))
+    delta = definition(arguments | {"weight": None})
+    expected = definition(arguments)
+    return frobenius_error(out, expected, terms=(delta, expected - delta))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
