@@ -7,14 +7,16 @@
 A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
 failure is a line of the table with its reason; a process that was killed is run again the next time. What a cell makes
 stays in `--folder` (adapter, attacks) until the file has it; a run that is stopped goes on where it was, also within a
-cell's attacks. Cells whose settings have changed since are measured anew. What depends on the base model alone, all
-cells share (`kept` in that folder).
+cell's attacks. Cells whose settings have changed since are measured anew; of attacks that are new, or have other
+settings than before, only these are made, where the adapter is no longer there on one that is made anew and measures
+the same. What depends on the base model alone, all cells share (`kept` in that folder).
 
     {"schema": 2, "kind": "table", "environment", "quick", "settings": {method: {"section.setting": value}}, "rows": [
         {"model", "method", "forget", "surrogate", "seed", "code": the last commit to what was measured,
          "seconds", "peak_memory_bytes", "adapter_bytes", "metrics": {name: number}, "base": {name: number},
          "interval_95": {name: [low, high]}, "change_95": {name: [low, high]}, paired, "notes": {name: text},
-         "attacks": {"attack, setting": {"recognised", "pictures", and numbers of its own}},
+         "attacks": {"attack, setting": {"recognised", "pictures", "settings", and numbers of its own}},
+         "attacked": the last commit to what made the last of them,
          "unattacked": {"recognised", "pictures"}, "left_out": {attack: why}} | {..., "reason": why there is nothing}]}
 """
 
@@ -26,7 +28,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -159,13 +160,26 @@ def measured_metrics(found: Any) -> dict[str, Any]:
 
 def measured_attacks(record: Any) -> dict[str, Any]:
     """What a row has of an `AttackRecord`: counts and numbers, no pictures and no words."""
+    from bench.harness import engine_version
 
     def counts(one: Any) -> dict[str, Any]:
         own = {name: number for name, number in one.numbers.items() if not isinstance(number, list)}
         return {"recognised": one.recognised, "pictures": one.pictures, **_rounded(own)}
 
-    attacks = {f"{one.attack}, {one.setting}": counts(one) for one in record.results}
-    return {"attacks": attacks, "unattacked": counts(record.unattacked), "left_out": record.left_out}
+    attacks = {f"{one.attack}, {one.setting}": counts(one) | {"settings": one.settings} for one in record.results}
+    told = {"unattacked": counts(record.unattacked), "left_out": record.left_out}
+    return {"attacks": attacks, "attacked": engine_version(), **told}
+
+
+def stood(row: dict[str, Any], attack: Any) -> dict[str, dict[str, Any]]:
+    """What a row has of an attack with these very settings, by its name in the row; empty where it has not stood it."""
+    asked = json.dumps(asdict(attack))
+    found = row.get("attacks", {}).items()
+    return {
+        name: counts
+        for name, counts in found
+        if name.partition(",")[0] == attack.name and json.dumps(counts.get("settings")) == asked
+    }
 
 
 def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
@@ -176,36 +190,43 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     from fade.errors import FadeError
     from fade.evaluation import evaluate
     from fade.evaluation.attacks import attack
+    from fade.evaluation.attacks.registry import chosen_attacks
     from fade.measure import measured
 
     made, path, kept = folder / cell.name, folder / f"{cell.name}.json", folder / "kept"
+    file = made / "adapter.safetensors"
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
     pipeline = bundled.model(cell.model).load_pipeline().to(device)
     try:
-        if "metrics" not in row:
+        if "metrics" in row and file.exists():
+            adapter = fade.load_adapter(pipeline, file)
+        else:
+            (made / "attacks.json").unlink(missing_ok=True)  # on another adapter
             with measured(device) as cost:
                 adapter = fade.unlearn(
                     pipeline, cell.forget, cell.surrogate, config=config_of(cell.method, cell.seed), output=made,
                     overwrite=True, progress=False,
                 )  # fmt: skip
-            row |= {"code": engine_version(), "seconds": _rounded(cost.seconds)}
-            row |= {"peak_memory_bytes": cost.peak_memory_bytes}
-            row["adapter_bytes"] = (made / "adapter.safetensors").stat().st_size
-            row |= measured_metrics(evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False))
+            found = measured_metrics(evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False))
+            if row.get("metrics") != found["metrics"]:  # else it is the adapter of before
+                row = cell.told | {"code": engine_version(), "seconds": _rounded(cost.seconds)}
+                row |= {"peak_memory_bytes": cost.peak_memory_bytes, "adapter_bytes": file.stat().st_size, **found}
             write_json(path, row)
-        elif cell.attacks:
-            adapter = fade.load_adapter(pipeline, made / "adapter.safetensors")
     except FadeError as reason:
         row["reason"] = str(reason)
-    if cell.attacks and "reason" not in row:
+    asked = chosen_attacks(cell.attacks) if cell.attacks and "reason" not in row else ()
+    lacking = [one for one in asked if not stood(row, one)]
+    if lacking:
         try:
             record = attack(
-                pipeline, adapter, cell.attacks, pictures=PICTURES, record=made / "attacks.json", cache=kept,
+                pipeline, adapter, lacking, pictures=PICTURES, record=made / "attacks.json", cache=kept,
                 progress=False,
             )  # fmt: skip
-            row |= measured_attacks(record)
+            new = measured_attacks(record)
+            row |= new | {"attacks": row.get("attacks", {}) | new["attacks"]}
         except FadeError as reason:
-            row["left_out"] = {name: str(reason) for name in cell.attacks}
+            row["left_out"] = {one.name: str(reason) for one in lacking}
+        row["attacks"] = {name: counts for one in asked for name, counts in stood(row, one).items()}
     write_json(path, row)
     return row
 
@@ -220,9 +241,10 @@ def _finished(row: dict[str, Any], cell: Cell) -> bool:
         return True
     from fade.evaluation.attacks.registry import ATTACKS
 
-    stood = Counter(name.partition(",")[0] for name in row.get("attacks", {}))
     left_out = row.get("left_out", {})
-    return "metrics" in row and all(name in left_out or stood[name] >= len(ATTACKS[name]) for name in cell.attacks)
+    return "metrics" in row and all(
+        name in left_out or all(stood(row, one) for one in ATTACKS[name]) for name in cell.attacks
+    )
 
 
 class _Runner:
@@ -297,6 +319,10 @@ def fill(
     wanted = [cell for cell in todo if cell.key not in rows or not _finished(rows[cell.key], cell)]
     settings = payload.get("settings", {}) | {cell.method: settings_of(cell.method) for cell in wanted}
     folder.mkdir(parents=True, exist_ok=True)
+    for cell in wanted:
+        known, path = rows.get(cell.key, {}), folder / f"{cell.name}.json"
+        if "metrics" in known and not path.exists():
+            write_json(path, {name: value for name, value in known.items() if name != "failed"})
     runner, pool = _Runner(folder, device), ThreadPoolExecutor(workers)
     try:
         with progress_bar("table", len(wanted), True) as advance:

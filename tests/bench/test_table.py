@@ -27,7 +27,9 @@ def row(cell: Cell, **more: Any) -> dict[str, Any]:
 def measured(cell: Cell, ua: float, attacks: dict[str, float] | None = None) -> dict[str, Any]:
     numbers = {"UA": ua, "IRA": 99.0, "CRA": 98.5, "NA": None, "drift": 0.02, "KID": 0.1}
     costs = {"seconds": 2.5, "peak_memory_bytes": 7e8, "adapter_bytes": 46_000}
-    counts = {name: {"recognised": round(2 * rate), "pictures": 200} for name, rate in (attacks or {}).items()}
+    counts = {
+        name: {"recognised": round(2 * rate), "pictures": 200, "settings": {}} for name, rate in (attacks or {}).items()
+    }
     return row(cell, metrics=numbers, base=numbers, attacks=counts, left_out={}, **costs)
 
 
@@ -100,6 +102,10 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         fill([Cell("digitcanvas", "loku", "three", "eight", 0, ("pruning",))])
     assert faked.asked[6:] == ["loku"] * 2
+    kept = json.loads(
+        (tmp_path / "cells" / f"{Cell('digitcanvas', 'loku', 'three', 'eight', 0).name}.json").read_text()
+    )
+    assert kept["metrics"]["UA"] == 100.0  # what the file has is gone on from, also in a new folder
     payload = json.loads(path.read_text())
     assert [found["method"] for found in payload["rows"]] == [*methods, "loku"]
     assert payload["settings"]["both"] == table.settings_of("both")
@@ -220,6 +226,19 @@ def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path) -> No
     assert all(counts["recognised"] > counts["pictures"] / 2 for counts in again["attacks"].values())
     assert set(again["interval_95"]) > {"UA", "IRA"} and "drift" in again["interval_95"] and again["change_95"]
     assert again["interval_95"]["UA"][0] <= again["metrics"]["UA"] <= again["interval_95"]["UA"][1]
+    # A table that was copied without its folder, and since when an attack has other settings: it alone is made.
+    file, (name,) = tmp_path / f"{cell.name}.json", again["attacks"]
+    for change in ("attack", "metric"):
+        shutil.rmtree(tmp_path / cell.name)
+        known = json.loads(json.dumps(again))
+        known["seconds"], known["attacks"] = 1e6, {name: again["attacks"][name] | {"settings": {"older": 1}}}
+        known["metrics"]["UA"] -= 50 * (change == "metric")
+        file.write_text(json.dumps(known))
+        assert not table._finished(known, Cell(*cell.key, ("removal",)))
+        third = table.run_cell(Cell(*cell.key, ("removal",)), tmp_path)
+        assert (third["attacks"], third["metrics"]) == (again["attacks"], again["metrics"])
+        assert (third["seconds"] == 1e6) == (change == "attack")  # another adapter than the file's is measured anew
+        assert table._finished(third, Cell(*cell.key, ("removal",))) and json.loads(file.read_text()) == third
 
 
 def test_what_is_no_table_is_said(tmp_path: Path) -> None:
