@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -528,6 +529,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         payload = read(output)
     else:
+        for stop in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # a shell has the former ignored by what it starts in the background
+            signal.signal(stop, signal.default_int_handler)
         payload = fill(cells(a.quick, a.methods or names()), output, folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]
     others = [read(path)["rows"] for path in (usual if a.beside is None else a.beside)]

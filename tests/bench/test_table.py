@@ -133,20 +133,18 @@ def test_other_settings_are_measured_anew(
         table.fill(todo, path, folder, 1, True, "a device")
 
 
-def test_an_interrupt_ends_what_runs_and_begins_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_runs_and_begins_nothing(sent: signal.Signals, tmp_path: Path) -> None:
     """Really started: processes that wait stand in for the cells'."""
     program = f"""
 import signal, subprocess, sys, types
-from pathlib import Path
 from bench import table
-from bench.table import Cell
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in what a shell started in the background
 def waiting(command, **options):
     wait = "import os, time; os.write(1, b'up' + bytes([10])); time.sleep(99)"  # in one piece
     return subprocess.Popen([sys.executable, "-c", wait], **options)
 table.subprocess = types.SimpleNamespace(Popen=waiting, PIPE=subprocess.PIPE)
-cells = [Cell("digitcanvas", "uce", str(n), "eight", 0) for n in range(20)]
-table.fill(cells, Path({str(tmp_path / "table.json")!r}), Path({str(tmp_path)!r}), 2, True)
+table.main(["--quick", "--workers", "2", "--output", {str(tmp_path / "table.json")!r}, "--folder", {str(tmp_path)!r}])
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=table.ROOT
@@ -154,7 +152,7 @@ table.fill(cells, Path({str(tmp_path / "table.json")!r}), Path({str(tmp_path)!r}
         try:
             assert process.stdout is not None
             assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
