@@ -55,12 +55,15 @@ class DataConfig:
     """Folder of images of everything else, with its subfolders; None samples them from the frozen model."""
     forget_samples: int = 24
     """Forget latents to sample, or the most images to read from the folder, spread evenly over it. Every prompt is
-    trained with: where there are more prompts than samples, neighbours in the list share a latent."""
+    trained with: where there are more prompts than samples, neighbours in the list share a latent, or, where latents
+    are denoised to their own noise (`Config.denoises`), one is sampled for each prompt."""
     retain_samples: int = 48
     """Retain latents to sample, or the most images to read from the folder, spread evenly over it. Every retain prompt
     is trained with: where there are more prompts than samples, neighbours in the list share a latent (teacher and
     student see the same one, so it need not show the prompt); where there are more prompts than images without a
-    caption, those images are used again. Where every image has a caption, the retain prompts are not needed."""
+    caption, those images are used again. Where every image has a caption, the retain prompts are not needed. Where
+    latents are denoised to their own noise (`Config.denoises`) they must show their prompts: one is sampled for each
+    prompt at least, and images are not used again."""
     sampling_steps: int = 5
     """Denoising steps a sampled latent takes; only its rough content matters, it is noised again in training. Of
     "three" and "five", 24 and 48 latents of 5 steps taught as much as 48 and 96 of 10, at a quarter of the cost."""
@@ -349,6 +352,16 @@ class Config:
         if self.method.edit is not None:
             return self.method.reads_latents
         return self.trains or (self.measures and self.saliency != "random")
+
+    @property
+    def denoises(self) -> frozenset[str]:
+        """Which parts of the latents, `forget` and `retain`, a run denoises to their own noise anywhere, instead of
+        asking the frozen model what it would do: pictures of these must show the prompts that they go with."""
+        found = {*self.method.denoises}
+        if self.measures:
+            of_saliency = {"denoising": ("forget",), "guided": ("forget",), "contrast": ("forget", "retain")}
+            found |= {*of_saliency.get(self.saliency, ())}
+        return frozenset(found | ({"retain"} if self.trains and self.overwrite.ekpc else set()))
 
     @property
     def in_values(self) -> bool:

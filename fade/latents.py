@@ -4,8 +4,8 @@ there are none. Made once and kept in a file, which a rerun with the same reques
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -53,17 +53,21 @@ def prepare_latents(
     fingerprint: str,
     cache: Path | None = None,
     progress: bool = False,
+    denoised: Collection[str] = (),
 ) -> Latents:
     """The latents for a request, from `cache` where it holds the same request's.
 
-    `fingerprint` names the base weights. With `progress`, what was found in image folders is told on stderr. Warns
-    once each of images that cannot be read or whose caption speaks against their use, of retain prompts that name the
-    concept, and of a damaged cache, which is made again. Raises FadeError for a missing or empty image folder, a
-    caption or metadata file that cannot be read, and where no image is left.
+    `fingerprint` names the base weights. Of the parts in `denoised`, `forget` or `retain`, every latent shows the
+    prompt that it goes with (`Config.denoises`). With `progress`, what was found in image folders is told on stderr.
+    Warns once each of images that cannot be read or whose caption speaks against their use, of retain images without
+    captions that are to be denoised, of retain prompts that name the concept, and of a damaged cache, which is made
+    again. Raises FadeError for a missing or empty image folder, a caption or metadata file that cannot be read, and
+    where no image is left.
 
     Of several processes the first alone reads pictures and the cache and writes it, and all draw; all get the same.
     """
     warn_of_retain_prompts(concept, config, stacklevel=3)
+    config = _one_each(concept, config, denoised)
     key, found, forget_folder, retain_folder = "", None, None, None
     if processes.first():
         forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
@@ -81,12 +85,22 @@ def prepare_latents(
     if config.retain_images is None:
         retain = _drawn_retain_latents(backbone, concept, config, seed, progress)
     elif processes.first():
-        retain = _retain_latents(backbone, concept, config, seed, retain_folder, progress)
+        retain = _retain_latents(backbone, concept, config, seed, retain_folder, progress, "retain" in denoised)
     if processes.first():
         made = Latents(*forget, *retain)
         if cache is not None:
             _save(cache, key, made)
     return _of_first(made, backbone)
+
+
+def _one_each(concept: Concept, config: DataConfig, denoised: Collection[str]) -> DataConfig:
+    """The settings with a latent for each prompt at least, of what is sampled and denoised."""
+    fewest = {}
+    if "forget" in denoised and config.forget_images is None:
+        fewest["forget_samples"] = max(config.forget_samples, len(concept.forget_prompts))
+    if "retain" in denoised and config.retain_images is None:
+        fewest["retain_samples"] = max(config.retain_samples, len(concept.retain_prompts))
+    return replace(config, **fewest)
 
 
 def _of_first(latents: Latents | None, backbone: Backbone) -> Latents | None:
@@ -177,8 +191,9 @@ def _drawn_retain_latents(
 
 
 def _retain_latents(
-    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder, progress: bool
-) -> tuple[Tensor, tuple[str, ...]]:
+    backbone: Backbone, concept: Concept, config: DataConfig, seed: int, folder: PictureFolder, progress: bool,
+    denoised: bool,
+) -> tuple[Tensor, tuple[str, ...]]:  # fmt: skip
     prompts = concept.retain_prompts
 
     def names_the_concept(picture: Picture) -> bool:
@@ -194,7 +209,14 @@ def _retain_latents(
     latents, captions = _read(backbone, folder, config.retain_samples, config, seed, progress, names_the_concept)
     used = [caption[0] if caption else prompt for caption, prompt in zip(captions, cycle(prompts), strict=False)]
     without = [i for i, caption in enumerate(captions) if not caption]
-    if without:
+    if without and denoised:
+        warnings.warn(
+            f"{len(without)} of {len(captions)} images in {folder.folder} have no caption and are trained with retain "
+            "prompts, which they may not show: the model is taught to draw them when it is asked for these. Give them "
+            "captions, or choose a method that does not learn from pictures (distillation, both)",
+            stacklevel=3,
+        )
+    elif without:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in set(used)]
         again = [without[i % len(without)] for i in range(len(missing))]
         latents, used = torch.cat([latents, latents[again]]), [*used, *missing]

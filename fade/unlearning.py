@@ -338,7 +338,7 @@ def _run(
                             _refuse_unread(_encoded(backbone, pairs), pairs)
                         latents = prepare_latents(
                             backbone, concept, config.data, config.seed, next(iter(digests.values())),
-                            folder and folder.latents_file, progress,
+                            folder and folder.latents_file, progress, config.denoises,
                         )  # fmt: skip
                         pairs = list(zip(latents.forget_prompts, latents.surrogate_prompts, strict=True))
                         retain = list(latents.retain_prompts)

@@ -47,6 +47,7 @@ CONCEPT_ABLATION = Method(
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 0,
     },
+    denoises=("retain",),
     objective=Anchor,
     holds_surrogate=True,
     targets=keys_and_values,

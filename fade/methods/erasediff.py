@@ -121,6 +121,7 @@ ERASEDIFF = Method(
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 0,
     },
+    denoises=("retain",),
     options=Options,
     objective=Bilevel,
     unread=unread,

@@ -64,6 +64,7 @@ GRADIENT_ASCENT = Method(
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 0,
     },
+    denoises=("forget", "retain"),
     options=Options,
     objective=Ascent,
     unread=unread,

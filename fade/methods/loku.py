@@ -113,6 +113,7 @@ LOKU = Method(
     settings={"locate__granularity": "none", "overwrite__parameters": "factors", "overwrite__learning_rate": 1e-3},
     objective=HalfFrozen,
     start=start,
+    denoises=("forget", "retain"),
     ranks=2,
     accumulators=2,
     check=check,

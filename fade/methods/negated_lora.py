@@ -59,6 +59,7 @@ NEGATED_LORA = Method(
     summary="Trains a LoRA to draw the concept, then subtracts it.",
     source="task arithmetic, ICLR 2023, arXiv 2212.04089",
     settings=DENSE,
+    denoises=("forget",),
     options=Options,
     objective=Denoising,
     finish=negate,

@@ -105,6 +105,7 @@ RETRACK = Method(
         "overwrite__timesteps": "band",
         "overwrite__timestep_band": (0.4, 1.0),
     },
+    denoises=("retain",),
     options=Options,
     objective=Retained,
 )

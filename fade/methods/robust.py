@@ -293,6 +293,7 @@ ROBUST = Method(
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 100,
     },
+    denoises=("forget",),
     options=Options,
     objective=Robust,
     unread=unread,

@@ -70,6 +70,7 @@ SALUN = Method(
         "overwrite__stop_forget": 0.0,
         "overwrite__pool": 0,
     },
+    denoises=("retain",),
     options=Options,
     objective=RandomLabel,
 )

@@ -112,5 +112,6 @@ SSD = Method(
     trains=False,
     edit=edit,
     accumulators=2,
+    denoises=("forget", "retain"),
     options=Options,
 )

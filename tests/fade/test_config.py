@@ -1,10 +1,14 @@
 """Settings: every value is checked, and nothing unknown is ignored."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fade
+from fade import unlearning
 from fade.config import PAPER, Config
+from fade.digitcanvas import load_pipeline
 from fade.errors import FadeError
 
 
@@ -97,3 +101,31 @@ def test_what_only_factors_have_is_not_ignored_in_silence(changes: dict[str, str
     Config().replace(overwrite__method="distillation", **{f"overwrite__{name}": value})
     with pytest.raises(FadeError, match=f"{name} would be ignored: what the method uce computes has the rank"):
         Config.of("uce").replace(**{f"overwrite__{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("both", {}, set()), ("distillation", {}, set()), ("closed-form", {}, set()), ("esd-x", {}, set()),
+        ("salun", {}, {"forget", "retain"}), ("salun", {"locate__saliency": "distillation"}, {"retain"}),
+        ("fade", {}, {"forget"}), ("fade", {"locate__granularity": "none"}, set()),
+        ("distillation", {"locate__saliency": "contrast"}, {"forget", "retain"}),
+        ("distillation", {"overwrite__ekpc": 1e-3}, {"retain"}), ("ssd", {}, {"forget", "retain"}),
+    ],
+)  # fmt: skip
+def test_what_is_denoised(name: str, changes: dict[str, Any], parts: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run has pictures of just that show their prompts."""
+    config = Config.of(name, **changes)
+    assert config.denoises == parts
+
+    class Seen(Exception):
+        pass
+
+    def prepared(*_: Any) -> None:
+        raise Seen(_[-1])
+
+    monkeypatch.setattr(unlearning, "prepare_latents", prepared)
+    if config.needs_latents:
+        with pytest.raises(Seen) as seen:
+            fade.unlearn(load_pipeline(), "three", "eight", config=config, progress=False)
+        assert seen.value.args[0] == parts

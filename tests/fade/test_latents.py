@@ -7,6 +7,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -145,6 +146,32 @@ def test_every_prompt_is_trained_with(
         assert max(holders.count(holder) for holder in chosen) <= -(-prompts // samples)
 
 
+@pytest.mark.parametrize("denoised", [("forget",), ("retain",), ("forget", "retain")])
+def test_what_is_denoised_shows_the_prompt_that_it_goes_with(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, denoised: tuple[str, ...]
+) -> None:
+    concept = concept_from_words("cat", "dog", [f"{word} {{}}" for word in words(5, "style")], words(7, "house"))
+    backbone = backbone_for(pipeline)
+    drawn: dict[bytes, str] = {}
+    sample = type(backbone).sample_latents
+
+    def noted(self: object, prompts: list[str], *rest: object) -> torch.Tensor:
+        latents = sample(self, prompts, *rest)
+        drawn.update((latent.numpy().tobytes(), prompt) for latent, prompt in zip(latents, prompts, strict=True))
+        return latents
+
+    monkeypatch.setattr(type(backbone), "sample_latents", noted)
+    config = DataConfig(forget_samples=2, retain_samples=2, sampling_steps=1)
+    latents = prepare_latents(backbone, concept, config, 0, "base", denoised=denoised)
+    for part, asked, own in (("forget", latents.forget_prompts, concept.forget_prompts),
+                             ("retain", latents.retain_prompts, concept.retain_prompts)):  # fmt: skip
+        shown = [drawn[latent.numpy().tobytes()] for latent in getattr(latents, part)]
+        assert asked == own and (tuple(shown) == own) == (part in denoised) and len({*shown}) in (2, len(own))
+    if "retain" in denoised:  # more than one for each where so many are asked for
+        many = prepare_latents(backbone, concept, replace(config, retain_samples=9), 0, "base", denoised=denoised)
+        assert len(many.retain) == 9
+
+
 def test_every_default_retain_prompt_is_trained_with_at_the_default_number() -> None:
     prompts, samples = len(concept_from_words("Van Gogh", "a painter").retain_prompts), DataConfig().retain_samples
     sampled, sample_of = latents_module._spread(prompts, samples)
@@ -209,6 +236,23 @@ def test_retain_images_without_caption_serve_every_retain_prompt(
     assert set(latents.retain_prompts[3:]) == {"house 1", "house 3", "house 4", "house 5"}
     first, _, third, *again = latents.retain
     assert all(torch.equal(latent, (first, third)[i % 2]) for i, latent in enumerate(again))
+
+
+def test_retain_images_without_caption_that_are_denoised_are_told_and_not_used_again(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    retain = folder_of(tmp_path / "retain", 3)
+    (retain / "01.txt").write_text("a blue wall")
+    concept = concept_from_words("cat", "dog", ["a {}"], words(6, "house"))
+    config = DataConfig(forget_samples=1, sampling_steps=1, retain_images=str(retain))
+    with pytest.warns(UserWarning, match=r"2 of 3 images in .*retain have no caption and are trained with retain prom"):
+        latents = prepare_latents(backbone_for(pipeline), concept, config, 0, "base", denoised=("retain",))
+    assert latents.retain_prompts == ("house 0", "a blue wall", "house 2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in (0, 2):
+            (retain / f"{number:02}.txt").write_text("a red wall")
+        prepare_latents(backbone_for(pipeline), concept, config, 0, "base", denoised=("retain",))
 
 
 def test_retain_images_that_all_show_the_concept(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from fade.concept import concept_from_words, together
 from fade.config import DataConfig
 from fade.latents import prepare_latents
+from fade.methods import METHODS, method
 from fade.methods.concept_ablation import CONCEPT_ABLATION, Anchor
 from fade.methods.esd import NegativeGuidance, asked_in
 from fade.methods.esd import Options as EsdOptions
@@ -24,7 +25,7 @@ from fade.methods.retrack import Retained, neighbour_weights
 from fade.methods.salun import Options as SalunOptions
 from fade.methods.salun import RandomLabel
 from fade.noise import levels, split
-from fade.objective import Objective
+from fade.objective import Batch, Objective
 
 from .conftest import CONCEPT, asker, batch_of, target_of, training_of
 
@@ -36,6 +37,24 @@ def test_fades_target_is_the_frozen_models_answer_to_the_surrogate(pipeline: Sta
     batch, ask = batch_of(training), asker(training)
     wanted = ask(batch.noised, batch.times, ["a dog", "one dog", "a dog", "a house", "a tree"], True)
     assert_close(target_of(training, batch, Objective), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if method(name).trains])
+def test_a_method_says_which_pictures_it_learns_to_draw(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """What a half is taught depends on what is under its noise, and not alone on what is seen and asked, just where the
+    method says that it denoises that half: its latents must then show their prompts."""
+    training = training_of(pipeline, name)
+    batch, objective = batch_of(training), method(name).objective or Objective
+
+    def taught(batch: Batch) -> torch.Tensor:
+        torch.manual_seed(7)
+        return target_of(training, batch, objective)
+
+    learnt = taught(batch) - taught(replace(batch, clean=batch.clean + 1.0, noise=batch.noise - 1.0))
+    halves = {"forget": learnt[batch.forget], "retain": learnt[~batch.forget]}
+    found = {half for half, change in halves.items() if change.abs().max() > 1e-3}
+    measured = {"forget", "retain"} if method(name).start else set()  # by its `Importance`
+    assert found | measured == {*method(name).denoises}
 
 
 @pytest.mark.parametrize(("name", "objective"), [("salun", RandomLabel), ("concept-ablation", Anchor)])
