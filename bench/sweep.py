@@ -3,6 +3,8 @@
     python -m bench.sweep methods      which method, by concept, seed and keep   -> bench/results/methods.json
     python -m bench.sweep saliency     which saliency, likewise                  -> bench/results/sweep.json
     python -m bench.sweep emojicanvas  which method on EmojiCanvas, keep 1 %     -> bench/results/emojicanvas.json
+    python -m bench.sweep peers        which settings of other people's methods there, for `bench.table`
+                                                                                 -> bench/results/peers_emojicanvas.json
 
 A study runs what its file lacks and writes it after every run, so that it may be interrupted and split; then it draws
 its plot, where it has one, and prints its table, which --plot does alone. Runs are spread over worker processes of one
@@ -60,7 +62,8 @@ class Study:
     recipes: dict[str, dict[str, Any]]
     pairs: Sequence[tuple[str, str]]
     seeds: Sequence[int]
-    keeps: Sequence[float]
+    keeps: Sequence[float | None]
+    """None is each method's own."""
     draw: "Callable[[Study, dict[str, Any], Path], None] | None"
     by_words: bool = False
     attacked: Sequence[float] = ()
@@ -80,7 +83,7 @@ class Cell:
     surrogate: str
     seed: int
     recipe: str
-    keep: float
+    keep: float | None
 
     @staticmethod
     def of(row: dict[str, Any]) -> "Cell":
@@ -116,7 +119,8 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     model = bundled.model(study.model)
     pipeline = model.load_pipeline(torch_dtype=getattr(torch, study.dtype))
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
-    config = fade.Config().replace(**study.recipes[cell.recipe], locate__keep=cell.keep, seed=cell.seed)
+    kept = {} if cell.keep is None else {"locate__keep": cell.keep}
+    config = fade.Config().replace(**study.recipes[cell.recipe], **kept, seed=cell.seed)
     config = config.without_ignored()  # all recipes are given the study's keep and passes
     adapter = fade.unlearn(
         pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
@@ -140,7 +144,7 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
         "form": record.metadata["form"],
         "path": run["path"],
         "tiles_occupied": occupied / run["total"],
-        "training_steps": len(run["losses"]["forget"]),
+        "training_steps": len(next(iter(run.get("losses", {}).values()), ())),
         "seconds": run["seconds"],
         "images": len(result.images),
     }
@@ -178,8 +182,13 @@ def sweep(study: Study, todo: list[Cell], images: int, workers: int) -> None:
         progress_bar("sweeping", len(todo), True) as advance,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
     ):
-        for future in as_completed([pool.submit(run_cell, cell, study, images, folder) for cell in todo]):
-            row = future.result()
+        runs = [pool.submit(run_cell, cell, study, images, folder) for cell in todo]
+        for future in as_completed(runs):
+            try:
+                row = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or what is left would run for nothing
+                raise
             content["rows"].append(row)
             write_json(study.output, {"environment": environment(), **content})
             advance(f"{row['forget']}, {row['recipe']}, {row['keep']}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
@@ -242,8 +251,9 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
             for domain in (objects, styles)
         ]
         means = {name: mean(r[name] for r in group) for name in ("UA", "IRA", "CRA", "drift", "adapter_bytes")}
+        kept = "own" if keep is None else f"{keep:g}"
         cells = [
-            recipe, f"{keep:g}", str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
+            recipe, kept, str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
             _beside_base(group, "IRA"), _beside_base(group, "CRA"), f"{means['drift']:.4f}",
             f"{means['adapter_bytes'] / 1e3:.1f}",
         ]  # fmt: skip
@@ -259,6 +269,21 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
         cells += [f"{mean(a[name] for a in attacked):.0f}" if attacked else "" for name in attacks]
         table.add_row(*cells)
     return table
+
+
+def chosen(study: Study, content: dict[str, Any]) -> dict[str, str]:
+    """By method the recipe that is best at its worst: of UA, IRA and CRA, the latter as shares of the base model's, the
+    least, in the mean over concepts and seeds; of equals the first."""
+    found: dict[str, tuple[float, str]] = {}
+    for recipe, changes in study.recipes.items():
+        rows = [row for row in content["rows"] if row["recipe"] == recipe]
+        if not rows:
+            continue
+        least = mean(min(row["UA"], *(100 * row[name] / row["base"][name] for name in ("IRA", "CRA"))) for row in rows)
+        method = changes["overwrite__method"]
+        if method not in found or least > found[method][0]:
+            found[method] = least, recipe
+    return {method: recipe for method, (_, recipe) in found.items()}
 
 
 def met(row: dict[str, Any]) -> bool:
@@ -369,6 +394,28 @@ _FIXED = {
 }  # fmt: skip
 """Fixed steps and fresh noise, as the paper trains, and the settings that the rows of `saliency` were made with."""
 
+_TRIED: dict[str, tuple[dict[str, Any], ...]] = {
+    "esd-u": ({"overwrite__learning_rate": 4.5e-4}, {"overwrite__learning_rate": 3e-4}),
+    "leco": ({"overwrite__learning_rate": 3e-4}, {"overwrite__learning_rate": 1.5e-4}),
+    "gradient-ascent": ({"overwrite__learning_rate": 2e-3}, {"options__most": 1.0}),
+    "erasediff": (
+        {"overwrite__learning_rate": 2e-3},
+        {"overwrite__learning_rate": 2e-3, "options__eta": 0.5},
+    ),
+    "negated-lora": ({"options__strength": 2.0}, {"options__strength": 3.0}),
+    "ssd": (
+        {"options__alpha": 4.0},
+        {"options__alpha": 8.0},
+        {"options__alpha": 10.0, "options__dampening": 1.0},
+    ),
+}
+"""What is tried of methods that EmojiCanvas does not suit with the settings that were chosen on DigitCanvas."""
+
+
+def _named(method: str, changes: dict[str, Any]) -> str:
+    return ", ".join([method, *(f"{name.rpartition('__')[2]} {value:g}" for name, value in changes.items())])
+
+
 STUDIES = {
     "methods": Study(
         RESULTS / "methods.json",
@@ -403,6 +450,15 @@ STUDIES = {
             "distillation": {"overwrite__method": "distillation"},
         },
         pairs=EMOJI, seeds=(0, 1), keeps=(0.01,), draw=None, model="emojicanvas", steps=None,
+    ),
+    "peers": Study(
+        RESULTS / "peers_emojicanvas.json",
+        recipes={
+            _named(method, changes): {"overwrite__method": method, **changes}
+            for method, tried in _TRIED.items()
+            for changes in ({}, *tried)
+        },
+        pairs=EMOJI[:2], seeds=(0,), keeps=(None,), draw=None, model="emojicanvas", steps=None,
     ),
 }  # fmt: skip
 """Of the recipes for the saliency the first is the paper's, the last the control."""

@@ -4,7 +4,7 @@ import random
 
 from rich.console import Console
 
-from bench.sweep import STUDIES, Cell, cells, met, summary
+from bench.sweep import STUDIES, Cell, cells, chosen, met, summary
 from fade import bundled
 
 
@@ -37,3 +37,16 @@ def test_the_table_says_how_many_runs_reach_the_targets() -> None:
     shown = console.export_text()
     assert f"{len(chosen) - 1} of {len(chosen)}" in shown and "89.0 (90.0)" in shown and "70.0 (80.0)" in shown
     assert "worst UA: object / style" in shown
+
+
+def test_the_settings_of_a_peer_are_those_whose_worst_number_is_best() -> None:
+    study = STUDIES["peers"]
+    own, other, third = (name for name in study.recipes if name.split(",")[0] == "leco")
+    of = {cell.recipe: cell for cell in cells(study)}
+    rows = [
+        row(of[own], UA=100.0, IRA=60.0), row(of[own], UA=90.0, IRA=90.0),  # 66.7 and 90 at worst
+        row(of[other], UA=80.0, IRA=90.0), row(of[other], UA=100.0, IRA=72.0, CRA=90.0),  # 80 and 80
+        row(of[third], UA=80.0), row(of[third], UA=80.0),  # as good, and later
+    ]  # fmt: skip
+    assert chosen(study, {"rows": rows}) == {"leco": other}
+    assert chosen(study, {"rows": rows[:2]}) == {"leco": own}

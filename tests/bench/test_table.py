@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench import authors_package, table
+from bench import authors_package, sweep, table
 from bench.table import Cell
 from fade import bundled
 from fade.concept import bundled_concept
@@ -60,11 +60,11 @@ def test_each_device_has_files_of_its_own() -> None:
 
 def test_variants_are_settings_that_the_methods_take() -> None:
     for name, (method, changes) in table.VARIANTS.items():
-        own, plain = table.settings_of(name), table.settings_of(method)
+        own, plain = table.settings_of(name, "digitcanvas"), table.settings_of(method, "digitcanvas")
         assert {setting for setting in own if own[setting] != plain[setting]} == {
             change.replace("__", ".") for change in changes
         }
-    assert table.config_of("salun", 3).seed == 3
+    assert table.config_of("salun", "digitcanvas", 3).seed == 3
 
 
 class Faked:
@@ -108,7 +108,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kept["metrics"]["UA"] == 100.0  # what the file has is gone on from, also in a new folder
     payload = json.loads(path.read_text())
     assert [found["method"] for found in payload["rows"]] == [*methods, "loku"]
-    assert payload["settings"]["both"] == table.settings_of("both")
+    assert payload["settings"]["digitcanvas"]["both"] == table.settings_of("both", "digitcanvas")
 
 
 def test_other_settings_are_measured_anew(
@@ -121,13 +121,17 @@ def test_other_settings_are_measured_anew(
         (folder / cell.name).mkdir()
         (folder / f"{cell.name}.json").write_text("{}")
     payload = json.loads(path.read_text())
-    payload["settings"]["both"]["overwrite.forget_weight"] += 1
+    payload["settings"]["digitcanvas"]["both"]["overwrite.forget_weight"] += 1
     path.write_text(json.dumps(payload))
     table.fill(todo, path, folder, 1, True, "a device")
     assert faked.asked == ["uce", "both", "both"]
-    assert "both is measured anew: other settings now: overwrite.forget_weight" in capsys.readouterr().err
+    assert (
+        "both is measured anew on digitcanvas: other settings now: overwrite.forget_weight" in capsys.readouterr().err
+    )
     assert sorted(found.name for found in folder.iterdir()) == [todo[0].name, f"{todo[0].name}.json"]
-    assert json.loads(path.read_text())["settings"]["both"] == table.settings_of("both")
+    assert json.loads(path.read_text())["settings"]["digitcanvas"] == {
+        name: table.settings_of(name, "digitcanvas") for name in ("uce", "both")
+    }
     path.write_text(json.dumps(payload | {"schema": table.SCHEMA - 1}))
     with pytest.raises(SystemExit, match="another version"):
         table.fill(todo, path, folder, 1, True, "a device")
@@ -203,6 +207,15 @@ def test_steps_of_relearning_stand_beside_those_of_learning_anew() -> None:
     next(iter(one["attacks"].values())).update(steps_to_half=20, anew_steps_to_half=None)
     header, line = table.attack_lines({"rows": [one]}, "m")
     assert header[-1].startswith("relearning every layer") and line[-1] == "20 / never"
+
+
+def test_peers_have_the_settings_that_serve_them_best() -> None:
+    study = sweep.STUDIES["peers"]
+    best = sweep.chosen(study, json.loads((table.ROOT / study.output).read_text()))
+    wanted = {method: {**study.recipes[recipe]} for method, recipe in best.items()}
+    for changes in wanted.values():
+        del changes["overwrite__method"]
+    assert {method: changes for method, changes in wanted.items() if changes} == table.TUNED[study.model]
 
 
 def test_readme_quotes_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
