@@ -105,6 +105,18 @@ _shared: dict[Any, Any] = {}
 """What the runs of one worker process share: what the base model draws is the same for all of them."""
 
 
+def config_of(study: Study, recipe: str, keep: float | None) -> Any:
+    """A recipe's `fade.Config`, without what of the study's common settings its method does not read."""
+    from fade import Config
+
+    kept = {} if keep is None else {"locate__keep": keep}
+    return Config().replace(**study.recipes[recipe], **kept).without_ignored()
+
+
+def _kept(keep: float | None) -> str:
+    return "own" if keep is None else f"{keep:g}"
+
+
 def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, Any]:
     """One run, judged by `images` pictures of each prompt. In `folder` the runs of a process share sampled latents."""
     import torch
@@ -119,9 +131,7 @@ def run_cell(cell: Cell, study: Study, images: int, folder: str) -> dict[str, An
     model = bundled.model(study.model)
     pipeline = model.load_pipeline(torch_dtype=getattr(torch, study.dtype))
     output = Path(folder) / f"{cell.forget}-{cell.surrogate}-{cell.seed}-{os.getpid()}"
-    kept = {} if cell.keep is None else {"locate__keep": cell.keep}
-    config = fade.Config().replace(**study.recipes[cell.recipe], **kept, seed=cell.seed)
-    config = config.without_ignored()  # all recipes are given the study's keep and passes
+    config = config_of(study, cell.recipe, cell.keep).replace(seed=cell.seed)
     adapter = fade.unlearn(
         pipeline, cell.forget, cell.surrogate, config=config, output=output, overwrite=True, progress=False
     )  # fmt: skip
@@ -183,18 +193,19 @@ def sweep(study: Study, todo: list[Cell], images: int, workers: int) -> None:
         ProcessPoolExecutor(workers, mp_context=context) as pool,
     ):
         runs = [pool.submit(run_cell, cell, study, images, folder) for cell in todo]
-        for future in as_completed(runs):
-            try:
+        try:
+            for future in as_completed(runs):
                 row = future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # or what is left would run for nothing
-                raise
-            content["rows"].append(row)
-            write_json(study.output, {"environment": environment(), **content})
-            advance(f"{row['forget']}, {row['recipe']}, {row['keep']}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
+                content["rows"].append(row)
+                write_json(study.output, {"environment": environment(), **content})
+                kept = _kept(row["keep"])
+                advance(f"{row['forget']}, {row['recipe']}, {kept}: UA {row['UA']:.0f} IRA {row['IRA']:.0f}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or what is left would run for nothing
+            raise
 
 
-def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence[float]) -> None:
+def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence[float | None]) -> None:
     """Seconds of whole runs of this process, the recipes in turns: `timings` of the study's file."""
     import fade
     from bench.harness import environment, write_json
@@ -205,8 +216,8 @@ def time_recipes(study: Study, pairs: Sequence[tuple[str, str]], keeps: Sequence
     timings = []
     pipeline = bundled.model(study.model).load_pipeline()
 
-    def run(forget: str, surrogate: str, recipe: str, keep: float) -> float:
-        config = fade.Config().replace(**study.recipes[recipe], locate__keep=keep).without_ignored()
+    def run(forget: str, surrogate: str, recipe: str, keep: float | None) -> float:
+        config = config_of(study, recipe, keep)
         with measured() as cost:
             adapter = fade.unlearn(pipeline, forget, surrogate, config=config, progress=False)
         adapter.remove()
@@ -251,9 +262,8 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
             for domain in (objects, styles)
         ]
         means = {name: mean(r[name] for r in group) for name in ("UA", "IRA", "CRA", "drift", "adapter_bytes")}
-        kept = "own" if keep is None else f"{keep:g}"
         cells = [
-            recipe, kept, str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
+            recipe, _kept(keep), str(len(group)), f"{means['UA']:.1f}", f"{worst[0]:.0f} / {worst[1]:.0f}",
             _beside_base(group, "IRA"), _beside_base(group, "CRA"), f"{means['drift']:.4f}",
             f"{means['adapter_bytes'] / 1e3:.1f}",
         ]  # fmt: skip
@@ -271,13 +281,13 @@ def summary(study: Study, content: dict[str, Any]) -> Any:
     return table
 
 
-def chosen(study: Study, content: dict[str, Any]) -> dict[str, str]:
+def best_by_method(study: Study, content: dict[str, Any]) -> dict[str, str]:
     """By method the recipe that is best at its worst: of UA, IRA and CRA, the latter as shares of the base model's, the
-    least, in the mean over concepts and seeds; of equals the first."""
+    least, in the mean over concepts and seeds; of equals the first. Of recipes that have all their runs."""
     found: dict[str, tuple[float, str]] = {}
     for recipe, changes in study.recipes.items():
         rows = [row for row in content["rows"] if row["recipe"] == recipe]
-        if not rows:
+        if len(rows) < len(study.pairs) * len(study.seeds) * len(study.keeps):
             continue
         least = mean(min(row["UA"], *(100 * row[name] / row["base"][name] for name in ("IRA", "CRA"))) for row in rows)
         method = changes["overwrite__method"]
@@ -301,15 +311,16 @@ def _beside_base(group: Sequence[dict[str, Any]], name: str) -> str:
     return f"{shown} ({mean(row['base'][name] for row in found):.1f})" if all("base" in row for row in found) else shown
 
 
-def _groups(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:
+def _groups(study: Study, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
     groups = defaultdict(list)
     for row in rows:
         groups[row["recipe"], row["keep"]].append(row)
-    order = [(recipe, keep) for keep in sorted(study.keeps, reverse=True) for recipe in study.recipes]
+    keeps = sorted(study.keeps, key=lambda keep: keep or 0.0, reverse=True)
+    order = [(recipe, keep) for keep in keeps for recipe in study.recipes]
     return {key: groups[key] for key in order if key in groups}
 
 
-def _seconds(content: dict[str, Any], recipe: str, keep: float) -> float | None:
+def _seconds(content: dict[str, Any], recipe: str, keep: float | None) -> float | None:
     """The median over concepts of the quiet machine's seconds."""
     found = [t["seconds"] for t in content.get("timings", ()) if (t["recipe"], t["keep"]) == (recipe, keep)]
     return median(found) if found else None
@@ -483,12 +494,13 @@ def main() -> None:
     study = dataclasses.replace(study, output=a.output or study.output)
     if a.timings:
         pairs = [pair for pair in study.pairs if a.concepts is None or pair[0] in a.concepts.split(";")]
-        keeps = [keep for keep in study.keeps if a.keeps is None or str(keep) in a.keeps.split(";")]
+        keeps = [keep for keep in study.keeps if a.keeps is None or _kept(keep) in a.keeps.split(";")]
         time_recipes(study, pairs, keeps)
     elif not a.plot:
         wanted = {"forget": a.concepts, "keep": a.keeps, "recipe": a.recipes, "seed": a.seeds}
-        chosen = {name: set(given.split(";")) for name, given in wanted.items() if given is not None}
-        todo = [c for c in cells(study) if all(str(getattr(c, name)) in values for name, values in chosen.items())]
+        only = {name: set(given.split(";")) for name, given in wanted.items() if given is not None}
+        told = {cell: {**asdict(cell), "keep": _kept(cell.keep)} for cell in cells(study)}
+        todo = [cell for cell in told if all(str(told[cell][name]) in values for name, values in only.items())]
         sweep(study, todo, a.images, a.workers)
     content = _content(study)
     if study.draw is not None:

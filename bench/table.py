@@ -7,9 +7,9 @@
 A cell is one method on one concept with one seed. It is a process of its own, so that its memory is its own and a
 failure is a line of the table with its reason; a process that was killed is run again the next time. What a cell makes
 stays in `--folder` (adapter, attacks) until the file has it; a run that is stopped goes on where it was, also within a
-cell's attacks. Cells whose settings have changed since are measured anew; of attacks that are new, or have other
-settings than before, only these are made, where the adapter is no longer there on one that is made anew and measures
-the same. What depends on the base model alone, all cells share (`kept` in that folder).
+cell's attacks. Cells whose settings have changed since are measured anew. Of attacks that are new, or have other
+settings than before, only these are made; where the adapter is gone it is made again, and if it then measures
+otherwise, the whole cell is replaced. What depends on the base model alone, all cells share (`kept` in that folder).
 
     {"schema": 3, "kind": "table", "environment", "quick",
      "settings": {model: {method: {"section.setting": value}}}, "rows": [
@@ -216,26 +216,31 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     from fade.measure import measured
 
     made, path, kept = folder / cell.name, folder / f"{cell.name}.json", folder / "kept"
-    file = made / "adapter.safetensors"
+    file, checked = made / "adapter.safetensors", made / "measured.json"
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else cell.told
+    wanted = {"settings": settings_of(cell.method, cell.model), "metrics": row.get("metrics")}
     pipeline = bundled.model(cell.model).load_pipeline().to(device)
     try:
-        if "metrics" in row and file.exists():
+        if checked.exists() and json.loads(checked.read_text()) == wanted:  # the adapter is the row's
             adapter = fade.load_adapter(pipeline, file)
         else:
-            (made / "attacks.json").unlink(missing_ok=True)  # on another adapter
+            for stale in (checked, made / "attacks.json"):
+                stale.unlink(missing_ok=True)
             with measured(device) as cost:
                 adapter = fade.unlearn(
                     pipeline, cell.forget, cell.surrogate, output=made, overwrite=True, progress=False,
                     config=config_of(cell.method, cell.model, cell.seed),
                 )  # fmt: skip
             found = measured_metrics(evaluate(pipeline, adapter, seeds=(cell.seed + 1,), cache=kept, progress=False))
-            if row.get("metrics") != found["metrics"]:  # else it is the adapter of before
+            if row.get("metrics") != found["metrics"]:
+                if "metrics" in row:
+                    print(f"{cell.name} measures otherwise than before: all of it is made anew", file=sys.stderr)
                 row = cell.told | {"code": engine_version(), "seconds": _rounded(cost.seconds)}
                 row |= {"peak_memory_bytes": cost.peak_memory_bytes, "adapter_bytes": file.stat().st_size, **found}
             write_json(path, row)
+            write_json(checked, wanted | {"metrics": row["metrics"]})
     except FadeError as reason:
-        row["reason"] = str(reason)
+        row = cell.told | {"reason": str(reason)}
     asked = chosen_attacks(cell.attacks) if cell.attacks and "reason" not in row else ()
     lacking = [one for one in asked if not stood(row, one)]
     if lacking:
@@ -466,14 +471,16 @@ def papers(payload: dict[str, Any]) -> str:
     models = list(dict.fromkeys(row["model"] for row in payload["rows"]))
     header = [f"{model}, {domain.name}s" for model in models for domain in bundled.model(model).domains]
     table = [["method", *header, "UnlearnCanvas, objects", "styles"]]
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for model in models:
         for method, own, good in _by_method(payload, model):
             for domain in bundled.model(model).domains:
                 rows = [row["metrics"] for row in good if row["forget"] in domain.words]
                 middle = [f"{median(row[name] for row in rows):.1f}" for name in ("UA", "IRA", "CRA") if rows]
-                found.setdefault(method, []).append(" / ".join(middle) or ("cannot" if "reason" in own[0] else "-"))
-    for method, texts in found.items():
+                text = " / ".join(middle) or ("cannot" if "reason" in own[0] else "-")
+                found.setdefault(method, {})[f"{model}, {domain.name}s"] = text
+    for method, by_column in found.items():
+        texts = [by_column.get(column, "-") for column in header]
         published = [" / ".join(map(str, numbers)) for numbers in PUBLISHED.get(method, ())]
         table.append([method, *texts, *(published or ["-", "-"])])
     lines = ["| " + " | ".join(line) + " |" for line in table]
@@ -578,10 +585,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.show:
         payload = read(output)
     else:
-        for stop in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # a shell has the former ignored by what it starts in the background
+        # A shell has the former ignored by what it starts in the background.
+        for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, signal.default_int_handler)
         payload = fill(cells(a.quick, a.methods or names()), output, folder, a.workers, a.quick, a.device)
     usual = [] if output != RESULTS else [path for path in (AUTHORS,) if path.exists()]

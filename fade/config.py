@@ -63,7 +63,7 @@ class DataConfig:
     student see the same one, so it need not show the prompt); where there are more prompts than images without a
     caption, those images are used again. Where every image has a caption, the retain prompts are not needed. Where
     latents are denoised to their own noise (`Config.denoises`) they must show their prompts: one is sampled for each
-    prompt at least, and images are not used again."""
+    prompt at least, and images without a caption are warned of."""
     sampling_steps: int = 5
     """Denoising steps a sampled latent takes; only its rough content matters, it is noised again in training. Of
     "three" and "five", 24 and 48 latents of 5 steps taught as much as 48 and 96 of 10, at a quarter of the cost."""
@@ -356,7 +356,7 @@ class Config:
     @property
     def denoises(self) -> frozenset[str]:
         """Which parts of the latents, `forget` and `retain`, a run denoises to their own noise anywhere, instead of
-        asking the frozen model what it would do: pictures of these must show the prompts that they go with."""
+        asking the frozen model what it would do. Their pictures must show the prompts that they go with."""
         found = {*self.method.denoises}
         if self.measures:
             of_saliency = {"denoising": ("forget",), "guided": ("forget",), "contrast": ("forget", "retain")}

@@ -57,26 +57,30 @@ def prepare_latents(
 ) -> Latents:
     """The latents for a request, from `cache` where it holds the same request's.
 
-    `fingerprint` names the base weights. Of the parts in `denoised`, `forget` or `retain`, every latent shows the
-    prompt that it goes with (`Config.denoises`). With `progress`, what was found in image folders is told on stderr.
-    Warns once each of images that cannot be read or whose caption speaks against their use, of retain images without
-    captions that are to be denoised, of retain prompts that name the concept, and of a damaged cache, which is made
-    again. Raises FadeError for a missing or empty image folder, a caption or metadata file that cannot be read, and
-    where no image is left.
+    `fingerprint` names the base weights. Of the parts in `denoised`, `forget` or `retain`, every latent that is sampled
+    shows the prompt that it goes with (`Config.denoises`). With `progress`, what was found in image folders is told on
+    stderr, and how many are sampled where these are more than the settings say. Warns once each of images that cannot
+    be read or whose caption speaks against their use, of retain images without captions that are to be denoised, of
+    retain prompts that name the concept, and of a damaged cache, which is made again. Raises FadeError for a missing or
+    empty image folder, a caption or metadata file that cannot be read, and where no image is left.
 
     Of several processes the first alone reads pictures and the cache and writes it, and all draw; all get the same.
     """
     warn_of_retain_prompts(concept, config, stacklevel=3)
-    config = _one_each(concept, config, denoised)
+    asked, config = config, _one_each(concept, config, denoised)
     key, found, forget_folder, retain_folder = "", None, None, None
     if processes.first():
         forget_folder = _find(config.forget_images, config.retain_images, "forget", config.forget_samples, progress)
         retain_folder = _find(config.retain_images, config.forget_images, "retain", config.retain_samples, progress)
         if cache is not None:
-            key = request_key(backbone, concept, config, seed, fingerprint, forget_folder, retain_folder)
+            key = request_key(backbone, concept, config, seed, fingerprint, forget_folder, retain_folder, denoised)
             found = _load(cache, key, backbone)
     if (found := _of_first(found, backbone)) is not None:
         return found
+    for part in ("forget", "retain"):
+        settings, drawn = (getattr(one, f"{part}_samples") for one in (asked, config))
+        if drawn > settings:
+            tell(f"{drawn} {part} latents, one for each prompt, instead of {settings}: they are denoised", progress)
     made: Latents | None = None
     if config.forget_images is None:
         forget = _drawn_forget_latents(backbone, concept, config, seed, progress)
@@ -211,12 +215,11 @@ def _retain_latents(
     without = [i for i, caption in enumerate(captions) if not caption]
     if without and denoised:
         warnings.warn(
-            f"{len(without)} of {len(captions)} images in {folder.folder} have no caption and are trained with retain "
-            "prompts, which they may not show: the model is taught to draw them when it is asked for these. Give them "
-            "captions, or choose a method that does not learn from pictures (distillation, both)",
+            f"{len(without)} of {len(captions)} images in {folder.folder} have no caption and go with retain prompts, "
+            "which they may not show, and these settings denoise them as pictures of those; give them captions",
             stacklevel=3,
         )
-    elif without:
+    if without:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in set(used)]
         again = [without[i % len(without)] for i in range(len(missing))]
         latents, used = torch.cat([latents, latents[again]]), [*used, *missing]
@@ -304,6 +307,7 @@ def request_key(
     fingerprint: str,
     forget_folder: PictureFolder | None = None,
     retain_folder: PictureFolder | None = None,
+    denoised: Collection[str] = (),
 ) -> str:
     """A digest of everything the latents depend on: the prompts and settings, the content of pictures and captions, the
     denoiser (`fingerprint`) and every other part of the pipeline that they go through, and the libraries."""
@@ -319,6 +323,7 @@ def request_key(
         "seed": seed,
         "forget": forget_folder and _contents(forget_folder, config.forget_samples),
         "retain": retain_folder and _contents(retain_folder, config.retain_samples),
+        **({"denoised": sorted(denoised)} if denoised else {}),
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ import random
 
 from rich.console import Console
 
-from bench.sweep import STUDIES, Cell, cells, chosen, met, summary
+from bench.sweep import STUDIES, Cell, best_by_method, cells, met, summary
 from fade import bundled
 
 
@@ -43,10 +43,11 @@ def test_the_settings_of_a_peer_are_those_whose_worst_number_is_best() -> None:
     study = STUDIES["peers"]
     own, other, third = (name for name in study.recipes if name.split(",")[0] == "leco")
     of = {cell.recipe: cell for cell in cells(study)}
+    assert len([cell for cell in cells(study) if cell.recipe == own]) == 2
     rows = [
         row(of[own], UA=100.0, IRA=60.0), row(of[own], UA=90.0, IRA=90.0),  # 66.7 and 90 at worst
         row(of[other], UA=80.0, IRA=90.0), row(of[other], UA=100.0, IRA=72.0, CRA=90.0),  # 80 and 80
         row(of[third], UA=80.0), row(of[third], UA=80.0),  # as good, and later
     ]  # fmt: skip
-    assert chosen(study, {"rows": rows}) == {"leco": other}
-    assert chosen(study, {"rows": rows[:2]}) == {"leco": own}
+    assert best_by_method(study, {"rows": rows}) == {"leco": other}
+    assert best_by_method(study, {"rows": rows[:3]}) == {"leco": own}  # the other lacks a run

@@ -211,11 +211,25 @@ def test_steps_of_relearning_stand_beside_those_of_learning_anew() -> None:
 
 def test_peers_have_the_settings_that_serve_them_best() -> None:
     study = sweep.STUDIES["peers"]
-    best = sweep.chosen(study, json.loads((table.ROOT / study.output).read_text()))
+    best = sweep.best_by_method(study, json.loads((table.ROOT / study.output).read_text()))
     wanted = {method: {**study.recipes[recipe]} for method, recipe in best.items()}
     for changes in wanted.values():
         del changes["overwrite__method"]
     assert {method: changes for method, changes in wanted.items() if changes} == table.TUNED[study.model]
+
+
+def test_beside_papers_every_number_stands_in_its_column() -> None:
+    rows = [measured(Cell("emojicanvas", "leco", word, "", 0), 70.0) for word in ("tiger", "pizza", "apple")]
+    rows[0]["metrics"]["UA"], rows[1]["metrics"]["UA"] = 20.0, 90.0
+    rows += [measured(Cell("digitcanvas", "salun", "neon", "", 0), 40.0)]
+    rows += [row(Cell("digitcanvas", "uce", "three", "", 0), reason="none")]
+    lines = [[text.strip() for text in line.split("|")[1:-1]] for line in table.papers({"rows": rows}).splitlines()]
+    columns = ["emojicanvas, objects", "emojicanvas, styles", "digitcanvas, digits", "digitcanvas, styles"]
+    assert lines[0] == ["method", *columns, "UnlearnCanvas, objects", "styles"]
+    by_method = {line[0]: line[1:] for line in lines[2:]}
+    assert by_method["leco"] == ["70.0 / 99.0 / 98.5", "-", "-", "-", "-", "-"]
+    assert by_method["salun"] == ["-", "-", "-", "40.0 / 99.0 / 98.5", "86.9 / 96.4 / 99.6", "86.3 / 90.4 / 95.1"]
+    assert by_method["uce"][:4] == ["-", "-", "cannot", "cannot"]
 
 
 def test_readme_quotes_the_committed_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,9 +238,12 @@ def test_readme_quotes_the_committed_table(tmp_path: Path, capsys: pytest.Captur
     assert table.main(["--show", "--markdown", "--output", str(copy), "--beside", *beside]) == 0
     text = (table.ROOT / "README.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out in text, "put the output of `python -m bench.table --show --markdown` there"
+    assert table.main(["--show", "--papers", "--output", str(copy), "--beside"]) == 0
+    text = (table.ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in text, "put the output of `python -m bench.table --show --papers --beside` there"
 
 
-def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path) -> None:
+def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = Cell("digitcanvas", "closed-form", "three", "eight", 0)
     first = table.run_cell(cell, tmp_path)
     assert first["metrics"]["UA"] >= 95 and first["adapter_bytes"] > 1000 and "attacks" not in first
@@ -239,17 +256,22 @@ def test_one_cell_is_made_judged_attacked_and_gone_on_with(tmp_path: Path) -> No
     assert again["interval_95"]["UA"][0] <= again["metrics"]["UA"] <= again["interval_95"]["UA"][1]
     # A table that was copied without its folder, and since when an attack has other settings: it alone is made.
     file, (name,) = tmp_path / f"{cell.name}.json", again["attacks"]
-    for change in ("attack", "metric"):
-        shutil.rmtree(tmp_path / cell.name)
+    for change in ("attack", "metric", "interrupted"):
+        if change == "interrupted":  # an adapter of other settings, which nothing has measured
+            (tmp_path / cell.name / "measured.json").unlink()
+        else:
+            shutil.rmtree(tmp_path / cell.name)
         known = json.loads(json.dumps(again))
         known["seconds"], known["attacks"] = 1e6, {name: again["attacks"][name] | {"settings": {"older": 1}}}
-        known["metrics"]["UA"] -= 50 * (change == "metric")
+        known["metrics"]["UA"] -= 50 * (change != "attack")
         file.write_text(json.dumps(known))
         assert not table._finished(known, Cell(*cell.key, ("removal",)))
         third = table.run_cell(Cell(*cell.key, ("removal",)), tmp_path)
         assert (third["attacks"], third["metrics"]) == (again["attacks"], again["metrics"])
         assert (third["seconds"] == 1e6) == (change == "attack")  # another adapter than the file's is measured anew
         assert table._finished(third, Cell(*cell.key, ("removal",))) and json.loads(file.read_text()) == third
+    told = capsys.readouterr().err
+    assert told.count(f"{cell.name} measures otherwise than before: all of it is made anew") == 2
 
 
 def test_what_is_no_table_is_said(tmp_path: Path) -> None:

@@ -238,16 +238,22 @@ def test_retain_images_without_caption_serve_every_retain_prompt(
     assert all(torch.equal(latent, (first, third)[i % 2]) for i, latent in enumerate(again))
 
 
-def test_retain_images_without_caption_that_are_denoised_are_told_and_not_used_again(
+def test_retain_images_without_caption_that_are_denoised_are_told(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     retain = folder_of(tmp_path / "retain", 3)
     (retain / "01.txt").write_text("a blue wall")
     concept = concept_from_words("cat", "dog", ["a {}"], words(6, "house"))
     config = DataConfig(forget_samples=1, sampling_steps=1, retain_images=str(retain))
-    with pytest.warns(UserWarning, match=r"2 of 3 images in .*retain have no caption and are trained with retain prom"):
-        latents = prepare_latents(backbone_for(pipeline), concept, config, 0, "base", denoised=("retain",))
-    assert latents.retain_prompts == ("house 0", "a blue wall", "house 2")
+    cache = tmp_path / "latents.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents = prepare_latents(backbone_for(pipeline), concept, config, 0, "base", cache)
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 images in .*retain have no caption and go with retain prompts, which"
+    ):
+        denoised = prepare_latents(backbone_for(pipeline), concept, config, 0, "base", cache, denoised=("retain",))
+    assert denoised.retain_prompts == latents.retain_prompts and len({*latents.retain_prompts}) == 7
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in (0, 2):

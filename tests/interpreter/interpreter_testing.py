@@ -35,7 +35,7 @@ def strided_rows(matrix: Tensor) -> Tensor:
 
 
 def frobenius_error(actual: Tensor, expected: Tensor, terms: Sequence[Tensor] = ()) -> float:
-    """||actual - expected|| / ||expected||, or where expected is 0 the sum of errors; NaN counts as infinite.
+    """||actual - expected|| / ||expected||, or where it and its terms are 0 the sum of errors; NaN counts as infinite.
 
     Where `expected` is a sum, its `terms` are rounded relative to their own sizes, and may nearly cancel: the error is
     then relative to the largest of the sum and its terms, which of more than a few random numbers is the sum. Below the
