@@ -29,7 +29,7 @@ from bench.files import ROOT, load_kind, write_json
 SCHEMA = 1
 RESULTS = ROOT / "bench" / "results" / "sequential.json"
 FOLDER = ROOT / "build" / "sequential"
-DEFAULT = ("closed-form", "both", "uce", "speed", "concept-ablation")
+DEFAULT = ("closed-form", "both", "uce", "speed", "concept-ablation", "loku")
 BACK = "three"
 """The concept that is taken back at the end."""
 SHOWN = (1, 4, 8, len(CONCEPTS))

@@ -244,15 +244,11 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> dict[str, Any]:
     asked = chosen_attacks(cell.attacks) if cell.attacks and "reason" not in row else ()
     lacking = [one for one in asked if not stood(row, one)]
     if lacking:
-        try:
-            record = attack(
-                pipeline, adapter, lacking, pictures=PICTURES, record=made / "attacks.json", cache=kept,
-                progress=False,
-            )  # fmt: skip
-            new = measured_attacks(record)
-            row |= new | {"attacks": row.get("attacks", {}) | new["attacks"]}
-        except FadeError as reason:
-            row["left_out"] = {one.name: str(reason) for one in lacking}
+        record = attack(
+            pipeline, adapter, lacking, pictures=PICTURES, record=made / "attacks.json", cache=kept, progress=False
+        )
+        new = measured_attacks(record)
+        row |= new | {"attacks": row.get("attacks", {}) | new["attacks"]}
         row["attacks"] = {name: counts for one in asked for name, counts in stood(row, one).items()}
     write_json(path, row)
     return row
@@ -411,10 +407,12 @@ def _attacked(row: dict[str, Any]) -> float | None:
 
 
 def _relearnt(row: dict[str, Any]) -> str | None:
-    """Steps of every layer on ten pictures after which half of the concept is back, and to learn it anew."""
+    """Steps of every layer on ten pictures after which half of the concept is back, and to learn it anew; 0 where half
+    of it was never gone."""
     for name, counts in row.get("attacks", {}).items():
         if name.startswith("relearning, 10 pictures, every layer,"):
-            return " / ".join(str(counts[which] or "never") for which in ("steps_to_half", "anew_steps_to_half"))
+            steps = (counts[which] for which in ("steps_to_half", "anew_steps_to_half"))
+            return " / ".join("never" if step is None else str(step) for step in steps)
     return None
 
 

@@ -207,6 +207,8 @@ def test_steps_of_relearning_stand_beside_those_of_learning_anew() -> None:
     next(iter(one["attacks"].values())).update(steps_to_half=20, anew_steps_to_half=None)
     header, line = table.attack_lines({"rows": [one]}, "m")
     assert header[-1].startswith("relearning every layer") and line[-1] == "20 / never"
+    next(iter(one["attacks"].values())).update(steps_to_half=0, anew_steps_to_half=5)
+    assert table.attack_lines({"rows": [one]}, "m")[1][-1] == "0 / 5"  # it had not gone
 
 
 def test_peers_have_the_settings_that_serve_them_best() -> None:

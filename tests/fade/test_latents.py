@@ -26,7 +26,7 @@ from fade import images as images_module
 from fade import latents as latents_module
 from fade.backbones import backbone_for
 from fade.cache_key import module_digest
-from fade.concept import concept_from_words
+from fade.concept import Concept, concept_from_words
 from fade.config import Config, DataConfig
 from fade.errors import FadeError
 from fade.latents import Latents, prepare_latents
@@ -224,13 +224,17 @@ def test_a_caption_too_long_for_the_text_encoder_gives_way_to_a_template(
     assert latents.forget_prompts[0] == "a cat" and latents.forget_prompts[1].startswith("a cat in a very")
 
 
+def one_caption_of_three(retain: Path) -> tuple[Concept, DataConfig]:
+    """Six retain prompts, and a folder of three retain images, one of them with a caption."""
+    (folder_of(retain, 3) / "01.txt").write_text("a blue wall")
+    config = DataConfig(forget_samples=1, sampling_steps=1, retain_images=str(retain))
+    return concept_from_words("cat", "dog", ["a {}"], words(6, "house")), config
+
+
 def test_retain_images_without_caption_serve_every_retain_prompt(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    retain = folder_of(tmp_path / "retain", 3)
-    (retain / "01.txt").write_text("a blue wall")
-    concept = concept_from_words("cat", "dog", ["a {}"], words(6, "house"))
-    config = DataConfig(forget_samples=1, sampling_steps=1, retain_images=str(retain))
+    concept, config = one_caption_of_three(tmp_path / "retain")
     latents = prepare_latents(backbone_for(pipeline), concept, config, 0, "base")
     assert latents.retain_prompts[:3] == ("house 0", "a blue wall", "house 2")
     assert set(latents.retain_prompts[3:]) == {"house 1", "house 3", "house 4", "house 5"}
@@ -241,10 +245,7 @@ def test_retain_images_without_caption_serve_every_retain_prompt(
 def test_retain_images_without_caption_that_are_denoised_are_told(
     pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    retain = folder_of(tmp_path / "retain", 3)
-    (retain / "01.txt").write_text("a blue wall")
-    concept = concept_from_words("cat", "dog", ["a {}"], words(6, "house"))
-    config = DataConfig(forget_samples=1, sampling_steps=1, retain_images=str(retain))
+    concept, config = one_caption_of_three(tmp_path / "retain")
     cache = tmp_path / "latents.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -257,7 +258,7 @@ def test_retain_images_without_caption_that_are_denoised_are_told(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in (0, 2):
-            (retain / f"{number:02}.txt").write_text("a red wall")
+            (tmp_path / "retain" / f"{number:02}.txt").write_text("a red wall")
         prepare_latents(backbone_for(pipeline), concept, config, 0, "base", denoised=("retain",))
 
 
