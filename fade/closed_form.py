@@ -58,11 +58,13 @@ alone nothing (UA 0); at keep 0.3 % and equal drift, UA is 100/100/100/70 with 0
 LEAST_WEIGHT, FIRST_WEIGHT, MOST_WEIGHT = 0.1, 5.0, 100.0
 """Of λ where it is searched for; entries are selected with the one in the middle."""
 ROWS_TO_BALANCE = 4096
-"""Rows of all layers that λ is searched on, where there are twice as many or more."""
+"""Rows of all layers that λ is searched on, where there are twice as many or more, if none has more than MOST_PER_ROW
+entries; of longer ones as many as have so many entries together: what SD 3.5 and FLUX.1 read of a prompt is one layer,
+whose rows may keep thousands."""
 MOST_SHIFT = 2.0
 """Times that the change of retain tokens may become larger or smaller for the sake of forgetting."""
 MOST_PER_ROW = 256
-"""Entries of a row that are solved for again and again: the time grows with their cube."""
+"""Entries of a row that are solved for again and again while they are chosen: the time grows with their cube."""
 PENALTY = 1e4
 """Of changes of protected tokens while entries and λ are chosen, in mean square entries of the tokens."""
 PROTECTED_PRECISION = 1e-7
@@ -376,8 +378,10 @@ def balanced(
 
 
 def _thinned(equations: NormalEquations, masks: Mapping[str, BitMask]) -> tuple[NormalEquations, Mapping[str, BitMask]]:
-    """Every n-th row of each layer, so that about ROWS_TO_BALANCE are left: one λ needs no more."""
-    step = max(1, len(equations.rhs) // ROWS_TO_BALANCE)
+    """Every n-th row of each layer, so that about ROWS_TO_BALANCE are left, or as many entries as so many may have: one
+    λ needs no more."""
+    entries = sum(masks[name].count for name in equations.rows)
+    step = max(1, len(equations.rhs) // ROWS_TO_BALANCE, entries // (ROWS_TO_BALANCE * MOST_PER_ROW))
     if step == 1:
         return equations, masks
     rows = {name: -(-many // step) for name, many in equations.rows.items()}
@@ -451,13 +455,23 @@ def select(
         chosen = select_top_fraction(equations.by_layer(scores), fraction, granularity, tile)
         return BitMask(torch.cat([mask.words for mask in chosen.masks]), shape), chosen.threshold
 
+    def most_per_row_(scores: Tensor, mask: BitMask | None = None) -> None:
+        """Leaves those that make no row larger, what is on the mask counting first."""
+        held = None if mask is None else mask.unpack()
+        if held is not None:
+            scores.masked_fill_(held, torch.inf)
+        scores.mul_(scores >= scores.kthvalue(shape[1] - MOST_PER_ROW + 1, dim=1, keepdim=True).values)
+        if held is not None:
+            scores.masked_fill_(held, 0.0)
+
     scores = _gains(equations)
     spread = [(float(score.mean()), float(score.max())) for score in equations.by_layer(scores)]
-    if granularity == "element" and shape[1] > MOST_PER_ROW:
+    limited = granularity == "element" and shape[1] > MOST_PER_ROW
+    if limited:
         if 2 * units > shape[0] * MOST_PER_ROW:
             mask, threshold = best(_dense_prices(equations), units)
             return _selected(equations, mask, threshold, spread)
-        scores.mul_(scores >= scores.kthvalue(shape[1] - MOST_PER_ROW + 1, dim=1, keepdim=True).values)
+        most_per_row_(scores)
     many = min(total, round(FIRST_GROWTH * units))
     mask, threshold = best(scores, many)
     gained = 0.0
@@ -475,7 +489,10 @@ def select(
             if gained < (1 + WORTH_IT) * before:
                 break
             many = min(total, round((1 + GROWTH) * units))
-            added, _ = best(_gains(equations, mask, values), many - units)
+            gains = _gains(equations, mask, values)
+            if limited:
+                most_per_row_(gains, mask)
+            added, _ = best(gains, many - units)
             mask = BitMask(mask.words | added.words, shape)
     return _selected(equations, mask, threshold, spread)
 

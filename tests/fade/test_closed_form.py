@@ -199,8 +199,11 @@ def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
         assert torch.equal(found.rhs, same.rhs)
 
 
-def test_the_weight_is_found_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fade.closed_form.ROWS_TO_BALANCE", 250)
+@pytest.mark.parametrize("rows, entries", [(250, 256), (1000, 1)], ids=["many", "long"])
+def test_the_weight_is_found_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatch, rows: int, entries: int) -> None:
+    """Every sixth, where there are six times the rows, or entries in them, that one λ needs."""
+    monkeypatch.setattr("fade.closed_form.ROWS_TO_BALANCE", rows)
+    monkeypatch.setattr("fade.closed_form.MOST_PER_ROW", entries)
     equations, layers, _ = random_equations(seed := 40, rows=(333, 1400), columns=20)
     generator = torch.Generator().manual_seed(seed)
     masks = {n: BitMask.pack(torch.rand(m.weight.shape, generator=generator) < 0.3) for n, m in layers.items()}
@@ -212,7 +215,8 @@ def test_the_weight_is_found_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("fade.closed_form.residual", seen)
     found = balanced(equations, masks, 0.01)
-    assert set(looked_at) == {56 + 234}  # every sixth
+    step = 6 if entries > 1 else sum(mask.count for mask in masks.values()) // rows
+    assert set(looked_at) == {-(-333 // step) + -(-1400 // step)}
     assert found.rows == equations.rows and found.rhs is equations.rhs
     assert residual(found, masks, solve(found, masks)).retain == pytest.approx(0.01, rel=0.25)
 
@@ -242,6 +246,23 @@ def test_the_selection_spends_its_budget_where_it_counts(columns: int) -> None:
     mask = torch.zeros(50 * columns, dtype=torch.bool).index_fill(0, order[: 5 * columns], True)
     control = dict(zip(layers, map(BitMask.pack, mask.reshape(50, columns).split([20, 30])), strict=True))
     assert objective(equations, chosen.masks) < 1.2 * objective(equations, control)
+
+
+def test_no_row_outgrows_what_is_solved_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one for which all that is left to gain is in it."""
+    monkeypatch.setattr("fade.closed_form.MOST_PER_ROW", 10)
+    equations, _, _ = random_equations(10, rows=(20, 30), columns=40)
+    equations.rhs[:6] *= 100
+    largest, solved = [], fade.closed_form._solved
+
+    def seen(equations: NormalEquations, mask: BitMask, with_prices: bool) -> Any:
+        largest.append(int(mask.row_counts.max()))
+        return solved(equations, mask, with_prices)
+
+    monkeypatch.setattr("fade.closed_form._solved", seen)
+    chosen = select(equations, 100)
+    assert max(largest) == 10 and len(largest) > 7  # grown again at least once
+    assert sum(mask.count for mask in chosen.masks.values()) == 100
 
 
 @pytest.mark.parametrize("granularity", ["tile", "channel", "module"])

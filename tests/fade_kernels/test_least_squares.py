@@ -151,8 +151,8 @@ def test_other_instruction_sets(monkeypatch: pytest.MonkeyPatch, capability: str
     check(*problem(30, 75, 0.5, 15), 1e-11)
 
 
-def test_blocks_on_cuda_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(least_squares_by_size, "_BLOCK_BYTES", 8 * 30**2 * 3)
+def test_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(least_squares_by_size._BLOCK_BYTES, "cpu", 8 * 30**2 * 3)
     check(*problem(50, 60, 0.5, 11), 1e-11)
 
 
@@ -365,7 +365,7 @@ def test_memory_of_large_supports_is_bounded(monkeypatch: pytest.MonkeyPatch, de
     mask[300:] = mask[299]
     arguments = (rhs, gram, reference.pack_mask(mask), int(mask.sum()), True)
     expected = reference.masked_least_squares(*arguments)
-    monkeypatch.setattr(least_squares_by_size, "_BLOCK_BYTES", 8 * 100**2)
+    monkeypatch.setitem(least_squares_by_size._BLOCK_BYTES, "cpu", 8 * 100**2)
     with _Largest() as largest:
         found = least_squares.padded_masked_least_squares(*arguments)
     for own, right in zip(found[:2], expected[:2], strict=True):
