@@ -199,7 +199,7 @@ def test_the_weight_is_found_that_changes_so_much_and_no_more() -> None:
         assert torch.equal(found.rhs, same.rhs)
 
 
-@pytest.mark.parametrize("rows, entries", [(250, 256), (1000, 1)], ids=["many", "long"])
+@pytest.mark.parametrize(("rows", "entries"), [(250, 256), (1000, 1)], ids=["many", "long"])
 def test_the_weight_is_found_on_some_of_many_rows(monkeypatch: pytest.MonkeyPatch, rows: int, entries: int) -> None:
     """Every sixth, where there are six times the rows, or entries in them, that one λ needs."""
     monkeypatch.setattr("fade.closed_form.ROWS_TO_BALANCE", rows)
