@@ -10,16 +10,19 @@ which edits in closed form and then trains, a few steps unmeasured first, so tha
         {"case", "method", "dtype", "checkpointing", "pixels", "latents" of a step, "steps",
          "seconds": {part: seconds}, "planned": {stage: bytes}, "measured": {stage: bytes}, "others": bytes of the
          pipeline's other parts, where they stay on the device meanwhile, "run": said by the run}
-        | {"case", "failed": why}]}
+        | {"case", "method", "failed": why, "not_finite": {"output" or "gradient": the modules of the first few}}
+        | {"case", "failed": why, "stderr"}]}
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,56 +90,95 @@ def random_pipeline(case: Case, device: str) -> Any:
     return pipeline.to(device, torch.bfloat16)
 
 
+@contextlib.contextmanager
+def first_not_finite(pipeline: Any, most: int = 5) -> Iterator[dict[str, list[str]]]:
+    """Fills in, at its end, which modules of the pipeline's parts were the first to put out what is no finite number,
+    and of which outputs the gradients were so first. What is looked at stays on its device until then."""
+    looked: dict[str, list[tuple[str, torch.Tensor]]] = {"output": [], "gradient": []}
+    found: dict[str, list[str]] = {}
+    hooks = []
+
+    def look(kind: str, name: str, tensor: torch.Tensor) -> None:
+        looked[kind].append((name, tensor.detach().isfinite().all()))
+
+    def watch(module: torch.nn.Module, given: Any, output: Any, name: str) -> None:
+        for value in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                look("output", name, value)
+                if value.requires_grad:
+                    value.register_hook(partial(look, "gradient", name))
+
+    for part, model in pipeline.components.items():
+        for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+            hooks.append(module.register_forward_hook(partial(watch, name=f"{part}.{name}".rstrip("."))))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for kind, seen in looked.items():
+            found[kind] = [name for name, finite in seen if not bool(finite)][:most]
+
+
 def run_case(name: str, device: str, methods: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """A row for each method."""
+    """A row for each method, if only to say why it failed."""
     import warnings
 
+    warnings.simplefilter("ignore")
+    began = time.perf_counter()
+    pipeline = random_pipeline(CASES[name], device)
+    print(f"{name}: made in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    for method in methods or CASES[name].methods:
+        yield run_method(name, pipeline, method, device)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def run_method(name: str, pipeline: Any, method: str, device: str) -> dict[str, Any]:
     import fade
     from fade.backbones import backbone_for
     from fade.planning import plan
     from fade.training_mode import device_memory
 
-    warnings.simplefilter("ignore")
-    case = CASES[name]
-    began = time.perf_counter()
-    pipeline = random_pipeline(case, device)
-    denoiser = backbone_for(pipeline).denoiser
-    print(f"{name}: made in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-    for method in methods or case.methods:
-        changes = {
-            "data__forget_samples": 2 * case.half, "data__retain_samples": 2 * case.half, "data__sampling_steps": 2,
-            "data__batch_size": 2 * case.half, "data__resolution": case.pixels, "locate__batch_size": 2 * case.half,
-            "overwrite__batch_size": case.half, "overwrite__retain_batch_size": case.half, "overwrite__pool": 2,
-            "overwrite__stop_forget": 0.0, "overwrite__warmup_steps": 0,
-            "gradient_checkpointing": case.checkpointing,
-        }  # fmt: skip
-        trains = fade.Config.of(method).trains
-        for steps in (case.steps // 2, case.steps) if trains else (1, 1):
-            config = fade.Config.of(method, **changes, overwrite__steps=steps).without_ignored()
-            began = time.perf_counter()
-            adapter = fade.unlearn(
-                pipeline, "three", "eight", templates=["a {}", "a handwritten {}"], retain=["a two", "a four"],
-                config=config, progress=False,
-            )  # fmt: skip
-            took = time.perf_counter() - began
-            said = adapter.run
-            adapter.remove()
-            print(f"{name}, {method}, {steps} steps: {took:.1f} s", file=sys.stderr, flush=True)
-        on_gpu, size = device != "cpu", device_memory(denoiser.device)
-        column = plan(case.model, config, case.pixels, ("bf16",), on_gpu, size).columns[0]
-        mode = "checkpointed" if case.checkpointing else "plain"
-        planned = {stage: column.peaks[stage][mode] for stage in STAGES}
-        stay = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module) and p is not denoiser]
-        others = 0 if config.needs_latents else sum(w.numel() * w.element_size() for p in stay for w in p.parameters())
-        record = {key: said[key] for key in ("steps", "training_mode", "cuda_graph", "residual") if key in said}
-        yield {
-            "case": name, "method": method, "dtype": "bfloat16", "checkpointing": case.checkpointing,
-            "pixels": case.pixels, "latents": 2 * case.half, "steps": steps if trains else 0,
-            "seconds": {**said["seconds"], "all": took}, "planned": planned,
-            "measured": said["peak_memory_bytes"], "others": others, "run": record,
-        }  # fmt: skip
-        if device != "cpu":
-            torch.cuda.empty_cache()
+    case, denoiser = CASES[name], backbone_for(pipeline).denoiser
+    changes = {
+        "data__forget_samples": 2 * case.half, "data__retain_samples": 2 * case.half, "data__sampling_steps": 2,
+        "data__batch_size": 2 * case.half, "data__resolution": case.pixels, "locate__batch_size": 2 * case.half,
+        "overwrite__batch_size": case.half, "overwrite__retain_batch_size": case.half, "overwrite__pool": 2,
+        "overwrite__stop_forget": 0.0, "overwrite__warmup_steps": 0,
+        "gradient_checkpointing": case.checkpointing,
+    }  # fmt: skip
+    trains = fade.Config.of(method).trains
+    for steps in (case.steps // 2, case.steps) if trains else (1, 1):
+        config = fade.Config.of(method, **changes, overwrite__steps=steps).without_ignored()
+        unlearn = partial(
+            fade.unlearn, pipeline, "three", "eight", templates=["a {}", "a handwritten {}"],
+            retain=["a two", "a four"], config=config, progress=False,
+        )  # fmt: skip
+        began = time.perf_counter()
+        try:
+            adapter = unlearn()
+        except fade.FadeError as error:
+            with first_not_finite(pipeline) as found, contextlib.suppress(fade.FadeError):
+                unlearn()
+            return {"case": name, "method": method, "failed": str(error), "not_finite": found}
+        took = time.perf_counter() - began
+        said = adapter.run
+        adapter.remove()
+        print(f"{name}, {method}, {steps} steps: {took:.1f} s", file=sys.stderr, flush=True)
+    on_gpu, size = device != "cpu", device_memory(denoiser.device)
+    column = plan(case.model, config, case.pixels, ("bf16",), on_gpu, size).columns[0]
+    mode = "checkpointed" if case.checkpointing else "plain"
+    planned = {stage: column.peaks[stage][mode] for stage in STAGES}
+    stay = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module) and p is not denoiser]
+    others = 0 if config.needs_latents else sum(w.numel() * w.element_size() for p in stay for w in p.parameters())
+    record = {key: said[key] for key in ("steps", "training_mode", "cuda_graph", "residual") if key in said}
+    return {
+        "case": name, "method": method, "dtype": "bfloat16", "checkpointing": case.checkpointing,
+        "pixels": case.pixels, "latents": 2 * case.half, "steps": steps if trains else 0,
+        "seconds": {**said["seconds"], "all": took}, "planned": planned,
+        "measured": said["peak_memory_bytes"], "others": others, "run": record,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +221,9 @@ def show(payload: dict[str, Any]) -> None:
     table = []
     for row in payload["rows"]:
         if "failed" in row:
-            table.append([row["case"], "failed", row["failed"][:100], *[""] * 5])
+            first = [f"first {kind}: {names[0]}" for kind, names in row.get("not_finite", {}).items() if names]
+            why = "; ".join([row["failed"][:100], *first])
+            table.append([row["case"], f"{row.get('method', '')} failed".strip(), why, *[""] * 5])
             continue
         seconds = row["seconds"]
         step = f"{seconds['overwrite'] / row['steps']:.2f}" if row["steps"] else "-"

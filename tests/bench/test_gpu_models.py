@@ -24,6 +24,40 @@ def test_a_row_has_what_was_planned_and_measured(tmp_path: Path, capsys: pytest.
     assert "none such" in row["failed"]
 
 
+def test_a_run_that_meets_no_number_says_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_models.random_pipeline
+
+    def broken(case: gpu_models.Case, device: str) -> object:
+        pipeline = made(case, device)
+        pipeline.unet.mid_block.attentions[0].proj_in.bias.data[3] = torch.nan
+        return pipeline
+
+    monkeypatch.setattr(gpu_models, "random_pipeline", broken)
+    (row,) = gpu_models.run_case("toy", "cpu", ["distillation"])
+    assert (row["case"], row["method"]) == ("toy", "distillation") and "NaN" in row["failed"]
+    assert row["not_finite"]["output"][0] == "unet.mid_block.attentions.0.proj_in"
+
+
+def test_the_first_gradient_that_is_no_number() -> None:
+    class Root(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (torch.nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.third(self.second(self.first(x)).mul(0).sqrt())
+
+    root = Root()
+
+    class Pipeline:
+        components = {"root": root, "tokenizer": None}  # noqa: RUF012 - read only
+
+    with gpu_models.first_not_finite(Pipeline()) as found:
+        root(torch.ones(1, 2)).sum().backward()
+    assert found == {"output": [], "gradient": ["root.second", "root.first"]}
+    assert not any(module._forward_hooks for module in root.modules())
+
+
 @pytest.mark.parametrize("program", [gpu_models, table])
 def test_without_a_gpu_one_line_says_so(
     program: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
