@@ -193,8 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu tries the program without one")
     if arguments.run:
-        for row in run_case(arguments.run, arguments.device, arguments.methods):
-            print(json.dumps(row, default=str), flush=True)
+        from fade import FadeError
+
+        try:
+            for row in run_case(arguments.run, arguments.device, arguments.methods):
+                print(json.dumps(row, default=str), flush=True)
+        except FadeError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     payload: dict[str, Any] = {"schema": SCHEMA, "kind": "GPU models", "environment": environment(), "rows": []}
     for name in arguments.case or [name for name in CASES if name != "toy"]:
