@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def plain_mode() -> Iterator[None]:
-    """Gradients on; no inference mode, autocast, compiled code, default device or default dtype but PyTorch's own.
+    """Gradients on; no inference mode, autocast, compiled code, default device or default dtype but PyTorch's own, and
+    no attention by cuDNN, whose gradients can be wrong, up to NaN.
 
-    So that what runs inside gives the same result from within any of them. The default dtype and whether compiled code
-    runs are the process's, all else the thread's.
+    So that what runs inside gives the same result from within any of them. The default dtype, whether compiled code
+    runs and what attention is computed with are the process's, all else the thread's.
     """
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
@@ -43,6 +44,11 @@ def _of_the_process() -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             # Compiled code calls no hooks that were added to it, and each part of a run would have to compile it anew.
             _before.enter_context(torch.compiler.set_stance("force_eager"))
+            # PyTorch prefers cuDNN's on Hopper, and (2.11, cuDNN 9.19) plans its backward pass for the strides that the
+            # output's gradient had in the first call of a shape: those of others come out wrong, up to NaN. FLUX.1's
+            # two kinds of blocks differ so. Other faults of it: pytorch/pytorch#196678, NVIDIA/cudnn-frontend#1072.
+            _before.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+            torch.backends.cuda.enable_cudnn_sdp(False)
         _inside += 1
     try:
         yield

@@ -76,8 +76,8 @@ def locate(
     `prompts` has every prompt of `latents`. The weights are frozen meanwhile; the denoiser's
     adapters must be off. With `within`, `config.keep` is a fraction of all layers as ever, but only those named may
     hold any of it; `config.saliency` must be a gradient's or `random`, and `latents` may be None for the latter. Of a
-    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing, and where the memory budget
-    does not suffice.
+    layer with a region, that counts alone. Raises FadeError where `keep` selects nothing, where the memory budget does
+    not suffice, and where a gradient is NaN.
     """
     regions = regions or {}
     chosen = layers if within is None else {name: layers[name] for name in layers if name in within}
@@ -99,6 +99,12 @@ def locate(
     ):
         for name, value in saliency.items():
             spread[name] = _scale_(value, layers[name].weight.device, config.scaling)
+            if math.isnan(spread[name][0]):
+                raise FadeError(
+                    f"the saliency of {name} holds NaN: gradients of the {backbone.dtype} model are no numbers. Load "
+                    "the pipeline in another dtype (torch.bfloat16 or torch.float32), and see whether its weights are "
+                    "finite"
+                )
         with _told():
             _add(selection, list(saliency.values()))
         saliency.clear()  # before the next group's accumulators are there

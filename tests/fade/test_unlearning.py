@@ -29,6 +29,7 @@ from fade.backbones import Backbone
 from fade.config import Config
 from fade.distillation import Losses
 from fade.errors import DivergedError, FadeError
+from fade.modes import plain_mode
 
 from .adapters import on, random_adapter
 from .conftest import denoise, same_bits, tiny_pipeline, weights
@@ -529,6 +530,29 @@ def test_modes_of_the_caller_change_nothing(
         adapter = fade.unlearn(pipeline, **FEW, config=brief)
     assert same_bits(tensors(adapter), plainly)
     assert not any(p.is_inference() for p in adapter.parameters())
+
+
+def test_attention_by_cudnn_is_off_meanwhile_and_as_it_was_afterwards() -> None:
+    """Its gradients can be wrong (`fade.modes`). What is asked here is a switch: what it does, only a GPU can show."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    for before in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        with plain_mode(), plain_mode():
+            assert not enabled()
+        assert enabled() is before
+
+
+def test_a_gradient_that_is_nan_names_its_layer(pipeline: StableDiffusionPipeline, brief: Config) -> None:
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+    def watch(module: torch.nn.Module, given: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(spoil)
+
+    pipeline.unet.up_blocks[-1].register_forward_hook(watch)
+    with pytest.raises(FadeError, match=r"the saliency of \S+ holds NaN: gradients of the torch.float32 model"):
+        fade.unlearn(pipeline, **FEW, config=brief)
 
 
 def test_a_pipeline_loaded_under_inference_mode(

@@ -17,10 +17,12 @@ from typing import Any
 import cuda_checks
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_testing import OPS, generator, opcheck
 from torch import Tensor, nn
 
 import fade_kernels
+from fade.modes import plain_mode
 from fade_kernels import BitMask, choices, reference, registration
 from fade_kernels.masked_lora import REGIMES, force_regime
 from fade_kernels.positions import find_positions
@@ -836,6 +838,27 @@ def test_autocast_and_checkpointing(device: str) -> None:
     expected = expected_lora(layer, True, True)
     assert error(y, expected[0]) <= FORWARD[torch.bfloat16]
     assert all(error(a, e) <= 2e-2 for a, e in zip(gradients, expected[1:], strict=True))
+
+
+@on_every_device
+def test_gradients_of_attention_do_not_depend_on_earlier_calls(device: str) -> None:
+    """`fade.modes` keeps to kernels of which that is true: cuDNN's planned for the first gradient's strides."""
+    heads, tokens, width = 4, 256, 128
+    source = generator(7)
+
+    def rows(times: int = 1) -> Tensor:
+        wide = torch.randn(1, tokens, times * heads * width, generator=source).bfloat16().to(device)
+        return wide[..., : heads * width].unflatten(2, (heads, width)).transpose(1, 2)
+
+    with plain_mode():
+        for times in (1, 5, 1):  # a gradient of its own, a slice of a wider one, its own again
+            q, k, v = leaves = [rows().requires_grad_() for _ in range(3)]
+            grad_output = rows(times)
+            got = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), leaves, grad_output)
+            exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+            scores = exact[0] @ exact[1].mT / math.sqrt(width)
+            expected = torch.autograd.grad(scores.softmax(-1) @ exact[2], exact, grad_output.cpu().double())
+            assert all(error(g, e) <= FACTORS[torch.bfloat16] for g, e in zip(got, expected, strict=True)), times
 
 
 @on_every_device
