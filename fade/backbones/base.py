@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ConsistencyDecoderVAE
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 _tokenizing = threading.Lock()
 """A tokenizer, which pipelines may share, keeps padding and truncation as state: one thread must not set another's."""
+
+NO_GRADIENTS = {one.value for one in AttentionBackendName if one.value.lstrip("_").startswith(("native_cudnn", "sage"))}
+"""Attention whose gradients are wrong (cuDNN's: `fade.modes`) or that has none (SageAttention computes in 8 bits)."""
 
 MOST_TOKENS_AT_ONCE = 64 * 77
 """Tokens of prompts that are encoded at once: 64 prompts of CLIP's length, 9 of 512 tokens. T5-XXL takes about 0.3 GB
@@ -104,12 +109,19 @@ class Backbone(ABC):
         return targets(self) if callable(targets) else targets
 
     def check_trainable(self) -> None:
-        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with, or where gradient
-        checkpointing is on and would train on other answers than the denoiser gives."""
+        """Raises FadeError where the pipeline's scheduler is none that the model can be trained with, where gradient
+        checkpointing is on and would train on other answers than the denoiser gives, or where attention was asked of
+        kernels without a backward pass that can be trusted."""
         if not self.family.checkpointing and getattr(self.denoiser, "is_gradient_checkpointing", False):
             raise FadeError(
                 f"with gradient checkpointing {type(self.denoiser).__name__} does not answer as without, so that "
                 f"training would be off; call pipeline.{self.family.component}.disable_gradient_checkpointing() first"
+            )
+
+        if untrusted := _attention_backends(self.denoiser) & NO_GRADIENTS:
+            raise FadeError(
+                f"attention is computed by {', '.join(sorted(untrusted))}, whose gradients are wrong or missing; call "
+                f'pipeline.{self.family.component}.set_attention_backend("native") first'
             )
 
     def check_checkpointing(self) -> None:
@@ -503,6 +515,13 @@ class Backbone(ABC):
             yield
         finally:
             self.pipeline.set_progress_bar_config(**before)
+
+
+def _attention_backends(denoiser: nn.Module) -> set[str]:
+    """diffusers' names of what computes the denoiser's attention, where its processors leave that to be chosen."""
+    processors = (getattr(module, "processor", None) for module in denoiser.modules())
+    chosen = {processor._attention_backend for processor in processors if hasattr(processor, "_attention_backend")}
+    return {AttentionBackendName(one or DIFFUSERS_ATTN_BACKEND).value for one in chosen}
 
 
 def _told(pipeline: Any, on_step: Callable[[float], None]) -> dict[str, Callable[..., Any]]:

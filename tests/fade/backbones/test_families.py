@@ -279,6 +279,18 @@ def test_checkpointing_that_changes_the_answer_is_refused_for_training(backbone:
     backbone.check_trainable()
 
 
+@pytest.mark.parametrize("pipeline", ["FLUX.1", "Qwen-Image"], indirect=True)
+@pytest.mark.parametrize("chosen", ["_native_cudnn", "sage"])
+def test_attention_without_right_gradients_is_refused_for_training(backbone: Backbone, chosen: str) -> None:
+    processors = [getattr(module, "processor", None) for module in backbone.denoiser.modules()]
+    last = [processor for processor in processors if hasattr(processor, "_attention_backend")][-1]
+    last._attention_backend = chosen  # what set_attention_backend does, which asks for the package or a GPU
+    with pytest.raises(FadeError, match=rf"computed by {chosen}, .*\.set_attention_backend\(.native.\) first"):
+        backbone.check_trainable()
+    backbone.denoiser.set_attention_backend("native")
+    backbone.check_trainable()
+
+
 def test_latents_are_drawn_without_text_encoders_when_prompts_are_encoded(backbone: Backbone) -> None:
     """As on a GPU, where they leave meanwhile."""
     pipeline = backbone.pipeline
