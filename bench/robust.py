@@ -35,23 +35,25 @@ MODEL = "digitcanvas"
 PICTURES = 8
 """That an attack draws."""
 DEFAULT, HARDENED = "default (`both`)", "both, hardened columns (2 rounds)"
-ATTACKED = "robust, 8 attacked conditionings"
 ROBUST, SEEN = "robust (`--method robust`)", "robust without redrawn pictures"
+ATTACKED, ANCHORED = "robust, 8 attacked conditionings", "robust with anchors"
+BOTH, ATTENTION = "robust with anchors, 8 attacked conditionings", "robust in the attention alone"
+_ATTACKED = {"options__attacked": 8, "options__attack_every": 25}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("both", {}),
     HARDENED: ("both", {"closed_form__hardening": 2}),
     ROBUST: ("robust", {}),
     SEEN: ("robust", {"options__redrawn": False}),
-    "robust without anchors": ("robust", {"options__anchors": 0.0, "options__empty": 0.0}),
-    ATTACKED: ("robust", {"options__attacked": 8, "options__anchors": 0.5, "options__attack_every": 25}),
-    "robust in the attention alone": ("robust", {"locate__targets": ["attention"]}),
+    ATTENTION: ("robust", {"locate__targets": ["attention"]}),
+    ATTACKED: ("robust", _ATTACKED),
+    ANCHORED: ("robust", {"options__anchors": 0.75, "options__empty": 0.25}),
+    BOTH: ("robust", {**_ATTACKED, "options__anchors": 0.5, "options__empty": 0.25}),
 }
 """Method and settings by what a table calls them."""
 CONCEPTS = {"three": "eight", "neon": "plain", "seven": "one"}
 ROWS = [
-    (ROBUST, "three"), (DEFAULT, "three"), (ROBUST, "neon"), (HARDENED, "three"), (ATTACKED, "neon"), (SEEN, "three"),
-    (ROBUST, "seven"), *((recipe, "three") for recipe in RECIPES if recipe not in (ROBUST, DEFAULT, HARDENED, SEEN)),
-    (DEFAULT, "neon"), (DEFAULT, "seven"),
+    *((recipe, forget) for forget in CONCEPTS for recipe in (ROBUST, DEFAULT, ANCHORED, BOTH)),
+    *((recipe, "three") for recipe in (SEEN, ATTENTION, HARDENED)), (ATTACKED, "three"), (ATTACKED, "neon"),
 ]  # fmt: skip
 """In the order in which an interrupted run is most worth having."""
 
@@ -102,8 +104,8 @@ def attacks() -> list[Attack]:
         for one in VARIANTS
     ]
     return [
-        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], *ATTACKS["textual-inversion"], Relearning(10),
-        *VARIANTS, *controls,
+        *ATTACKS["completion"], *ATTACKS["embedding-inversion"], *ATTACKS["textual-inversion"],
+        *ATTACKS["benign-fine-tuning"], Relearning(10), *VARIANTS, *controls,
     ]  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def markdown(payload: Mapping[str, Any]) -> str:
     run), seconds."""
     shown = {"completion": "completion", "null-text inversion": "null-text-inversion", "turned": "turned",
              "scaled": "scaled", "turned, scaled": "turned, scaled", "embedding inversion": "embedding-inversion",
-             "textual inversion": "textual-inversion"}  # fmt: skip
+             "textual inversion": "textual-inversion", "benign fine-tuning": "benign-fine-tuning"}  # fmt: skip
     header = ["forgotten", "options", "UA", "IRA", "CRA", "drift", *shown, "relearning: half back after", "s", "kB"]
     lines = [header, ["---"] * len(header)]
     for row in payload["rows"]:

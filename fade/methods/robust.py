@@ -6,22 +6,22 @@ concept,
 
     L_f = ‖ε_{θ+Δ}(z_t, c) − y(z_t)‖²,   c ∈ {the concept's prompts, ∅, retained prompts, attacked conditionings}
 
-so that the answer hangs on what is in the picture, whatever is asked. Four parts, each an option:
+so that the answer hangs on what is in the picture, whatever is asked. Its parts, each an option:
 
-- **anchors** in the space of noise: a share of the concept's noised pictures is asked with ∅ or with a retained
-  prompt, where they are clear enough to be told from other pictures (`anchor_times`); and retained pictures with ∅,
-  where the frozen model's answer is kept.
-- **attacked conditionings** (adversarial training as in AdvUnlearn, arXiv 2405.15234, Receler, arXiv 2311.17717, and
-  RACE, arXiv 2405.16341): a few conditionings are moved, every so many steps, by gradient steps
-
-      c ← c − η rms(c) g / rms(g),   g = ∇_c ‖ε_{θ+Δ}(z_t, c) − ε‖²
-
-  to where the adapted model denoises the concept's pictures best, and a share of the pictures is asked with them.
 - **redrawn** pictures: y is not what the frozen model says of z_t for the surrogate's prompt, which at little noise is
   the concept again. It says instead that z_t is a noised picture p of the surrogate: p is the frozen model's, drawn on
   from the concept's own picture at much noise. With z_t = α z + σ ε, y is the family's target for
   z' = z + (1 + κ)(p − z) and ε' = (z_t − α z') / σ, its change at most `bound` times as large as the target for z, ε.
 - **targets** beyond attention: every layer, or whatever `locate.targets` names.
+- **attacked conditionings** (adversarial training as in AdvUnlearn, arXiv 2405.15234, Receler, arXiv 2311.17717, and
+  RACE, arXiv 2405.16341), off by default: a few conditionings are moved, every so many steps, by gradient steps
+
+      c ← c − η rms(c) g / rms(g),   g = ∇_c ‖ε_{θ+Δ}(z_t, c) − ε‖²
+
+  to where the adapted model denoises the concept's pictures best, and a share of the pictures is asked with them.
+- **anchors** in the space of noise, off by default: a share of the concept's noised pictures is asked with ∅ or with a
+  retained prompt, where they are clear enough to be told from other pictures (`anchor_times`); and retained pictures
+  with ∅, where the frozen model's answer is kept.
 
 Ours, but for the attacked conditionings. `docs/threats.md` has what each is good for, measured.
 """
@@ -47,17 +47,21 @@ from fade.objective import Batch, Objective, Training
 class Options:
     """Robust distillation's own settings."""
 
-    anchors: float = 0.75
-    """Share of the forget latents that are asked with the empty prompt or, as often, with a retained one, in [0, 1]."""
+    anchors: float = 0.0
+    """Share of the forget latents that are asked with the empty prompt or, as often, with a retained one, in [0, 1].
+    With 0.75, and an `empty` of 0.25, pictures of the concept come back from no noise of the size that a sampler draws.
+    But a trained conditioning found 3 of 8 pictures of DigitCanvas's "three" and "seven" instead of 0 and 1, a trained
+    word of five vectors all of "neon" instead of none, and 100 steps of benign fine-tuning brought back 6 and 3 of
+    "three" and "neon" instead of none."""
     anchor_times: float = 0.35
     """Up to which share of the way from picture to noise anchors are noised, in (0, 1]: beyond it nothing tells a
     picture of the concept from others, and what is asked must decide."""
-    empty: float = 0.25
+    empty: float = 0.0
     """Share of the retain latents that are asked with the empty prompt, in [0, 1]."""
     redrawn: bool = True
     """Whether pictures of the concept are to be denoised to redrawn ones; else as the frozen model denoises them for
-    the surrogate's prompt: that left an optimised conditioning all 8 pictures of "three" instead of 3, completion after
-    5 of 20 steps 3 instead of 0."""
+    the surrogate's prompt: that left an optimised conditioning 7 of 8 pictures of "three" instead of none, completion
+    after 10 of 20 steps 7 instead of none, at an IRA of 97.2 instead of 100."""
     overshoot: float = 0.5
     """κ, by how much of the way to the redrawn picture the answer goes beyond it. With every weight free, 0 (and a
     `bound` of 4) and 1 (8) left an optimised conditioning 1 and 2 of 8 pictures of "three"."""
@@ -70,8 +74,8 @@ class Options:
     drawing_guidance: float = 3.0
     """Classifier-free guidance of redrawing."""
     attacked: int = 0
-    """Attacked conditionings that are kept; 0 is none. With 8, in the place of a third of the anchors, a trained
-    conditioning still found all 8 pictures of DigitCanvas's style "neon", and a trained word 5 instead of none."""
+    """Attacked conditionings that are kept; 0 is none. With 8 a trained conditioning found 4 of 8 pictures of
+    DigitCanvas's style "neon" instead of all, but the IRA fell from 100 to 86 ("three": to 92)."""
     attacked_share: float = 0.25
     """Share of the forget latents that are asked with them, in [0, 1]; with `anchors` at most 1."""
     attack_every: int = 20
@@ -298,6 +302,7 @@ ROBUST = Method(
     objective=Robust,
     unread=unread,
 )
-"""Of DigitCanvas's "three" (80 pictures; 8 for the attack): UA, IRA and CRA 100, drift 0.052, an optimised conditioning
-finds 3 of 8, of `both` all 8. With a forget weight of 0.1 and anchors up to 0.4 IRA 97.2, drift 0.048 and 1 of 8. With
-a keep of 0.1, half of the latents, a pool of 32 batches and squared errors as they are, IRA 94.4 and CRA 87.5."""
+"""Of DigitCanvas's "three" (80 pictures; 8 for the attack): UA, IRA and CRA 100, drift 0.041, an optimised conditioning
+finds none of 8, of `both` all 8. Tried with anchors, which were on: with a forget weight of 0.1 and anchors up to 0.4
+IRA 97.2, drift 0.048 and 1 of 8; with a keep of 0.1, half of the latents, a pool of 32 batches and squared errors as
+they are, IRA 94.4 and CRA 87.5."""
