@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -592,3 +593,27 @@ def test_the_demo_refuses_words_it_cannot_draw(refused: Any, tmp_path: Path, for
     line = refused("demo", "--forget", forget, "--surrogate", surrogate, "--output", tmp_path / "out", "--quiet")
     assert forget in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_program_of_its_own_keeps_freed_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """glibc's switches are set where `fade` is started, and nowhere else: not from within another program, not where
+    the C library has none, and not where somebody has set them."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(sys, "argv", ["fade", "--help"])
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    with_it, without = SimpleNamespace(mallopt=lambda *given: asked.append(given)), SimpleNamespace()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: without)
+    cli.main()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: with_it)
+    cli.main(["--help"])
+    assert asked == []
+    cli.main()
+    assert {parameter for parameter, _ in asked} == {-1, -2, -3} and all(size > 0 for _, size in asked)
+    asked.clear()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    cli.main()
+    assert asked == []
+    capsys.readouterr()
