@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ConsistencyDecoderVAE
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 from torch import Tensor, nn
 
@@ -518,10 +517,12 @@ class Backbone(ABC):
 
 
 def _attention_backends(denoiser: nn.Module) -> set[str]:
-    """diffusers' names of what computes the denoiser's attention, where its processors leave that to be chosen."""
+    """diffusers' names of what computes the denoiser's attention, where its processors leave that to be chosen: for
+    each of them, or for the whole program."""
+    everywhere, _ = _AttentionBackendRegistry.get_active_backend()
     processors = (getattr(module, "processor", None) for module in denoiser.modules())
     chosen = {processor._attention_backend for processor in processors if hasattr(processor, "_attention_backend")}
-    return {AttentionBackendName(one or DIFFUSERS_ATTN_BACKEND).value for one in chosen}
+    return {AttentionBackendName(one or everywhere).value for one in chosen}
 
 
 def _told(pipeline: Any, on_step: Callable[[float], None]) -> dict[str, Callable[..., Any]]:

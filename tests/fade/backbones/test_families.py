@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from PIL import Image
 
 import fade
@@ -281,10 +282,17 @@ def test_checkpointing_that_changes_the_answer_is_refused_for_training(backbone:
 
 @pytest.mark.parametrize("pipeline", ["FLUX.1", "Qwen-Image"], indirect=True)
 @pytest.mark.parametrize("chosen", ["_native_cudnn", "sage"])
-def test_attention_without_right_gradients_is_refused_for_training(backbone: Backbone, chosen: str) -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_attention_without_right_gradients_is_refused_for_training(
+    backbone: Backbone, chosen: str, everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processors = [getattr(module, "processor", None) for module in backbone.denoiser.modules()]
     last = [processor for processor in processors if hasattr(processor, "_attention_backend")][-1]
-    last._attention_backend = chosen  # what set_attention_backend does, which asks for the package or a GPU
+    # What set_attention_backend does, here or on another pipeline's model, which asks for the package or a GPU.
+    if everywhere:
+        monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName(chosen))
+    else:
+        last._attention_backend = chosen
     with pytest.raises(FadeError, match=rf"computed by {chosen}, .*\.set_attention_backend\(.native.\) first"):
         backbone.check_trainable()
     backbone.denoiser.set_attention_backend("native")
